@@ -1,0 +1,52 @@
+"""Errors a user can act on: each carries one line of cause, one line of remedy and a process exit code.
+
+Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 non-finite or diverged, 6 environment.
+The command line prints cause and remedy and hides the traceback unless ``--debug`` is given.
+Imports nothing.
+"""
+
+
+class MetakdError(Exception):
+    """Base of every error with an exit code.
+
+    Args:
+        cause: what is wrong, naming file, row, key or step.
+        remedy: what to do about it; may be empty.
+    """
+
+    exit_code = 1
+
+    def __init__(self, cause: str, remedy: str = ""):
+        super().__init__(cause)
+        self.cause = cause
+        self.remedy = remedy
+
+
+class ConfigError(MetakdError):
+    """The configuration or the command line is wrong (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(MetakdError):
+    """The data cannot be used as they stand (exit code 3)."""
+
+    exit_code = 3
+
+
+class CheckpointError(MetakdError):
+    """A checkpoint or a stage's output is missing or damaged (exit code 4)."""
+
+    exit_code = 4
+
+
+class DivergedError(MetakdError):
+    """Training produced non-finite values (exit code 5)."""
+
+    exit_code = 5
+
+
+class UnsupportedError(MetakdError, ValueError):
+    """This machine cannot do what was asked for explicitly: backend, dtype, device (exit code 6)."""
+
+    exit_code = 6
