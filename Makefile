@@ -1,0 +1,49 @@
+# Each target that needs Python first makes .venv from constraints.txt. `make PYTHON=/path/to/python TARGET`
+# uses that environment as it is and makes none (a GPU machine without a network, say).
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/.stamp
+endif
+BASE_PYTHON ?= python3
+OUT ?= benchmarks/results
+
+.PHONY: help quickstart test lint bench gpu-check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart  train prototypes, teacher and students on a synthetic corpus, print the table"
+	@echo "make test        run the tests"
+	@echo "make lint        check style (ruff)"
+	@echo "make bench       time the losses"
+	@echo "make gpu-check   run the tests that need a GPU, write their report to OUT ($(OUT))"
+	@echo "make clean       remove the environment and everything built"
+	@echo "PYTHON=...       use this environment instead of making .venv;  BASE_PYTHON=... makes .venv with it"
+
+# torch first: the extension is compiled against the installed torch, hence no build isolation.
+.venv/.stamp: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
+	$(BASE_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -c constraints.txt torch setuptools wheel ninja
+	.venv/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+quickstart: $(READY)
+	$(PYTHON) -m metakd quickstart
+
+test: $(READY)
+	$(PYTHON) -m pytest
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+
+bench: $(READY)
+	$(PYTHON) -m pytest benchmarks --benchmark-only
+
+gpu-check: $(READY)
+	mkdir -p $(OUT)
+	$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu-check.xml
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks metakd/_C*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
