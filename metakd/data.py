@@ -1,0 +1,322 @@
+"""Domains, tokenising and batching: from the ``data`` block of a configuration to batches of
+tensors.
+
+``load_corpus`` reads, checks (``metakd.reading``), tokenises and splits; a ``Split`` holds its
+examples in memory; ``StepSampler`` decides which examples make up each optimizer step; ``collate``
+pads them. Imports ``metakd.reading``, ``metakd.config``, ``metakd.errors`` and torch.
+
+Sizes: N examples, S examples per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from metakd.config import DataConfig
+from metakd.errors import ConfigError, DataError
+from metakd.reading import Row, read_corpus
+
+_TOKENISE_AT_ONCE = 1024
+_STEPS_PER_BLOCK = 50
+
+
+@dataclass(eq=False)
+class Split(Dataset):
+    """Tokenised examples in memory.
+
+    Args:
+        input_ids: token ids of each example, special tokens included, not padded.
+        labels: class of each example, ``[N]`` int64.
+        domain: domain of each example, ``[N]`` int64.
+        index: the example's 0-based row in its source as read, ``[N]`` int64. It survives views,
+            and after a held-out validation split the indices of train have gaps.
+        token_type_ids: like ``input_ids``, or None where the tokenizer has none.
+        columns: further values per example, each ``[N, ...]``, which batches carry under the same
+            name.
+    """
+
+    input_ids: list[list[int]]
+    labels: Tensor
+    domain: Tensor
+    index: Tensor
+    token_type_ids: list[list[int]] | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each example."""
+        return [len(ids) for ids in self.input_ids]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, i: int) -> dict:
+        example = {"input_ids": self.input_ids[i]}
+        if self.token_type_ids is not None:
+            example["token_type_ids"] = self.token_type_ids[i]
+        tensors = {
+            "labels": self.labels,
+            "domain": self.domain,
+            "index": self.index,
+            **self.columns,
+        }
+        return example | {name: tensor[i] for name, tensor in tensors.items()}
+
+    def view(self, domain: int | None = None, fraction: float = 1.0, seed: int = 0) -> Split:
+        """A part of the split, in the same order.
+
+        Args:
+            domain: keep this domain only; None keeps all.
+            fraction: share to keep, drawn per domain and label so that their proportions stay; of
+                every combination that occurs at least one example is kept.
+            seed: of the draw.
+        """
+        rows = (
+            torch.arange(len(self))
+            if domain is None
+            else torch.nonzero(self.domain == domain).flatten()
+        )
+        if fraction < 1.0:
+            rows = rows[_stratified(self.domain[rows], self.labels[rows], fraction, seed)]
+        return self._select(rows)
+
+    def with_column(self, name: str, values: Tensor) -> Split:
+        """The same split with a value per example added or replaced; batches then carry ``name``.
+
+        Raises:
+            ValueError: if ``name`` is one of the split's own or the values are not one per example.
+        """
+        if name in ("input_ids", "attention_mask", "token_type_ids", "labels", "domain", "index"):
+            raise ValueError(f"name: {name!r} is reserved")
+        if len(values) != len(self):
+            raise ValueError(f"values: {len(values)} for {len(self)} examples")
+        return replace(self, columns={**self.columns, name: values})
+
+    def _select(self, rows: Tensor) -> Split:
+        def pick(values):
+            return None if values is None else [values[i] for i in rows.tolist()]
+
+        return Split(
+            pick(self.input_ids),
+            self.labels[rows],
+            self.domain[rows],
+            self.index[rows],
+            pick(self.token_type_ids),
+            {name: values[rows] for name, values in self.columns.items()},
+        )
+
+
+@dataclass(eq=False)
+class Corpus:
+    """The splits, the names of the domains (``Split.domain`` indexes them) and the labels' ids."""
+
+    train: Split
+    validation: Split
+    test: Split | None
+    domains: list[str]
+    label2id: dict[str, int]
+
+
+def load_corpus(config: DataConfig, tokenizer, *, seed: int = 0) -> Corpus:
+    """Reads, checks and tokenises a corpus; ``metakd.reading.read_corpus`` says what is accepted.
+
+    Domains are sorted by name; label ids follow the sorted labels of train, integers in numeric
+    order. Without a ``validation`` source, ``validation_fraction`` of train is held out, stratified
+    by domain and label; an example that also occurs on the other side goes back to train.
+    ``data_fraction`` then subsamples what is left of train, stratified alike, so that validation
+    does not depend on it. ``withhold`` is only checked here: which model goes without those domains
+    is for its trainer to say.
+
+    Args:
+        config: the ``data`` block.
+        tokenizer: a Hugging Face tokenizer. Longer examples are cut at ``config.max_length``
+            tokens, of a pair the longer text first.
+        seed: of the held-out split and the subsample.
+
+    Raises:
+        DataError: with every problem of every file.
+        ConfigError: if ``max_length`` is more than the tokenizer says its model can take.
+    """
+    limit = tokenizer.model_max_length
+    if config.max_length > limit:
+        raise ConfigError(
+            f"data.max_length is {config.max_length}, the tokenizer's model takes {limit} tokens",
+            f"Set data.max_length to at most {limit}.",
+        )
+    raw = read_corpus(config)
+    domain_id = {name: i for i, name in enumerate(raw.domains)}
+    label2id = {name: i for i, name in enumerate(raw.labels)}
+    splits = {
+        name: _tokenise(rows, tokenizer, config.max_length, domain_id, label2id)
+        for name, rows in raw.splits.items()
+    }
+    train, validation = splits["train"], splits.get("validation")
+    if validation is None:
+        train, validation = _hold_out(train, raw.splits["train"], config, seed)
+    train = train.view(fraction=config.data_fraction, seed=seed)
+    return Corpus(train, validation, splits.get("test"), raw.domains, label2id)
+
+
+def _tokenise(
+    rows: list[Row], tokenizer, max_length: int, domain_id: dict[str, int], label2id: dict[str, int]
+) -> Split:
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "token_type_ids": []}
+    for start in range(0, len(rows), _TOKENISE_AT_ONCE):
+        part = rows[start : start + _TOKENISE_AT_ONCE]
+        pairs = None if part[0].pair is None else [row.pair for row in part]
+        encoded = tokenizer(
+            [row.text for row in part], pairs, truncation=True, max_length=max_length
+        )
+        for name, values in columns.items():
+            values += encoded.get(name, [])
+    return Split(
+        columns["input_ids"],
+        torch.tensor([label2id[row.label] for row in rows]),
+        torch.tensor([domain_id[row.domain] for row in rows]),
+        torch.arange(len(rows)),
+        columns["token_type_ids"] or None,
+    )
+
+
+def _hold_out(train: Split, rows: list[Row], config: DataConfig, seed: int) -> tuple[Split, Split]:
+    kept = torch.zeros(len(train), dtype=torch.bool)
+    kept[_stratified(train.domain, train.labels, 1.0 - config.validation_fraction, seed)] = True
+    examples = [row.example for row in rows]
+    seen = {example for example, keep in zip(examples, kept.tolist(), strict=True) if keep}
+    kept |= torch.tensor([example in seen for example in examples])
+    if kept.all():
+        raise DataError(
+            f"{config.train}: {len(rows)} rows are too few to hold out a share of "
+            f"{config.validation_fraction:g} for validation, every domain and label keeping one",
+            "Give data.validation, or a larger data.validation_fraction.",
+        )
+    return train._select(torch.nonzero(kept).flatten()), train._select(
+        torch.nonzero(~kept).flatten()
+    )
+
+
+def _stratified(domain: Tensor, labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """Sorted positions of about ``fraction`` of the examples, at least one per domain and label."""
+    generator = torch.Generator().manual_seed(seed)
+    _, cell, sizes = torch.unique(
+        torch.stack([domain, labels]), dim=1, return_inverse=True, return_counts=True
+    )
+    # Largest remainders: each cell's share is rounded so that the total is right too.
+    share = sizes.double() * fraction
+    quota = share.floor().long()
+    missing = round(fraction * len(domain)) - int(quota.sum())
+    quota[torch.argsort(quota - share, stable=True)[:missing]] += 1
+    quota.clamp_(min=1)
+    kept = []
+    for c in range(len(sizes)):
+        members = torch.nonzero(cell == c).flatten()
+        kept.append(members[torch.randperm(len(members), generator=generator)[: quota[c]]])
+    return torch.cat(kept).sort().values if kept else torch.empty(0, dtype=torch.long)
+
+
+def collate(
+    tokenizer, pad_to_multiple_of: int | None = None
+) -> Callable[[list[dict]], dict[str, Tensor]]:
+    """A function that turns examples of a ``Split`` into a batch padded to its longest example.
+
+    Args:
+        tokenizer: says how to pad.
+        pad_to_multiple_of: pad on to such a length, which suits tensor cores.
+
+    Returns:
+        ``list[dict] -> dict`` of ``input_ids``, ``attention_mask``, ``token_type_ids`` if the
+        tokenizer has them (each ``[B, L]``), ``labels``, ``domain``, ``index`` (``[B]``) and the
+        split's columns.
+    """
+    from transformers import DataCollatorWithPadding
+
+    pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
+
+    def batch(examples: list[dict]) -> dict[str, Tensor]:
+        tokens = [name for name in ("input_ids", "token_type_ids") if name in examples[0]]
+        padded = pad(
+            [
+                {n: e[n] for n in tokens} | {"attention_mask": [1] * len(e["input_ids"])}
+                for e in examples
+            ]
+        )
+        rest = {n: torch.stack([e[n] for e in examples]) for n in examples[0] if n not in tokens}
+        return dict(padded) | rest
+
+    return batch
+
+
+class StepSampler:
+    """Which examples make up each optimizer step, and how a step is cut into micro-batches.
+
+    A step has exactly ``micro_batches`` micro-batches, none empty, sizes differing by at most 1,
+    that hold ``step_size`` examples together; every example comes once per epoch. The last step
+    holds what is left; a rest with fewer examples than micro-batches joins the step before.
+
+    The plan depends on ``(seed, epoch)`` only, not on the world size: rank r of w takes the
+    micro-batches ``step[r::w]``. So one process that accumulates and several that share a step see
+    the same steps.
+
+    Args:
+        lengths: tokens of each example, N numbers.
+        step_size: examples per optimizer step, over all ranks and accumulated micro-batches.
+        micro_batches: ranks x accumulation.
+        seed: of the shuffles.
+        group_by_length: put examples of similar length in one step, which saves padding: shuffle,
+            sort by length inside blocks of 50 steps, cut, shuffle the steps.
+
+    Raises:
+        DataError: if there are fewer examples than micro-batches.
+        ValueError: if a step is too small for its micro-batches.
+    """
+
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        step_size: int,
+        micro_batches: int,
+        seed: int,
+        group_by_length: bool = True,
+    ):
+        if not 1 <= micro_batches <= step_size:
+            raise ValueError(
+                f"step_size: {step_size} examples cannot fill {micro_batches} micro-batches"
+            )
+        if len(lengths) < micro_batches:
+            raise DataError(
+                f"{len(lengths)} training examples cannot fill the {micro_batches} micro-batches "
+                "of one step",
+                "Lower gradient_accumulation_steps or the number of processes, or give more data.",
+            )
+        self.lengths = torch.tensor(lengths)
+        self.step_size = step_size
+        self.micro_batches = micro_batches
+        self.seed = seed
+        self.group_by_length = group_by_length
+
+    def __len__(self) -> int:
+        """Steps per epoch."""
+        full, rest = divmod(len(self.lengths), self.step_size)
+        return full + (rest >= self.micro_batches)
+
+    def epoch(self, epoch: int) -> list[list[list[int]]]:
+        """The steps of one epoch: ``[step][micro-batch][example]``, examples as positions in the
+        split."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        if self.group_by_length:
+            blocks = order.split(_STEPS_PER_BLOCK * self.step_size)
+            order = torch.cat([block[self.lengths[block].argsort(stable=True)] for block in blocks])
+        steps = list(order.split(self.step_size))
+        if len(steps) > len(self):
+            rest = steps.pop()
+            steps[-1] = torch.cat([steps[-1], rest])
+        shuffled = torch.randperm(len(steps) - 1, generator=generator).tolist()
+        steps = [steps[i] for i in shuffled] + steps[-1:]
+        return [[part.tolist() for part in step.tensor_split(self.micro_batches)] for step in steps]
