@@ -1,13 +1,14 @@
-"""Builds the C++/CUDA extension ``metakd._C`` where that is possible, and pure Python where it is not.
+"""Builds the extension ``metakd._C`` where that is possible, and pure Python where it is not.
 
-The extension needs torch in the build environment (``pip install --no-build-isolation .``) and a C++
-compiler. Without them, or when compiling fails, the package installs without it and one warning says why
-(pip shows the output of a build only with ``-v``). All other metadata is in ``pyproject.toml``.
+It needs torch in the build environment (``pip install --no-build-isolation .``) and a C++ compiler.
+Without them, or when compiling fails, the package installs without it and one warning says why (pip
+shows the output of a build only with ``-v``). All other metadata is in ``pyproject.toml``.
 
 Environment:
-    METAKD_NO_EXT=1       do not build the extension, and say nothing.
-    METAKD_CUDA=0 | 1     leave ``csrc/cuda`` out | build it or fail. Unset: build it where nvcc and a CUDA torch are.
-    DEBUG=1               ``-O0 -g`` in place of ``-O3``.
+    METAKD_NO_EXT=1    do not build the extension, and say nothing.
+    METAKD_CUDA=0 | 1  leave ``csrc/cuda`` out | build it or fail. Unset: build it where there are a
+                       CUDA toolkit and a torch with CUDA.
+    DEBUG=1            ``-O0 -g`` in place of ``-O3``.
     MAX_JOBS, TORCH_CUDA_ARCH_LIST, CXX, CFLAGS: as in ``torch.utils.cpp_extension``.
 """
 
@@ -76,7 +77,7 @@ def extension() -> Extension:
 
 
 class BuildOrDegrade(BuildExtension):
-    """``build_ext`` that ends in a pure Python package, with one warning, when the extension cannot be built."""
+    """``build_ext`` that warns and leaves pure Python when the extension cannot be built."""
 
     def run(self):
         reason = why_no_torch or self.why_no_compiler()
@@ -84,7 +85,7 @@ class BuildOrDegrade(BuildExtension):
             try:
                 return super().run()
             except Exception as error:
-                if os.environ.get("METAKD_CUDA") == "1":  # an explicit choice never degrades silently
+                if os.environ.get("METAKD_CUDA") == "1":  # an explicit choice never degrades
                     raise
                 reason = f"compiling failed ({str(error).splitlines()[0]})"
         self.extensions = []  # nothing to copy or to list as installed

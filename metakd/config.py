@@ -7,9 +7,18 @@ Imports pydantic, yaml and ``metakd.errors`` only, so that a wrong config is ref
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import copy
+import difflib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from metakd.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -147,7 +156,8 @@ class CompareRow(Block):
 
 class CompareConfig(Block):
     """Rows x domains x seeds. ``teacher_seeds`` fixes how many teachers are trained: with fewer teachers
-    than ``seeds`` they are reused in turn, and the spread then misses part of the teacher's share."""
+    than ``seeds`` they are reused in turn, and the spread then misses part of the teacher's share.
+    ``keep_students`` keeps the weights of every cell, not only its scores."""
 
     rows: Annotated[list[CompareRow], Field(min_length=1)] = [
         CompareRow(method="finetune"),
@@ -161,6 +171,7 @@ class CompareConfig(Block):
     ]
     seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3, 4, 5]
     teacher_seeds: Count | None = None
+    keep_students: bool = False
 
 
 class RunConfig(Block):
@@ -186,3 +197,362 @@ class RunConfig(Block):
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both true: give one")
         return self
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+KeyPath = tuple[str | int, ...]  # keys and list positions, from the top of the file down to a value
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML configuration, apply overrides, and check everything at once.
+
+    Relative paths inside the file (data, models, ``output_dir``) start at the current directory.
+
+    Args:
+        path: the YAML file. Aliases, explicit tags and duplicate keys are refused.
+        overrides: ``key.sub=value`` each, the value in YAML; applied in order, over the file.
+
+    Raises:
+        ConfigError: its cause lists every problem as ``file: key.path: reason (got VALUE)``, with
+            ``command line`` in place of the file where the value came from an override.
+    """
+    raw, where, broken = _apply_overrides(_read_mapping(path), path, overrides)
+    problems: dict[KeyPath, str] = {}
+    raw = _check_tree(raw, RunConfig, (), problems)
+    config, known = _validate(raw, problems), -1
+    while config is None and len(problems) > known:  # with the wrong keys left out, is more wrong?
+        known = len(problems)
+        config = _validate(_without(raw, problems), problems)
+    lines = broken + [f"{where(key)}{_dotted(key, ': ')}{text}" for key, text in problems.items()]
+    if config is not None:
+        # A wrong key stands at its default by now and must not be said to contradict another.
+        wrong = {_dotted(key) for key in problems}
+        for text in check_contradictions(config):
+            if wrong.isdisjoint(re.findall(r"[\w.]+", text)):
+                lines.append(f"{path}: {text}")
+        if not lines:
+            return config
+    cause = lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines])
+    raise ConfigError(cause, f"Correct {path} or the command line; nothing was run.")
+
+
+def check_contradictions(config: RunConfig) -> list[str]:
+    """What no single block can know, keys that exclude each other: ``key: reason`` each."""
+    found = []
+    distill, student = config.distill, config.student
+
+    if distill.domains is not None and distill.one_student_for_all:
+        found.append("distill.domains: excluded by distill.one_student_for_all: true, give one")
+    if config.compat == "easytransfer" and distill.schedule == "joint":
+        found.append("compat: easytransfer trains in two stages, set distill.schedule: two_stage")
+    if distill.method != "finetune":
+        try:
+            CompareRow(method=distill.method, teacher=config.teacher.kind)
+        except ValidationError as error:
+            found.append(f"teacher.kind: against distill.method: {_reason(error.errors()[0])}")
+        terms = distill.terms.model_dump().values()
+        if not any(terms) and not (distill.method == "meta" and distill.gamma2 > 0):
+            found.append("distill.terms: every weight is 0, so the student would learn nothing")
+
+    preset = re.search(r"-(\d+)l-", student.preset or "")
+    depth = len(student.layers) if student.layers else int(preset[1]) if preset else None
+    if isinstance(distill.layer_map, list) and depth not in (None, len(distill.layer_map)):
+        given = len(distill.layer_map)
+        found.append(f"distill.layer_map: has {given} teacher layers for {depth} of the student")
+
+    for key, training in {
+        "teacher.training": config.teacher.training,
+        "distill.training": distill.training,
+        "distill.intermediate": distill.intermediate,
+    }.items():
+        if training.warmup_steps >= 1 and 0 < training.max_steps < training.warmup_steps:
+            warmup, limit = f"{training.warmup_steps:g}", training.max_steps
+            found.append(f"{key}.warmup_steps: {warmup} is more than {key}.max_steps {limit}")
+
+    if distill.domains == []:
+        found.append("distill.domains: is empty, leave it out to train a student for every domain")
+    if (config.compare.teacher_seeds or 0) > len(config.compare.seeds):
+        found.append(
+            f"compare.teacher_seeds: {config.compare.teacher_seeds} is more than the "
+            f"{len(config.compare.seeds)} of compare.seeds"
+        )
+    for key, values in {
+        "data.withhold": config.data.withhold,
+        "distill.domains": distill.domains or [],
+        "compare.seeds": config.compare.seeds,
+        "compare.rows": [_row_name(row) for row in config.compare.rows],
+        "report_to": config.report_to,
+    }.items():
+        twice = sorted({str(value) for value in values if values.count(value) > 1})
+        if twice:
+            found.append(f"{key}: given more than once: {', '.join(twice)}")
+    for key, seed in [("seed", config.seed), *(("compare.seeds", s) for s in config.compare.seeds)]:
+        if not 0 <= seed < 2**32:  # what numpy's generator takes
+            found.append(f"{key}: must be from 0 to 2^32 - 1 (got {seed})")
+    return found
+
+
+def _row_name(row: CompareRow) -> str:
+    gamma2 = "" if row.gamma2 is None else f" with gamma2 {row.gamma2:g}"
+    return f"{row.method} from {row.teacher}{gamma2}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what only an attack or a mistake needs: aliases, tags, duplicate keys."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases are not supported, write the value out",
+                problem_mark=self.peek_event().start_mark,
+            )
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(
+                problem=f"tags are not supported (got {event.tag})", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a key must be one word", problem_mark=key.start_mark
+                )
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str) -> Any:
+    """One YAML document.
+
+    Raises:
+        ValueError: with the place as ``line:column: `` first.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        column = len(before) - before.rfind("\n")
+        raise ValueError(
+            f"{before.count(chr(10)) + 1}:{column}: character #x{error.character:04x} is not allowed"
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason = " ".join(filter(None, [error.context, error.problem]))
+        raise ValueError(f"{mark.line + 1}:{mark.column + 1}: {reason}") from None
+    except ValueError as error:  # a date such as 2024-13-45
+        raise ValueError(f"1:1: a value cannot be read: {error}") from None
+    except RecursionError:
+        raise ValueError("1:1: nested too deeply") from None
+
+
+def _read_mapping(path: str) -> dict:
+    """The file as a dict; raises ``ConfigError`` where there is no mapping to check."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", "Give the path of a YAML file.") from None
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        raise ConfigError(
+            f"{path}:{line}:{column}: byte 0x{data[error.start]:02x} is not UTF-8",
+            "Save the file as UTF-8.",
+        ) from None
+    try:
+        raw = _parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}:{error}", "Correct the YAML there.") from None
+    if raw is None:
+        raise ConfigError(f"{path}: is empty", "Give at least output_dir, data, teacher, student.")
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{path}: must hold keys with values (got {_shown(raw)})",
+            "Write it as `key: value` lines.",
+        )
+    return raw
+
+
+def _apply_overrides(raw: dict, path: str, overrides: Sequence[str]):
+    """The tree with overrides applied, a function that names a key's source, broken overrides."""
+    broken, given = [], []
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        keys = tuple(dotted.strip().split("."))
+        if not equals or not all(keys):
+            broken.append(f"command line: {override!r} is not key=value or block.key=value")
+            continue
+        try:
+            value = _parse_yaml(text)
+        except ValueError as error:
+            broken.append(f"command line: {dotted}: {error} (got {text!r})")
+            continue
+        block = raw
+        for depth, key in enumerate(keys[:-1], 1):
+            block = block.setdefault(key, {})
+            if not isinstance(block, dict):
+                above = _dotted(keys[:depth])
+                broken.append(f"command line: {dotted}: {above} holds no keys in {path}")
+                break
+        else:
+            block[keys[-1]] = value
+            given.append(keys)
+
+    def where(key: KeyPath) -> str:
+        overridden = any(key[: len(keys)] == keys for keys in given)
+        return "command line: " if overridden else f"{path}: "
+
+    return raw, where, broken
+
+
+# ---- Checking ------------------------------------------------------------------------------------
+
+
+def _check_tree(value: Any, annotation: Any, path: KeyPath, problems: dict[KeyPath, str]) -> Any:
+    """Reports what pydantic would let pass or report poorly, and returns the tree with typos mended.
+
+    A misspelt key goes on under the name it was most likely meant for, so that its value is checked
+    and the right key is not reported as missing too.
+    """
+    block = _block_in(annotation)
+    if isinstance(value, list):
+        return [_check_tree(v, annotation, (*path, i), problems) for i, v in enumerate(value)]
+    if isinstance(value, dict) and block:
+        fields = block.model_fields
+        mended = {}
+        for key, item in value.items():
+            name, text = key, str(key)
+            if key not in fields:
+                free = [field for field in fields if field not in value]
+                close = difflib.get_close_matches(text, free, n=1)
+                elsewhere = _KEYS.get(text) or ([] if close else _close_elsewhere(text))
+                means = " or ".join(close + elsewhere)
+                hint = f"did you mean {means}?" if means else f"known here: {', '.join(fields)}"
+                problems[(*path, text)] = f"unknown key, {hint} (got {_shown(item)})"
+                if elsewhere or not close:
+                    continue
+                name = close[0]
+            mended[name] = _check_tree(item, fields[name].annotation, (*path, name), problems)
+        return mended
+    if isinstance(value, bool) and annotation is not bool:
+        problems[path] = f"must not be true or false, quote the word if it is one (got {value})"
+    elif isinstance(value, float) and not math.isfinite(value):
+        problems[path] = f"must be a finite number (got {value})"
+    elif isinstance(value, str) and re.fullmatch(r"\s*[+-]?(inf|infinity|nan)\s*", value, re.I):
+        problems[path] = f"must be a finite number (got {value!r})"  # float() reads these words
+    elif isinstance(value, str) and not value.strip():
+        problems[path] = "must not be blank"
+    return value
+
+
+def _block_in(annotation: Any) -> type[Block] | None:
+    """The block that an annotation holds: itself, or the items of a list of blocks."""
+    if args := get_args(annotation):
+        return next(filter(None, map(_block_in, args)), None)
+    is_block = isinstance(annotation, type) and issubclass(annotation, Block)
+    return annotation if is_block else None
+
+
+def _all_keys(block: type[Block], prefix: str = "") -> dict[str, list[str]]:
+    """Every key of a block and of the blocks in it -> its dotted places."""
+    places: dict[str, list[str]] = {}
+    for name, field in block.model_fields.items():
+        places.setdefault(name, []).append(prefix + name)
+        inner = _block_in(field.annotation)
+        if inner is not None and inner is field.annotation:  # items of a list have no dotted name
+            for key, found in _all_keys(inner, f"{prefix}{name}.").items():
+                places.setdefault(key, []).extend(found)
+    return places
+
+
+_KEYS = _all_keys(RunConfig)
+_MISSING = "required key is missing"
+
+
+def _close_elsewhere(key: str) -> list[str]:
+    return [place for near in difflib.get_close_matches(key, _KEYS, n=1) for place in _KEYS[near]]
+
+
+def _validate(raw: dict, problems: dict[KeyPath, str]) -> RunConfig | None:
+    """The configuration, or None after adding pydantic's findings to ``problems``."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+    reasons: dict[KeyPath, list[str]] = {}
+    for item in errors:
+        reasons.setdefault(_place(raw, item), []).append(_reason(item))
+    for path, texts in reasons.items():
+        # Of a union (`layer_map`: a word or a list), what fits best is the branch that got deepest.
+        if any(deeper[: len(path)] == path and deeper != path for deeper in reasons):
+            continue
+        value = _at(raw, path)
+        text = " or ".join(texts)
+        if text != _MISSING and not isinstance(value, dict):
+            text += f" (got {_shown(value)})"
+        problems.setdefault(path, text)
+    return None
+
+
+def _place(raw: dict, item: dict) -> KeyPath:
+    """Where in the file an error is: pydantic's location without the names of a union's branches."""
+    path: KeyPath = ()
+    for key in item["loc"]:
+        if key in raw if isinstance(raw, dict) else isinstance(key, int):
+            raw, path = raw[key], (*path, key)
+    return (*path, item["loc"][-1]) if item["type"] == "missing" else path
+
+
+def _reason(item: dict) -> str:
+    if item["type"] == "missing":
+        return _MISSING
+    if item["type"] == "model_type":
+        return "must hold keys with values"
+    return item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+
+
+def _without(raw: dict, problems: Iterable[KeyPath]) -> dict:
+    """The tree without the values in question, and with stand-ins for what has no default."""
+    kept = copy.deepcopy(raw)
+    for path in problems:
+        if not path:  # the one rule between top-level keys: bf16 excludes fp16
+            kept.pop("fp16")
+            continue
+        # A list goes as a whole, and so does the student, whose keys depend on one another.
+        keys = tuple(takewhile(lambda key: isinstance(key, str), path))
+        keys = keys[:1] if keys[0] == "student" else keys
+        block = _at(kept, keys[:-1])
+        if isinstance(block, dict):
+            block.pop(keys[-1], None)
+    kept = {"output_dir": "?", "data": {}, "teacher": {}, "student": {"model": "?"}} | kept
+    kept["data"] = {"train": "?"} | kept["data"]
+    kept["teacher"] = {"model": "?"} | kept["teacher"]
+    return kept
+
+
+def _at(tree: Any, path: KeyPath) -> Any:
+    """The value at a path; None where the path ends early."""
+    for key in path:
+        if isinstance(tree, dict):
+            tree = tree.get(key)
+        else:
+            tree = tree[key] if isinstance(tree, list) and isinstance(key, int) else None
+    return tree
+
+
+def _dotted(path: KeyPath, end: str = "") -> str:
+    return ".".join(map(str, path)) + end if path else ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
