@@ -24,7 +24,7 @@ try:
     from torch.utils import cpp_extension
 
     BuildExtension, why_no_torch = cpp_extension.BuildExtension, ""
-except ImportError as error:
+except (ImportError, OSError) as error:  # missing, or installed but broken
     from setuptools.command.build_ext import build_ext as BuildExtension
 
     cpp_extension, why_no_torch = None, f"torch is missing in the build environment ({error})"

@@ -247,10 +247,12 @@ def check_contradictions(config: RunConfig) -> list[str]:
     if config.compat == "easytransfer" and distill.schedule == "joint":
         found.append("compat: easytransfer trains in two stages, set distill.schedule: two_stage")
     if distill.method != "finetune":
-        try:
-            CompareRow(method=distill.method, teacher=config.teacher.kind)
-        except ValidationError as error:
-            found.append(f"teacher.kind: against distill.method: {_reason(error.errors()[0])}")
+        if "kind" in config.teacher.model_fields_set:  # left out, it follows from the method
+            try:
+                CompareRow(method=distill.method, teacher=config.teacher.kind)
+            except ValidationError as error:
+                reason = _reason(error.errors()[0])
+                found.append(f"teacher.kind: against distill.method: {reason}")
         terms = distill.terms.model_dump().values()
         if not any(terms) and not (distill.method == "meta" and distill.gamma2 > 0):
             found.append("distill.terms: every weight is 0, so the student would learn nothing")
@@ -314,6 +316,14 @@ class _Loader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # a date such as 2024-13-45
+            raise yaml.MarkedYAMLError(
+                problem=f"a value cannot be read: {error}", problem_mark=node.start_mark
+            ) from None
+
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
@@ -339,16 +349,14 @@ def _parse_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
-        column = len(before) - before.rfind("\n")
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
         raise ValueError(
-            f"{before.count(chr(10)) + 1}:{column}: character #x{error.character:04x} is not allowed"
+            f"{line}:{column}: character #x{error.character:04x} is not allowed"
         ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         reason = " ".join(filter(None, [error.context, error.problem]))
         raise ValueError(f"{mark.line + 1}:{mark.column + 1}: {reason}") from None
-    except ValueError as error:  # a date such as 2024-13-45
-        raise ValueError(f"1:1: a value cannot be read: {error}") from None
     except RecursionError:
         raise ValueError("1:1: nested too deeply") from None
 
@@ -418,7 +426,7 @@ def _apply_overrides(raw: dict, path: str, overrides: Sequence[str]):
 
 
 def _check_tree(value: Any, annotation: Any, path: KeyPath, problems: dict[KeyPath, str]) -> Any:
-    """Reports what pydantic would let pass or report poorly, and returns the tree with typos mended.
+    """Reports what pydantic lets pass or reports poorly, and returns the tree with typos mended.
 
     A misspelt key goes on under the name it was most likely meant for, so that its value is checked
     and the right key is not reported as missing too.
@@ -504,7 +512,7 @@ def _validate(raw: dict, problems: dict[KeyPath, str]) -> RunConfig | None:
 
 
 def _place(raw: dict, item: dict) -> KeyPath:
-    """Where in the file an error is: pydantic's location without the names of a union's branches."""
+    """Where in the file an error is: pydantic's location without the branches of a union."""
     path: KeyPath = ()
     for key in item["loc"]:
         if key in raw if isinstance(raw, dict) else isinstance(key, int):
