@@ -121,6 +121,8 @@ def _check_index(name: str, value: Tensor, rows: int, size: int, device: torch.d
 def _call(op: str, backend: str, device: torch.device, *args, **kwargs):
     """Run ``op`` on the backend chosen for ``device``, in the dtypes given (no autocast)."""
     compute = getattr(_BACKENDS[ops.select(op, backend, device)], op)
+    if not torch.amp.is_autocast_available(device.type):
+        return compute(*args, **kwargs)
     with torch.autocast(device.type, enabled=False):
         return compute(*args, **kwargs)
 

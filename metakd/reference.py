@@ -204,12 +204,12 @@ def _over_tiles(
 
 
 def _prefers_gram(length: int, width: int) -> bool:
-    """Whether Gram matrices (L * width^2) beat score maps (L^2 * width); ``width`` is D_s + D_t.
+    """Whether Gram matrices (work L * width^2) beat score maps (L^2 * width); width is D_s + D_t.
 
-    Measured in float32 on 2 CPU cores, forward and backward (D 26 / 64): tiles win at L = 128, Gram
-    from 256 on.
+    Measured forward and backward, float32, CPU time of one thread, tiles over Gram at L = 128, 256,
+    512: 1.0, 1.8, 4.7 (D 32 / 32); 0.7, 1.2, 3.0 (D 26 / 64); 0.5, 0.9, 2.4 (D 64 / 64).
     """
-    return length >= max(GRAM_FROM_LENGTH, 2 * width)
+    return length >= max(GRAM_FROM_LENGTH, 5 * width // 2)
 
 
 def attention_score_mse(
@@ -336,6 +336,8 @@ def relation_kl(
         )
         return states, states  # [B, R, L, A * D / R]
 
+    # Before a tensor becomes query and key at once, so that a half's gradient is summed in float32.
+    student, teacher = _common(student, teacher)
     return attention_kl(regroup(student), regroup(teacher), query_mask=mask, key_mask=mask)
 
 

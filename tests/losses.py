@@ -1,0 +1,104 @@
+"""Small inputs for every loss that returns rows, in one table, for the behaviours all of them
+share.
+
+A case builds ``(student, teacher, options)`` from a source of random tensors; ``masks`` names its
+mask arguments, of shape [B, L] (``tokens``) or [N].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import metakd
+
+ROWS, LENGTH = 3, 6
+
+
+@dataclass(frozen=True)
+class Case:
+    loss: str
+    build: Callable  # (rand) -> student, teacher, options
+    masks: tuple[str, ...] = ("mask",)
+    tokens: bool = True
+
+    def inputs(self, *, rows=ROWS, length=LENGTH, dtype=torch.float64, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def rand(*shape):
+            sizes = [{"B": rows, "L": length}.get(size, size) for size in shape]
+            return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+
+        return self.build(rand)
+
+    def mask(self, value=True, *, rows=ROWS, length=LENGTH):
+        return torch.full((rows, length) if self.tokens else (rows,), value, dtype=torch.bool)
+
+    def run(self, student, teacher, options, mask=None, **extra):
+        masks = {} if mask is None else dict.fromkeys(self.masks, mask)
+        return getattr(metakd, self.loss)(student, teacher, **options, **masks, **extra)
+
+
+def leaves(student) -> list[torch.Tensor]:
+    return [student] if isinstance(student, torch.Tensor) else list(student)
+
+
+def like(student, tensors):
+    """``tensors`` in the structure of ``student``."""
+    return tensors[0] if isinstance(student, torch.Tensor) else type(student)(tensors)
+
+
+def with_grad(student):
+    return like(student, [tensor.detach().clone().requires_grad_() for tensor in leaves(student)])
+
+
+def logits(loss, **options):
+    return Case(loss, lambda rand: (2 * rand("B", 5), 2 * rand("B", 5), options), tokens=False)
+
+
+def pair(rand, heads, size):
+    return rand("B", heads, "L", size), rand("B", heads, "L", size)
+
+
+def attention(loss, heads_s=2, heads_t=2, **options):
+    masks = ("query_mask", "key_mask")
+    return Case(loss, lambda rand: (pair(rand, heads_s, 3), pair(rand, heads_t, 4), options), masks)
+
+
+def hidden(rand):
+    return [rand("B", "L", 3) for _ in "ab"], [rand("B", "L", 3) for _ in "ab"], {}
+
+
+def projected(rand):
+    options = {"projection": [rand(3, 4), rand(3, 4)], "bias": rand(4)}
+    return [rand("B", "L", 3) for _ in "ab"], [rand("B", "L", 4) for _ in "ab"], options
+
+
+CASES = {
+    "soft_kl": logits("soft_kl", temperature=2.0),
+    "soft_kl unscaled": logits("soft_kl", temperature=0.5, scale_by_temperature=False),
+    "soft_reverse_kl": logits("soft_reverse_kl", temperature=3.0),
+    "soft_jsd": logits("soft_jsd", beta=0.3, temperature=2.0),
+    "soft_jsd 0": logits("soft_jsd", beta=0.0),
+    "hidden_mse": Case("hidden_mse", hidden),
+    "hidden_mse projected": Case("hidden_mse", projected),
+    "hidden_mse pooled": Case(
+        "hidden_mse",
+        lambda rand: (rand("B", 3), rand("B", 4), {"projection": rand(3, 4)}),
+        tokens=False,
+    ),
+    "score gram": attention("attention_score_mse", form="gram"),
+    "score tiled": attention("attention_score_mse", form="tiled"),
+    "score causal": attention("attention_score_mse", causal=True),
+    "score heads": attention("attention_score_mse", heads_t=3),
+    "score all": attention("attention_score_mse", mean_over="all"),
+    "kl": attention("attention_kl"),
+    "kl causal": attention("attention_kl", causal=True, scale=0.7),
+    "kl heads": attention("attention_kl", heads_s=3),
+    "prob": attention("attention_prob_mse"),
+    "prob heads": attention("attention_prob_mse", heads_s=1, mean_over="all"),
+    "relation": Case(
+        "relation_kl",
+        lambda rand: (rand("B", 2, "L", 3), rand("B", 4, "L", 3), {"relation_heads": 3}),
+    ),
+}
