@@ -83,7 +83,7 @@ class Split(Dataset):
         )
         if fraction < 1.0:
             rows = rows[_stratified(self.domain[rows], self.labels[rows], fraction, seed)]
-        return self._select(rows)
+        return self.select(rows)
 
     def with_column(self, name: str, values: Tensor) -> Split:
         """The same split with a value per example added or replaced; batches then carry ``name``.
@@ -97,7 +97,7 @@ class Split(Dataset):
             raise ValueError(f"values: {len(values)} for {len(self)} examples")
         return replace(self, columns={**self.columns, name: values})
 
-    def _select(self, rows: Tensor) -> Split:
+    def select(self, rows: Tensor) -> Split:
         def pick(values):
             return None if values is None else [values[i] for i in rows.tolist()]
 
@@ -195,7 +195,7 @@ def _hold_out(train: Split, rows: list[Row], config: DataConfig, seed: int) -> t
             f"{config.validation_fraction:g} for validation, every domain and label keeping one",
             "Give data.validation, or a larger data.validation_fraction.",
         )
-    return train._select(torch.nonzero(kept).flatten()), train._select(
+    return train.select(torch.nonzero(kept).flatten()), train.select(
         torch.nonzero(~kept).flatten()
     )
 

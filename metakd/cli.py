@@ -1,0 +1,224 @@
+"""The command line: ``metakd STAGE CONFIG.yaml [key=value ...]``.
+
+Everything heavy is imported inside the commands, so that a wrong configuration is refused at once. Started
+plainly it is one process; ``deepspeed --num_gpus N --module metakd ...`` and ``torchrun -m metakd ...`` start several.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from metakd.config import RunConfig, load_config
+from metakd.errors import ConfigError, MetakdError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Compress language models across domains with Meta-KD.",
+)  # fmt: skip
+console = Console()
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override keys of CONFIG")]
+
+
+def _open(config: RunConfig):
+    """A run with its world; here and not above, since torch and DeepSpeed take seconds to import."""
+    from metakd.training.engine import join_world
+    from metakd.training.stages import Run
+
+    return Run(config, join_world(), console, command=shlex.join(["metakd", *sys.argv[1:]]))
+
+
+@app.command()
+def prototypes(config: ConfigPath, overrides: Overrides = None):
+    """Score every training example against class x domain prototypes."""
+    run = _open(load_config(config, overrides or []))
+    run.say(f"prototypes are in {run.prototypes()}")
+
+
+@app.command()
+def teach(config: ConfigPath, overrides: Overrides = None):
+    """Train the teacher (teacher.kind: meta, mix, mtl or single)."""
+    run = _open(load_config(config, overrides or []))
+    for place in run.teach():
+        run.say(f"teacher is in {place}")
+
+
+@app.command()
+def distill(config: ConfigPath, overrides: Overrides = None):
+    """Train one student per domain (or one for all) from the teacher."""
+    run = _open(load_config(config, overrides or []))
+    for place in run.distill():
+        run.say(f"student is in {place}")
+
+
+@app.command()
+def evaluate(config: ConfigPath, overrides: Overrides = None):
+    """Score the saved teacher and students on the test split."""
+    run = _open(load_config(config, overrides or []))
+    _show_evaluation(run, run.evaluate())
+
+
+@app.command(name="run")
+def run_all(config: ConfigPath, overrides: Overrides = None):
+    """All stages in order; what is done already is skipped."""
+    run = _open(load_config(config, overrides or []))
+    _show_evaluation(run, run.evaluate())
+
+
+@app.command()
+def compare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    withhold: Annotated[list[str] | None, typer.Option(help="keep this domain from teacher and prototypes")] = None,
+    data_fraction: Annotated[float | None, typer.Option(help="share of the training examples to use")] = None,
+    gamma2: Annotated[str | None, typer.Option(help="weights of L_TKD to sweep, as in 0,0.2,0.5")] = None,
+):
+    """Compare methods x domains over several seeds; print and write the table."""
+    changes = list(overrides or [])
+    suffix = ""
+    if withhold:
+        changes.append(f"data.withhold={json.dumps(withhold)}")
+        suffix += "-withhold-" + "-".join(withhold)
+    if data_fraction is not None:
+        changes.append(f"data.data_fraction={data_fraction}")
+        suffix += f"-fraction-{data_fraction:g}"
+    checked = load_config(config, changes)
+    # Another question, another answer: variants never overwrite the plain comparison.
+    checked = checked.model_copy(update={"output_dir": checked.output_dir + suffix})
+    from metakd.training.compare import compare as run_compare
+
+    run = _open(checked)
+    _show_comparison(run, run_compare(run, _numbers(gamma2)))
+
+
+def _numbers(text: str | None) -> list[float]:
+    try:
+        return [float(value) for value in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"--gamma2: {text!r} is not a list of numbers", "write it as in 0,0.2,0.5") from None
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[str, typer.Argument(help="receives corpus, encoder and run")] = "runs/quickstart",
+    overrides: Overrides = None,
+):
+    """The whole method on a small synthetic corpus: teacher, students without and with Meta-KD."""
+    from metakd.demo import prepare
+    from metakd.training.compare import compare as run_compare
+
+    run = _open(load_config("configs/quickstart.yaml", [f"output_dir={folder}", *(overrides or [])]))
+    if run.world.is_main:
+        prepare(Path(folder))
+    run.world.barrier()
+    _show_evaluation(run, run.evaluate())
+    _show_comparison(run, run_compare(run))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False):
+    """Print versions, devices, and each backend with the reason why it cannot run an operation."""
+    report = _diagnose()
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    for title, block in report.items():
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, value in block.items():
+            table.add_row(name, str(value))
+        console.print(table)
+
+
+def _diagnose() -> dict[str, dict[str, str]]:
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    from metakd import ops
+
+    versions = {"python": platform.python_version()}
+    for package in ("metakd", "torch", "triton", "transformers", "deepspeed", "datasets"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    devices = {"cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
+    if not torch.cuda.is_available():
+        devices["cuda"] = "none"
+    try:
+        from metakd import _C
+
+        extension = _C.build_info()
+    except ImportError as error:
+        extension = {"metakd._C": f"not built ({error})"}
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    backends = {}
+    for backend in ops.IMPLEMENTS:
+        for kind in kinds:
+            reasons = [ops.why_not(op, backend, kind) for op in ops.OPS]
+            ready = reasons.count(None)
+            missing = next(filter(None, reasons), None)
+            backends[f"{backend} on {kind}"] = f"{ready} of {len(ops.OPS)} losses" + (f"; {missing}" if missing else "")
+    return {"versions": versions, "devices": devices, "extension": extension, "backends": backends}
+
+
+def _show_evaluation(run, scores: dict) -> None:
+    if not run.world.is_main:
+        return
+    table = Table(title=f"accuracy in percent on the {scores['split']} split", title_justify="left")
+    table.add_column("domain")
+    table.add_column("teacher", justify="right")
+    table.add_column("student", justify="right")
+    for domain in run.corpus.domains:
+        key = f"accuracy/{domain}"
+        student = next((s[key] for s in scores["students"].values() if key in s), None)
+        table.add_row(domain, _percent(scores["teacher"].get(key)), _percent(student))
+    run.console.print(table)
+    for place in run.distill():
+        run.say(f"student is in {place}")
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _show_comparison(run, result: dict) -> None:
+    from metakd.training.compare import markdown
+
+    if run.world.is_main:
+        # Not through rich: it would wrap a wide table.
+        print(markdown(result))
+        run.say(f"written to {run.folder}/compare.md, .json and .csv")
+
+
+def main() -> None:
+    """Run the command line; ends the process with the error's exit code (see ``metakd.errors``)."""
+    debug = "--debug" in sys.argv
+    # The deepspeed launcher hands its rank over as an option as well as in the environment.
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug" and not word.startswith("--local_rank")]
+    try:
+        app()
+    except MetakdError as error:
+        if debug:
+            traceback.print_exc()
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"rank {rank}: "
+        print(f"metakd: {where}{error.cause}", file=sys.stderr)
+        if error.remedy:
+            print(f"remedy: {error.remedy}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,188 @@
+"""Taps: read queries, keys, values, hidden states and embeddings out of an encoder while it runs.
+
+Works for every encoder that goes through transformers' attention interface, under SDPA. Nothing is asked of
+the model (no ``output_attentions``, which would force eager attention and [B, A, L, L] maps): layers are
+hooked, and an attention function of our own notes its inputs and hands them on to SDPA.
+Also holds ``layer_map``, which pairs student layers with teacher layers.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from metakd.functional import masked_mean
+
+TAPPED_SDPA = "metakd_sdpa"
+ATTENTION_INPUTS = frozenset({"query", "key", "value"})
+
+# Who records what during the forward pass in hand. A model may carry hooks of several Taps; only the one that
+# called it records, and a recomputed forward (activation checkpointing) records nothing.
+_recording: contextvars.ContextVar[tuple[Taps, Features] | None] = contextvars.ContextVar("metakd_taps", default=None)
+
+
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a batch that an encoder takes."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+
+
+@dataclass
+class Features:
+    """What one forward pass of an encoder showed; only what was asked for is filled in.
+
+    B batch, L length, H hidden width, A heads, D head width, M classes.
+    """
+
+    mask: Tensor  # [B, L], 1 for real tokens
+    logits: Tensor | None = None  # [B, M]
+    embedding: Tensor | None = None  # [B, L, H], the input of the first layer
+    hidden: list[Tensor] = field(default_factory=list)  # per layer [B, L, H]
+    last_hidden: Tensor | None = None  # [B, L, H], after a final norm where the model has one
+    query: list[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
+    key: list[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
+    value: list[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
+    domain: Tensor | None = None  # [B, H], the domain-corrupted representation h_d
+
+
+def _tapped_sdpa(module, query, key, value, attention_mask, **kwargs):
+    taps, features = _recording.get() or (None, None)
+    if taps is not None and taps.needs & ATTENTION_INPUTS:
+        features.query.append(query)
+        # Grouped-query models hold fewer key heads; the losses compare head with head.
+        groups = query.shape[1] // key.shape[1]
+        features.key.append(key.repeat_interleave(groups, dim=1) if groups > 1 else key)
+        features.value.append(value.repeat_interleave(groups, dim=1) if groups > 1 else value)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(TAPPED_SDPA, _tapped_sdpa)
+# Without a mask function of the same name transformers drops the padding mask without a word.
+AttentionMaskInterface.register(TAPPED_SDPA, sdpa_mask)
+
+
+class Taps:
+    """Runs an encoder and returns its ``Features``.
+
+    Args:
+        model: any transformers encoder, bare or with a classification head.
+        needs: the ``Features`` to collect, of embedding, hidden, last_hidden, query, key, value.
+
+    Raises:
+        ValueError: the model's stack of layers cannot be found, or it does not use the attention interface.
+    """
+
+    def __init__(self, model: PreTrainedModel, needs: frozenset[str] | set[str]):
+        self.model = model
+        self.needs = frozenset(needs)
+        self._handles = []
+        self._original_attention = model.config._attn_implementation
+        if self.needs & ATTENTION_INPUTS:
+            model.set_attn_implementation(TAPPED_SDPA)
+            if model.config._attn_implementation != TAPPED_SDPA:
+                raise ValueError(f"model {type(model).__name__} does not use transformers' attention interface")
+        if self.needs & {"embedding", "hidden"}:
+            layers = encoder_layers(model)
+            first = layers[0].register_forward_pre_hook(self._note_embedding, with_kwargs=True)
+            self._handles += [first, *(layer.register_forward_hook(self._note_hidden) for layer in layers)]
+        if "last_hidden" in self.needs:
+            self._handles.append(model.base_model.register_forward_hook(self._note_last_hidden))
+
+    def __call__(self, batch: dict[str, Tensor]) -> Features:
+        """Forward ``batch`` (keys the model does not know are left out); logits are kept if the model has any."""
+        features = Features(mask=batch["attention_mask"])
+        token = _recording.set((self, features))
+        try:
+            output = self.model(**model_inputs(batch))
+        finally:
+            _recording.reset(token)
+        features.logits = getattr(output, "logits", None)
+        if self.needs & ATTENTION_INPUTS and not features.query:
+            raise ValueError(f"model {type(self.model).__name__} does not use transformers' attention interface")
+        return features
+
+    def remove(self) -> None:
+        """Take the hooks out and give the model its own attention function back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self.needs & ATTENTION_INPUTS:
+            self.model.set_attn_implementation(self._original_attention)
+
+    def _features(self, kind: str) -> Features | None:
+        taps, features = _recording.get() or (None, None)
+        return features if taps is self and kind in self.needs else None
+
+    def _note_embedding(self, _module, args, kwargs):
+        if features := self._features("embedding"):
+            features.embedding = args[0] if args else kwargs["hidden_states"]
+
+    def _note_hidden(self, _module, _args, output):
+        if features := self._features("hidden"):
+            features.hidden.append(output if isinstance(output, Tensor) else output[0])
+
+    def _note_last_hidden(self, _module, _args, output):
+        if features := self._features("last_hidden"):
+            features.last_hidden = output[0]
+
+
+def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The stack of transformer layers, whatever the architecture calls it.
+
+    Raises:
+        ValueError: no list of ``num_hidden_layers`` modules exists (for example layers that share weights).
+    """
+    depth = model.config.num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(f"model {type(model).__name__} has no list of {depth} layers to tap")
+
+
+def layer_map(rule: str | Sequence[int], student_layers: int, teacher_layers: int) -> list[int]:
+    """Teacher layer (0-based) for each student layer.
+
+    Args:
+        rule: ``uniform`` (12 -> 4 gives the 3rd, 6th, 9th and 12th), ``last`` (the top layers), or the list itself.
+        student_layers: depth of the student.
+        teacher_layers: depth of the teacher.
+
+    Raises:
+        ValueError: a list of the wrong length or out of range, or a student deeper than the teacher.
+
+    Source: TinyBERT's g(l) (Jiao et al. 2020, section 3.1), used by Meta-KD section 3.3.
+    """
+    if not isinstance(rule, str):
+        if len(rule) != student_layers:
+            raise ValueError(f"layer_map: {len(rule)} entries for a student of {student_layers} layers")
+        if any(not 0 <= layer < teacher_layers for layer in rule):
+            raise ValueError(f"layer_map: {list(rule)} names a layer outside 0..{teacher_layers - 1}")
+        return list(rule)
+    if student_layers > teacher_layers:
+        raise ValueError(f"layer_map: student has {student_layers} layers, teacher only {teacher_layers}")
+    if rule == "last":
+        return list(range(teacher_layers - student_layers, teacher_layers))
+    if rule == "uniform":
+        return [(layer + 1) * teacher_layers // student_layers - 1 for layer in range(student_layers)]
+    raise ValueError(f"layer_map: {rule!r} is neither uniform, last nor a list")
+
+
+def pool(features: Features, rule: str) -> Tensor:
+    """E(X) [B, H] in at least fp32: one vector per example from the last hidden state.
+
+    Args:
+        features: with ``last_hidden`` [B, L, H].
+        rule: ``masked_mean`` over real tokens (the paper), or ``all_but_first``: padding and the closing
+            token count and only the first token is left out (EasyTransfer's release).
+    """
+    if rule == "masked_mean":
+        return masked_mean(features.last_hidden, features.mask)
+    everything = torch.ones_like(features.mask)
+    everything[:, 0] = 0
+    return masked_mean(features.last_hidden, everything)

@@ -1,0 +1,107 @@
+"""What a run tells: a progress bar for people, JSONL and TensorBoard for tools.
+
+Values stay on the device until they are read, once every ``logging_steps``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+
+class Meter:
+    """Running means of device scalars, read with one transfer."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        self._count = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add one micro-batch's scalars; nothing leaves the device."""
+        for name, value in values.items():
+            self._sums[name] = value.float() if name not in self._sums else self._sums[name] + value.float()
+        self._count += 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last read, over all ranks; synchronises with the host."""
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[name] for name in names]) / self._count
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        self._sums.clear()
+        self._count = 0
+        return dict(zip(names, means.tolist(), strict=True))
+
+
+class RunLog:
+    """Writers of one stage; on every rank but the first it writes and shows nothing.
+
+    Args:
+        folder: receives ``log.jsonl`` and ``tensorboard/``.
+        report_to: which of jsonl and tensorboard to write.
+        console: rich console; its bar is shown on a terminal only.
+        active: False on ranks other than the first.
+    """
+
+    def __init__(self, folder: Path | None, report_to: list[str], console: Console, active: bool = True):
+        self._active = active
+        self._jsonl = self._board = None
+        if active and folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if "jsonl" in report_to:
+                self._jsonl = (folder / "log.jsonl").open("a", encoding="utf-8", buffering=1)
+            if "tensorboard" in report_to:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+                self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"), console=console,
+            disable=not (active and console.is_terminal),
+        )  # fmt: skip
+
+    def start(self, title: str, total_steps: int) -> None:
+        """Begin a bar of ``total_steps`` optimizer steps."""
+        self._progress.start()
+        self._task = self._progress.add_task(title, total=total_steps, status="")
+        self._since = time.perf_counter()
+        self._samples = 0
+
+    def advance(self, samples: int) -> None:
+        """One optimizer step over ``samples`` examples (all ranks) is done."""
+        self._samples += samples
+        self._progress.advance(self._task)
+
+    def write(self, step: int, values: dict[str, float], prefix: str = "train") -> None:
+        """Log scalars at an optimizer step."""
+        if prefix == "train":
+            now = time.perf_counter()
+            values = {**values, "samples_per_second": self._samples / max(now - self._since, 1e-9)}
+            self._since, self._samples = now, 0
+            shown = {k: v for k, v in values.items() if not k.endswith("_weighted") and k != "learning_rate"}
+            self._progress.update(self._task, status=" ".join(f"{k} {v:.3g}" for k, v in shown.items()))
+        if self._jsonl:
+            self._jsonl.write(json.dumps({"step": step, "split": prefix, **values}) + "\n")
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(f"{prefix}/{name}", value, step)
+
+    def stop(self) -> None:
+        """End the bar."""
+        self._progress.stop()
+
+    def close(self) -> None:
+        """End the bar and close the files."""
+        self.stop()
+        for writer in (self._jsonl, self._board):
+            if writer:
+                writer.close()

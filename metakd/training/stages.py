@@ -1,0 +1,458 @@
+"""The stages of a run: prototypes, teachers, students, evaluation. Each is a folder with its inputs' digest.
+
+A stage is skipped, and says so, when ``stage.json`` bears the digest of its present inputs (configuration
+blocks, data files, upstream stages, seed); otherwise it is built beside its place and renamed into it, so
+that a folder either holds a finished stage or does not exist.
+
+    <output_dir>/prototypes/                              p[k, m] and the scores t of the training examples
+    <output_dir>/teachers/<kind>-s<seed>[/<domain>]/      save_pretrained, domain parts beside it
+    <output_dir>/students/<method>[-from-<teacher>]-s<seed>/<domain>/   a plain AutoModelForSequenceClassification
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from metakd import __version__
+from metakd.config import DistillConfig, RunConfig
+from metakd.data import Corpus, Split, collate, load_corpus
+from metakd.errors import ConfigError, DataError
+from metakd.method.objective import Distillation, build_terms
+from metakd.method.prototypes import Prototypes, describe_scores, embed
+from metakd.method.recipe import RECIPES, Recipe
+from metakd.method.student import build_student, load_classifier
+from metakd.method.taps import model_inputs
+from metakd.method.teacher import FrozenTeacher, Teacher, domain_loss_floor, false_domains
+from metakd.training.card import write_card
+from metakd.training.engine import (
+    World,
+    compute_dtype,
+    evaluate,
+    fit,
+    seed_everything,
+    to_device,
+)
+from metakd.training.log import RunLog
+
+ALL_DOMAINS = "all"
+
+
+def method_label(distill: DistillConfig, teacher_kind: str | None) -> str:
+    """A student's row in tables and folder names: ``meta-from-meta``, ``finetune``."""
+    return distill.method if teacher_kind is None else f"{distill.method}-from-{teacher_kind}"
+
+
+@dataclass
+class Run:
+    """One run directory, and what its stages share.
+
+    Args:
+        config: the checked configuration.
+        world: from ``engine.join_world``.
+        console: where the first rank talks.
+        command: how the run was started; recorded with every stage.
+    """
+
+    config: RunConfig
+    world: World = field(default_factory=World)
+    console: Console = field(default_factory=Console)
+    command: str = ""
+    _finished: dict[Path, dict] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The run directory."""
+        return Path(self.config.output_dir)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """Paper or released form of the method."""
+        return RECIPES[self.config.compat]
+
+    @cached_property
+    def tokenizer(self):
+        """The tokenizer of the pre-trained encoder; teacher and students share it."""
+        try:
+            return AutoTokenizer.from_pretrained(self.config.teacher.model)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"teacher.model: {self.config.teacher.model} cannot be loaded: {str(error).splitlines()[0]}",
+                "give a directory written by save_pretrained, or the id of a model on the hub",
+            ) from error
+
+    @cached_property
+    def collate(self):
+        """Examples to a padded batch."""
+        return collate(self.tokenizer)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The tokenised corpus."""
+        corpus = load_corpus(self.config.data, self.tokenizer, seed=self.config.seed)
+        unknown = set(self.config.distill.domains or []) - set(corpus.domains)
+        if unknown:
+            raise ConfigError(
+                f"distill.domains: {', '.join(sorted(unknown))} not among {', '.join(corpus.domains)}",
+                "correct the names",
+            )
+        return corpus
+
+    @cached_property
+    def student_domains(self) -> list[str]:
+        """The domains to make students for, or the one student for all."""
+        if self.config.distill.one_student_for_all:
+            return [ALL_DOMAINS]
+        return self.config.distill.domains or self.corpus.domains
+
+    @cached_property
+    def data_digest(self) -> str:
+        """SHA-256 over the data block and the content of its local files."""
+        digest = hashlib.sha256(self.config.data.model_dump_json().encode())
+        for source in filter(None, (self.config.data.train, self.config.data.validation, self.config.data.test)):
+            path = Path(source)
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.is_file():
+                    digest.update(file.name.encode() + file.read_bytes())
+        return digest.hexdigest()
+
+    def say(self, text: str) -> None:
+        """One line on the console, from the first rank only."""
+        if self.world.is_main:
+            self.console.print(text, markup=False, highlight=False)
+
+    def stage(self, place: Path, inputs: dict, build: Callable[[Path], dict], keep: bool = True) -> dict:
+        """Build ``place`` unless it was built from these very inputs, and return its result.
+
+        Args:
+            place: folder of the stage, under the run directory.
+            inputs: everything that decides the result, as JSON values.
+            build: writes into the folder it is given and returns the result; called on every rank.
+            keep: keep the files ``build`` wrote; False leaves the result and the log alone.
+        """
+        if place in self._finished:
+            return self._finished[place]
+        name = str(place.relative_to(self.folder))
+        common = {"version": __version__, "data": self.data_digest, "seed": self.config.seed, "zero": self.config.zero,
+                  "precision": [self.config.bf16, self.config.fp16], "compat": self.config.compat}  # fmt: skip
+        digest = hashlib.sha256(json.dumps({**common, **inputs}, sort_keys=True).encode()).hexdigest()
+        record = place / "stage.json"
+        stored = json.loads(record.read_text()) if self.world.is_main and record.exists() else {}
+        stored = self.world.agree(stored)
+        if stored.get("inputs") == digest and (stored["kept"] or not keep):
+            self.say(f"{name}: inputs unchanged, skipped")
+            result = stored["result"]
+        else:
+            self.say(f"{name}: running")
+            building = place.with_name(f".tmp-{place.name}")
+            if self.world.is_main:
+                shutil.rmtree(building, ignore_errors=True)
+                building.mkdir(parents=True)
+            self.world.barrier()
+            since = time.perf_counter()
+            result = self.world.agree(build(building))
+            if self.world.is_main:
+                done = {"inputs": digest, "kept": keep, "command": self.command,
+                        "seconds": round(time.perf_counter() - since, 1), "world_size": self.world.size,
+                        "result": result}  # fmt: skip
+                if not keep:
+                    for file in building.iterdir():
+                        if file.is_file() and file.name != "log.jsonl":
+                            file.unlink()
+                (building / "stage.json").write_text(json.dumps(done, indent=1))
+                shutil.rmtree(place, ignore_errors=True)
+                building.rename(place)
+            self.world.barrier()
+        self._finished[place] = result
+        return result
+
+    def stage_result(self, place: Path) -> dict:
+        """The result of a stage that this run has asked for."""
+        return self._finished[place]
+
+    def _settings(self, *blocks: str) -> dict:
+        return {block: self.config.model_dump(mode="json")[block] for block in blocks}
+
+    def _is_taught(self, split: Split) -> Tensor:
+        """[N], False for examples of domains that are withheld from prototypes and teachers."""
+        withheld = [self.corpus.domains.index(name) for name in self.config.data.withhold]
+        return ~torch.isin(split.domain, torch.tensor(withheld, dtype=torch.long))
+
+    def _taught_part(self, split: Split, domain: str) -> Split:
+        return self._part(split.select(self._is_taught(split).nonzero().flatten()), domain)
+
+    def _part(self, split: Split, domain: str) -> Split:
+        return split if domain == ALL_DOMAINS else split.view(self.corpus.domains.index(domain))
+
+    def _log(self, folder: Path) -> RunLog:
+        return RunLog(folder, self.config.report_to, self.console, active=self.world.is_main)
+
+    def _score(self, classify: Callable, split: Split, training) -> dict[str, float]:
+        return evaluate(
+            classify, split, self.collate,
+            domains=self.corpus.domains, batch_size=training.per_device_eval_batch_size, world=self.world,
+        )  # fmt: skip
+
+    # Prototypes
+
+    def prototypes(self) -> Path:
+        """Prototypes of the pre-trained encoder, and the score t of every training example."""
+        place = self.folder / "prototypes"
+        inputs = {"stage": "prototypes", **self._settings("prototypes"), "encoder": self.config.teacher.model}
+        self.stage(place, inputs, self._build_prototypes)
+        return place
+
+    def _build_prototypes(self, folder: Path) -> dict:
+        if not self.world.is_main:
+            return {}
+        train = self.corpus.train
+        encoder = AutoModel.from_pretrained(self.config.teacher.model, attn_implementation="sdpa", dtype=torch.float32)
+        encoder.to(self.world.device)
+        order = torch.tensor(train.lengths).argsort()
+        chunks = order.split(self.config.teacher.training.per_device_eval_batch_size)
+        batches = (to_device(self.collate([train[row] for row in rows.tolist()]), self.world.device) for rows in chunks)
+        embedding = embed(encoder, batches, self.recipe)[order.argsort()]
+        taught = self._is_taught(train)
+        fitted = Prototypes.fit(
+            embedding[taught], train.domain[taught], train.labels[taught],
+            num_domains=len(self.corpus.domains), num_classes=len(self.corpus.label2id),
+            alpha=self.config.prototypes.alpha, rescale=self.config.prototypes.rescale, recipe=self.recipe,
+        )  # fmt: skip
+        fitted.save(folder)
+        score = fitted.score(embedding, train.domain, train.labels)
+        save_file({"t": score.contiguous()}, folder / "scores.safetensors")
+        described = describe_scores(score, report=lambda text: self.say(f"warning: {text}"))
+        self.say(f"prototypes: t mean {described['mean']:.4f}, standard deviation {described['std']:.4f}")
+        return described
+
+    def _scored_train(self) -> Split:
+        scores: Tensor = load_file(self.prototypes() / "scores.safetensors")["t"]
+        return self.corpus.train.with_column("t", scores)
+
+    # Teachers
+
+    def teach(self, kind: str | None = None, seed: int | None = None) -> list[Path]:
+        """Train the teacher(s) of one kind; returns their folders: one, or one per domain for ``single``."""
+        kind = kind or self.config.teacher.kind
+        seed = self.config.seed if seed is None else seed
+        place = self.folder / "teachers" / f"{kind}-s{seed}"
+        if kind != "single":
+            places = {place: ALL_DOMAINS}
+        else:
+            places = {place / name: name for name in self.corpus.domains if name not in self.config.data.withhold}
+        teacher = self.config.teacher.model_dump(mode="json", exclude={"kind"})
+        for place, domain in places.items():
+            inputs = {"stage": "teacher", "teacher": teacher, "kind": kind, "teacher_seed": seed, "domain": domain}
+            if kind == "meta":
+                inputs |= self._settings("prototypes")
+            self.stage(place, inputs, lambda folder, domain=domain: self._build_teacher(folder, kind, domain, seed))
+        return list(places)
+
+    def _build_teacher(self, folder: Path, kind: str, domain: str, seed: int) -> dict:
+        config, corpus = self.config.teacher, self.corpus
+        seed_everything(seed)
+        outputs = len(corpus.label2id) * len(corpus.domains) if kind == "mtl" else None
+        model = load_classifier(config.model, corpus.label2id, outputs)
+        teacher = Teacher(model, kind, corpus.domains, config.gamma1, self.recipe, self.config.data.withhold)
+        teacher.to(self.world.device)
+        train = self._taught_part(self._scored_train() if kind == "meta" else corpus.train, domain)
+        validation = self._taught_part(corpus.validation, domain)
+
+        def corrupt(epoch: int) -> dict[str, Tensor]:
+            drawn = false_domains(
+                train.domain, len(corpus.domains),
+                seed=seed * 1000 + epoch, always_false=self.recipe.false_label_always_false,
+            )  # fmt: skip
+            return {"false_domain": drawn}
+
+        def classify(batch):
+            return teacher.features(batch).logits
+
+        log = self._log(folder)
+        best = fit(
+            teacher, train, self.collate,
+            config=self.config, training=config.training, world=self.world, log=log, title=f"teacher {kind}", seed=seed,
+            columns=corrupt if teacher.trains_domain_loss else None,
+            score=lambda: self._score(classify, validation, config.training),
+        )  # fmt: skip
+        result = {"validation": best}
+        if corpus.test is not None:
+            result["test"] = self._score(classify, self._part(corpus.test, domain), config.training)
+        if teacher.trains_domain_loss:
+            result["domain_loss_ln_k"], result["domain_loss_ln_k_minus_1"] = domain_loss_floor(len(corpus.domains))
+        log.close()
+        if self.world.is_main:
+            teacher.float().save(folder, self.tokenizer)
+        return result
+
+    # Students
+
+    def distill(self, domains: list[str] | None = None) -> list[Path]:
+        """Train the students of the configured method; returns their folders."""
+        distill = self.config.distill
+        kind = {"finetune": None, "mtn_kd": "single", "meta": "meta"}.get(distill.method, self.config.teacher.kind)
+        return [
+            self.student(domain, distill, kind, self.config.seed, self.config.seed)[0]
+            for domain in domains or self.student_domains
+        ]
+
+    def student(
+        self,
+        domain: str,
+        distill: DistillConfig,
+        teacher_kind: str | None,
+        seed: int,
+        teacher_seed: int,
+        keep: bool = True,
+        label: str | None = None,
+    ) -> tuple[Path, dict]:
+        """Train one student.
+
+        Args:
+            domain: its domain, or ``all``.
+            distill: method, terms, schedule.
+            teacher_kind: whom it learns from; None for fine-tuning alone.
+            seed: of the student.
+            teacher_seed: which teacher of that kind.
+            keep: keep the weights, or the scores alone.
+            label: row name; by default from method and teacher.
+
+        Returns:
+            Its folder and its result: validation and test scores, parameters.
+
+        Raises:
+            ConfigError: the domain's single teacher is withheld, or the domain does not exist.
+        """
+        if domain not in (ALL_DOMAINS, *self.corpus.domains):
+            raise ConfigError(f"domain: {domain} is not among {', '.join(self.corpus.domains)}", "correct the name")
+        teachers = self.teach(teacher_kind, teacher_seed) if teacher_kind else []
+        if teacher_kind == "single" and distill.method != "mtn_kd":
+            teachers = [place for place in teachers if place.name == domain]
+            if not teachers:
+                raise ConfigError(
+                    f"{distill.method}: there is no single teacher of {domain}",
+                    "name another teacher: its domain is withheld, or the student serves all domains",
+                )
+        label = label or method_label(distill, teacher_kind)
+        place = self.folder / "students" / f"{label}-s{seed}" / domain
+        inputs = {
+            "stage": "student", "domain": domain, "distill": distill.model_dump(mode="json", exclude={"domains"}),
+            "student_seed": seed, "teacher_seed": teacher_seed if teacher_kind else None, "teacher_kind": teacher_kind,
+            **self._settings("student", "teacher", "prototypes"),
+        }  # fmt: skip
+        result = self.stage(
+            place, inputs, lambda folder: self._build_student(folder, domain, distill, teachers, seed, label), keep
+        )
+        return place, result
+
+    def _build_student(
+        self, folder: Path, domain: str, distill: DistillConfig, teacher_folders: list[Path], seed: int, label: str
+    ) -> dict:
+        corpus, device = self.corpus, self.world.device
+        weighted = distill.method == "meta"
+        train = self._part(self._scored_train() if weighted else corpus.train, domain)
+        validation = self._part(corpus.validation, domain)
+        if not len(train) or not len(validation):
+            raise DataError(f"domain {domain}: no {'validation' if len(train) else 'training'} examples", "add some")
+
+        dtype = compute_dtype(self.config, device)
+        teachers = [Teacher.load(path, self.recipe).to(device=device, dtype=dtype) for path in teacher_folders]
+        seed_everything(seed)
+        copied = teacher_folders[0] if len(teachers) == 1 and self.config.student.copy_from == "teacher" else None
+        student = build_student(
+            self.config.student,
+            source=str(copied or self.config.teacher.model),
+            tokenizer=self.tokenizer,
+            label2id=corpus.label2id,
+        )
+        shape = teachers[0].model.config if teachers else student.config
+        terms = build_terms(
+            distill,
+            student_layers=student.config.num_hidden_layers,
+            teacher_layers=shape.num_hidden_layers,
+            recipe=self.recipe,
+        )
+        module = Distillation(
+            student, terms,
+            teacher_hidden=shape.hidden_size, num_domains=len(corpus.domains),
+            weigh_by_expertise=weighted, recipe=self.recipe,
+        ).to(device)  # fmt: skip
+
+        def classify(batch):
+            return student(**model_inputs(batch)).logits
+
+        phases = [(terms, distill.training, lambda: self._score(classify, validation, distill.training))]
+        early = [term for term in terms if term.intermediate]
+        if distill.schedule == "two_stage" and early:
+            late = [term for term in terms if not term.intermediate]
+            phases = [(early, distill.intermediate, None), (late, *phases[0][1:])]
+
+        log = self._log(folder)
+        best = {}
+        for number, (wanted, training, score) in enumerate(phases):
+            module.restrict(wanted)
+            frozen = FrozenTeacher(teachers, module.needs | ({"logits"} if weighted else set())) if teachers else None
+            best = fit(
+                module, train, self.collate,
+                config=self.config, training=training, world=self.world, log=log, teacher=frozen, score=score, seed=seed,
+                title=f"{label} {domain}" + (f", stage {number + 1} of 2" if len(phases) > 1 else ""),
+            )  # fmt: skip
+            if frozen:
+                frozen.remove()
+        result = {"label": label, "domain": domain, "validation": best,
+                  "parameters": sum(p.numel() for p in student.parameters())}  # fmt: skip
+        if corpus.test is not None:
+            result["test"] = self._score(classify, self._part(corpus.test, domain), distill.training)
+        log.close()
+        student = module.detach().float()
+        if self.world.is_main:
+            student.config.dtype = torch.float32
+            student.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            write_card(folder, result, self.config, self.command, seed)
+        return result
+
+    # Evaluation
+
+    def evaluate(self) -> dict:
+        """Score the saved teacher and students on the test split (validation without one), from their files.
+
+        Returns:
+            ``{"split": ..., "teacher": scores, "students": {domain: scores}}``, also written to ``evaluation.json``.
+        """
+        split_name = "validation" if self.corpus.test is None else "test"
+        split = self.corpus.test or self.corpus.validation
+        training = self.config.distill.training
+        scores = {"split": split_name, "teacher": {}, "students": {}}
+        for place in self.teach():
+            teacher = Teacher.load(place, self.recipe).to(self.world.device).eval()
+            domain = place.name if teacher.kind == "single" else ALL_DOMAINS
+            scores["teacher"] |= self._score(
+                lambda batch, teacher=teacher: teacher.features(batch).logits, self._part(split, domain), training
+            )
+        for place in self.distill():
+            student = AutoModelForSequenceClassification.from_pretrained(place).to(self.world.device).eval()
+
+            def classify(batch, student=student):
+                return student(**model_inputs(batch)).logits
+
+            scores["students"][place.name] = self._score(classify, self._part(split, place.name), training)
+        if self.world.is_main:
+            (self.folder / "evaluation.json").write_text(json.dumps(scores, indent=1))
+        return scores
+
+    def run(self) -> dict:
+        """Everything: prototypes, teacher, students, evaluation; what is already done is skipped."""
+        return self.evaluate()
