@@ -1,11 +1,10 @@
-"""Domains, tokenising and batching: from the ``data`` block of a configuration to batches of
-tensors.
+"""Domains, tokenising and batching: from the ``data`` block of a configuration to batches.
 
 ``load_corpus`` reads, checks (``metakd.reading``), tokenises and splits; a ``Split`` holds its
 examples in memory; ``StepSampler`` decides which examples make up each optimizer step; ``collate``
 pads them. Imports ``metakd.reading``, ``metakd.config``, ``metakd.errors`` and torch.
 
-Sizes: N examples, S examples per step.
+Sizes: N examples of a split, B of a batch, L tokens.
 """
 
 from __future__ import annotations
@@ -195,9 +194,7 @@ def _hold_out(train: Split, rows: list[Row], config: DataConfig, seed: int) -> t
             f"{config.validation_fraction:g} for validation, every domain and label keeping one",
             "Give data.validation, or a larger data.validation_fraction.",
         )
-    return train.select(torch.nonzero(kept).flatten()), train.select(
-        torch.nonzero(~kept).flatten()
-    )
+    return train.select(torch.nonzero(kept).flatten()), train.select(torch.nonzero(~kept).flatten())
 
 
 def _stratified(domain: Tensor, labels: Tensor, fraction: float, seed: int) -> Tensor:

@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -315,22 +316,33 @@ def _unpack(wheel: Path, folder: Path) -> None:
 def train_tokenizer(texts: list[str], vocab_size: int = 4000) -> PreTrainedTokenizerFast:
     """A lower-casing WordPiece tokenizer with BERT's special tokens and pair layout.
 
+    Its pieces are the single characters and then the most frequent words: enough for small
+    corpora, and the same texts give the same ids, which the trainers of ``tokenizers`` do not.
+
     Args:
-        texts: what to learn the pieces from.
+        texts: what to take the pieces from.
         vocab_size: at most so many pieces, special tokens included.
     """
     special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-    tokenizer = Tokenizer(models.WordPiece(unk_token=special["unk"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for text in texts:
+        pieces = pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text))
+        counts.update(word for word, _ in pieces)
+    characters = sorted(set("".join(counts)))
+    by_count = sorted(counts, key=lambda word: (-counts[word], word))
+    pieces = [*special.values(), *characters, *(f"##{c}" for c in characters), *by_count]
+    vocabulary = {piece: i for i, piece in enumerate(list(dict.fromkeys(pieces))[:vocab_size])}
+
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk"]))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -344,12 +356,12 @@ def scratch_encoder(
     folder: str | Path,
     texts: list[str],
     *,
-    hidden_size: int = 192,
+    hidden_size: int = 128,
     layers: int = 4,
-    heads: int = 6,
+    heads: int = 4,
     vocab_size: int = 4000,
-    mlm_steps: int = 600,
-    batch_size: int = 32,
+    mlm_steps: int = 400,
+    batch_size: int = 16,
     max_length: int = 64,
     learning_rate: float = 1e-3,
     seed: int = 0,
@@ -407,13 +419,18 @@ def _fill_in(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
     )
-    model.train()
-    for _ in range(steps):
-        chosen = torch.randint(len(encoded), (batch_size,)).tolist()
-        batch = collator([{"input_ids": encoded[i]} for i in chosen])
-        model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small gain little from two, and lose 8x on busy cores
+    try:
+        model.train()
+        for _ in range(steps):
+            chosen = torch.randint(len(encoded), (batch_size,)).tolist()
+            batch = collator([{"input_ids": encoded[i]} for i in chosen])
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    finally:
+        torch.set_num_threads(threads)
     model.eval()
