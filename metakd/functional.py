@@ -128,12 +128,11 @@ def _call(op: str, backend: str, device: torch.device, *args, **kwargs):
 
 
 def _reduce(rows: Tensor, weight: Tensor | None, mask: Tensor | None, reduction: str) -> Tensor:
-    """Weighted rows, reduced. Masked rows (and their weights) are replaced by 0, never multiplied
-    by it."""
+    """Weighted rows, reduced. Masked rows are replaced by 0, never multiplied by it."""
     _check_choice("reduction", reduction, ("mean", "sum", "none"))
     if weight is not None:
         _check_tensor("weight", weight, rows.shape, rows.device)
-        rows = rows * (weight if mask is None else weight.masked_fill(~mask, 0.0)).to(rows.dtype)
+        rows = rows * weight.to(rows.dtype)
     if mask is not None:
         rows = rows.masked_fill(~mask, 0.0)
     if reduction == "none":
@@ -166,8 +165,8 @@ def _soft(
     _check_positive("temperature", temperature)
     mask = _as_mask("mask", mask, student.shape[:-1], student.device)
     if mask is not None:
+        # The fill cuts the student's gradient, so the teacher's masked rows may hold anything.
         student = student.masked_fill(~mask[..., None], 0.0)
-        teacher = teacher.masked_fill(~mask[..., None], 0.0)
     rows = _call(
         op,
         backend,

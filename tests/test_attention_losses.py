@@ -171,6 +171,24 @@ def test_queries_that_see_no_key_are_left_out(loss):
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, own))
 
 
+@pytest.mark.parametrize("heads", [1, 3, 7])
+def test_masked_queries_are_exactly_zero_under_mean_maps(heads):
+    """Means of uniform maps are uniform only up to rounding: masked queries are cut, not summed."""
+    student, teacher = sides(heads, 2)
+    nobody = torch.zeros(3, 7, dtype=torch.bool)
+    for loss in (reference.attention_kl, reference.attention_prob_mse):
+        assert loss(student, teacher, query_mask=nobody).eq(0).all()
+
+
+def test_example_without_keys_is_a_masked_row():
+    student, teacher = sides()
+    keys = left_aligned([0, 4, 7], 7)
+    options = {"query_mask": torch.ones_like(keys), "key_mask": keys}
+    rows = metakd.attention_kl(student, teacher, **options, reduction="none")
+    assert rows[0] == 0
+    torch.testing.assert_close(metakd.attention_kl(student, teacher, **options), rows[1:].mean())
+
+
 def test_relation_kl_regroups_heads():
     """R relation heads over heads laid side by side: the first takes the first A * D / R
     features."""

@@ -136,13 +136,16 @@ def test_padding_changes_nothing(name):
 @every_case
 def test_mean_divides_by_rows_not_by_weights(case):
     inputs = case.inputs()
+    own = with_grad(inputs[0])
     mask = case.mask()
     mask[1] = False
     weight = torch.tensor([0.5, math.nan, 3.0], dtype=torch.float64)
     rows = case.run(*inputs, mask, reduction="none")
     assert rows.shape == (ROWS,) and rows[1] == 0
     weighted = 0.5 * rows[0] + 3.0 * rows[2]
-    torch.testing.assert_close(case.run(*inputs, mask, weight=weight), weighted / 2)
+    loss = case.run(own, *inputs[1:], mask, weight=weight)
+    torch.testing.assert_close(loss, weighted / 2)
+    assert all(gradient.isfinite().all() for gradient in gradients(loss, own))
     torch.testing.assert_close(case.run(*inputs, mask, weight=weight, reduction="sum"), weighted)
     torch.testing.assert_close(case.run(*inputs), case.run(*inputs, reduction="none").mean())
 
