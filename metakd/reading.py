@@ -32,7 +32,7 @@ OVERLAP_ALLOWED = 0.01
 """Share of the rows of validation or test that may also be in train without being a problem."""
 
 _LINE_END = re.compile(rb"(?<=\n)|(?<=\r)(?!\n)")
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")
 
 
@@ -98,9 +98,9 @@ def read_corpus(config: DataConfig) -> RawCorpus:
 
     A source is a ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file, a folder of such files (one
     per domain, the file's stem being the domain, whatever a domain column says; names starting with
-    a dot are skipped) or a hub id. UTF-8 with or without a byte order mark, and any line ending,
-    are accepted; TSV follows the quoting rules of CSV. Labels are strings or integers; integers are
-    kept as their decimal text.
+    a dot are skipped) or a hub id ``owner/name``. UTF-8 with or without a byte order mark, and any
+    line ending, are accepted; TSV follows the quoting rules of CSV. Labels are strings or integers;
+    integers are kept as their decimal text.
 
     Labels and domains come from the training split; one of them that only validation or test has is
     a problem. A row of validation or test whose text, pair and domain are also in train leaks: up
@@ -188,17 +188,15 @@ def _read_source(source: str, split: str, config: DataConfig, problems: _Problem
         near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         close = get_close_matches(path.name, near, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        problems.lose_rows(source, None, f"no such file or folder{hint}")
+        problems.lose_rows(source, None, f"no such file or folder, nor a hub id owner/name{hint}")
         return []
     return _check_rows(table, config, None, problems) if table else []
 
 
 def _is_hub_id(source: str) -> bool:
-    """``name`` or ``owner/name``; an extension or an existing parent folder means a wrong path."""
+    """``owner/name``; an extension or an existing parent folder means a wrong path."""
     path = Path(source)
-    looks_like_file = _FILE_SUFFIX.fullmatch(path.suffix) or (
-        "/" in source and path.parent.is_dir()
-    )
+    looks_like_file = _FILE_SUFFIX.fullmatch(path.suffix) or path.parent.is_dir()
     return bool(_HUB_ID.fullmatch(source)) and not looks_like_file
 
 

@@ -69,7 +69,9 @@ BROKEN = {
     "missing file, near miss": (
         {"trian.csv": CSV},
         {},
-        ["train.csv:-:-: no such file or folder; did you mean 'trian.csv'?"],
+        [
+            "train.csv:-:-: no such file or folder, nor a hub id owner/name; did you mean 'trian.csv'?"
+        ],
     ),
     "missing test file": (
         {"train.csv": CSV, "test.csv": None},
