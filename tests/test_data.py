@@ -70,10 +70,8 @@ BROKEN = {
         {"trian.csv": CSV},
         {},
         [
-            [
-                "train.csv:-:-: no such file or folder, nor a hub id owner/name; "
-                "did you mean 'trian.csv'?"
-            ],
+            "train.csv:-:-: no such file or folder, nor a hub id owner/name; "
+            "did you mean 'trian.csv'?"
         ],
     ),
     "missing test file": (
