@@ -11,7 +11,6 @@ import os
 import shlex
 import sys
 import traceback
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,9 +32,12 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 def _open(config: RunConfig):
     """A run with its world; here and not above, since torch and DeepSpeed take seconds to import."""
+    from transformers.utils.logging import disable_progress_bar
+
     from metakd.training.engine import join_world
     from metakd.training.stages import Run
 
+    disable_progress_bar()  # one bar per stage is enough
     return Run(config, join_world(), console, command=shlex.join(["metakd", *sys.argv[1:]]))
 
 
@@ -118,12 +120,14 @@ def quickstart(
     from metakd.demo import prepare
     from metakd.training.compare import compare as run_compare
 
-    run = _open(load_config("configs/quickstart.yaml", [f"output_dir={folder}", *(overrides or [])]))
-    if run.world.is_main:
-        prepare(Path(folder))
-    run.world.barrier()
-    _show_evaluation(run, run.evaluate())
+    # Several ranks would race for the same files.
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("quickstart runs as one process", "start it plainly: metakd quickstart")
+    run = _open(load_config(str(prepare(folder)), overrides or []))
+    run.evaluate()
     _show_comparison(run, run_compare(run))
+    for place in run.distill():
+        run.say(f"student is in {place}")
 
 
 @app.command()

@@ -434,3 +434,51 @@ def _fill_in(
     finally:
         torch.set_num_threads(threads)
     model.eval()
+
+
+def prepare(folder: str | Path) -> Path:
+    """Everything the quickstart needs: a corpus, an encoder, and the configuration that joins them.
+
+    Args:
+        folder: receives ``corpus/``, ``encoder/`` and ``config.yaml``; what is there already is kept.
+
+    Returns:
+        The configuration's path, for ``metakd run`` or ``metakd compare``.
+    """
+    folder = Path(folder)
+    corpus, config = folder / "corpus", folder / "config.yaml"
+    if not (corpus / "test.jsonl").is_file():
+        write_corpus(corpus)
+    with (corpus / "train.jsonl").open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    encoder = pretrained_encoder(folder / "encoder", texts)
+    if not config.is_file():
+        config.write_text(_CONFIG.format(folder=folder, corpus=corpus, encoder=encoder), encoding="utf-8")
+    return config
+
+
+# Two of the encoder's layers, so that the student has something to gain from a teacher. Every row of the
+# comparison starts from the same copied layers of the pre-trained encoder.
+_CONFIG = """\
+# Made by `metakd quickstart`; change it and run `metakd run` or `metakd compare` on it.
+output_dir: {folder}
+data:
+  train: {corpus}/train.jsonl
+  validation: {corpus}/validation.jsonl
+  test: {corpus}/test.jsonl
+  max_length: 64
+teacher:
+  model: {encoder}
+  training: {{num_train_epochs: 2, learning_rate: 5.0e-5}}
+student:
+  layers: [1, 3]
+  copy_from: encoder
+distill:
+  training: {{num_train_epochs: 3, learning_rate: 1.0e-4, per_device_train_batch_size: 16}}
+compare:
+  rows:
+    - {{method: finetune}}
+    - {{method: meta, teacher: meta}}
+  seeds: [42]
+  keep_students: true
+"""

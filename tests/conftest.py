@@ -45,3 +45,48 @@ def shared_data():
         return path
 
     return folder
+
+
+@pytest.fixture
+def tiny_bert():
+    """``tiny_bert(layers=2, hidden=32, ...)``: a random BERT classifier under SDPA, in eval mode."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    def build(layers=2, hidden=32, heads=4, labels=2, **options):
+        config = BertConfig(
+            vocab_size=50,
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            intermediate_size=2 * hidden,
+            max_position_embeddings=16,
+            num_labels=labels,
+            initializer_range=0.2,  # with BERT's 0.02 a tiny model says almost the same of any text
+            attn_implementation="sdpa",
+            **options,
+        )
+        return BertForSequenceClassification(config).eval()
+
+    return build
+
+
+@pytest.fixture
+def make_batch():
+    """``make_batch(rows=4, ...)``: a padded batch of random tokens (ids below 50) with every column
+    that training uses."""
+
+    def build(rows=4, length=7, domains=3, labels=2):
+        lengths = length - torch.arange(rows) % (length - 2)
+        mask = (torch.arange(length) < lengths[:, None]).long()
+        domain = torch.arange(rows) % domains
+        return {
+            "input_ids": torch.randint(1, 50, (rows, length)) * mask,
+            "attention_mask": mask,
+            "token_type_ids": torch.zeros(rows, length, dtype=torch.long),
+            "labels": torch.randint(labels, (rows,)),
+            "domain": domain,
+            "false_domain": (domain + 1) % domains,
+            "t": torch.rand(rows),
+        }
+
+    return build

@@ -293,4 +293,5 @@ class Distillation(nn.Module):
             logged[f"{term.name}_weighted"] = weighted.detach().mean()
         if expertise is not None:
             logged["expertise"] = expertise.mean()
+            logged["expertise_std"] = expertise.std(correction=0)
         return StepOutput(total, logged)

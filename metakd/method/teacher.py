@@ -130,7 +130,8 @@ class Teacher(nn.Module):
         terms = {"ce": cross_entropy}
         rows = cross_entropy
         if self.kind == "meta":
-            score = batch["t"]
+            # A cosine can fall below 0; a negative weight would teach the opposite of the label.
+            score = batch["t"].clamp(min=0.0)
             rows = terms["ce_weighted"] = score * cross_entropy
             if self.trains_domain_loss:
                 domain_logits = self.domain_classifier(features.domain).float()

@@ -170,6 +170,10 @@ def fit(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config, training)
     )
+    if config.zero == 0:
+        # In half precision DeepSpeed allocates its state by a step on zero gradients, which would shift Adam's
+        # bias correction by one and shorten the first updates by a quarter.
+        optimizer.state.clear()
     torch.manual_seed(seed * world.size + world.rank)  # dropout differs between ranks
 
     meter, best, best_state, step = Meter(), {}, None, 0

@@ -118,13 +118,14 @@ class Run:
         return self.config.distill.domains or self.corpus.domains
 
     @cached_property
-    def data_digest(self) -> str:
-        """SHA-256 over the data block and the content of its local files."""
-        digest = hashlib.sha256(self.config.data.model_dump_json().encode())
-        for source in filter(None, (self.config.data.train, self.config.data.validation, self.config.data.test)):
-            path = Path(source)
+    def source_digest(self) -> str:
+        """SHA-256 over the data block and the content of the local files and models that the run reads."""
+        data = self.config.data
+        digest = hashlib.sha256(data.model_dump_json().encode())
+        sources = (data.train, data.validation, data.test, self.config.teacher.model, self.config.student.model)
+        for path in map(Path, filter(None, sources)):
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.is_file():
+                if file.is_file():  # a hub id names no file; its name is in the configuration
                     digest.update(file.name.encode() + file.read_bytes())
         return digest.hexdigest()
 
@@ -145,7 +146,7 @@ class Run:
         if place in self._finished:
             return self._finished[place]
         name = str(place.relative_to(self.folder))
-        common = {"version": __version__, "data": self.data_digest, "seed": self.config.seed, "zero": self.config.zero,
+        common = {"version": __version__, "sources": self.source_digest, "seed": self.config.seed, "zero": self.config.zero,
                   "precision": [self.config.bf16, self.config.fp16], "compat": self.config.compat}  # fmt: skip
         digest = hashlib.sha256(json.dumps({**common, **inputs}, sort_keys=True).encode()).hexdigest()
         record = place / "stage.json"

@@ -1,0 +1,362 @@
+"""The loop and the stages: what must not depend on batches, ranks or restarts, and what a run leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from metakd import demo
+from metakd.config import TrainingConfig, load_config
+from metakd.errors import DivergedError, UnsupportedError
+from metakd.method.teacher import StepOutput
+from metakd.training import compare as comparison
+from metakd.training.engine import World, compute_dtype, fit, join_world
+from metakd.training.log import RunLog
+from metakd.training.stages import Run
+
+SETTINGS = {
+    "data": {"max_length": 24},
+    "teacher": {"training": {"num_train_epochs": 1, "learning_rate": 1e-3}},
+    "student": {"layers": [1]},
+    "distill": {"training": {"num_train_epochs": 1, "learning_rate": 1e-3}},
+    "report_to": ["jsonl"],
+    "logging_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def world():
+    return join_world()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A corpus of 4 x 12 examples and an encoder of two layers without dropout, so that runs can be compared."""
+    folder = tmp_path_factory.mktemp("source")
+    demo.write_corpus(folder / "corpus", train=12, validation=4, test=6)
+    texts = [row["text"] for row in rows_of(folder / "corpus" / "train.jsonl")]
+    demo.scratch_encoder(
+        folder / "encoder", texts, hidden_size=32, layers=2, heads=2, vocab_size=300, mlm_steps=0
+    )
+    config = folder / "encoder" / "config.json"
+    shape = json.loads(config.read_text())
+    config.write_text(json.dumps(shape | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
+    return folder
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def make(source, tmp_path, world):
+    """``make("key=value", ...)``: a run on the tiny corpus."""
+
+    def build(*overrides: str, output: str = "run") -> Run:
+        path = write_config(source, tmp_path, output)
+        return Run(load_config(str(path), list(overrides)), world, Console(quiet=True), command="metakd test")
+
+    return build
+
+
+def write_config(source: Path, folder: Path, output: str) -> Path:
+    corpus = {name: str(source / "corpus" / f"{name}.jsonl") for name in ("train", "validation", "test")}
+    settings = {
+        **SETTINGS,
+        "output_dir": str(folder / output),
+        "data": {**SETTINGS["data"], **corpus},
+        "teacher": {**SETTINGS["teacher"], "model": str(source / "encoder")},
+    }
+    path = folder / f"{output}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+class Regression(torch.nn.Module):
+    """A module whose loss per example is quadratic: exact arithmetic shows what the loop does to gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 1)
+
+    def forward(self, batch):
+        seen = torch.nn.functional.one_hot(batch["labels"] + 2 * batch["domain"], 8).float()
+        rows = (self.linear(seen).squeeze(-1) - batch["index"].float() / 10).square()
+        return StepOutput(rows, {})
+
+
+def trained(run: Run, training: TrainingConfig, score=None, module=None) -> torch.nn.Module:
+    torch.manual_seed(3)
+    module = module or Regression()
+    log = RunLog(None, [], run.console)
+    fit(
+        module, run.corpus.train, run.collate,
+        config=run.config, training=training, world=run.world, log=log, title="test", seed=5, score=score,
+    )  # fmt: skip
+    return module
+
+
+@pytest.mark.parametrize("batch, accumulation", [(6, 2), (4, 3), (3, 4)])
+def test_accumulation_equals_the_big_batch(make, batch, accumulation):
+    # 48 examples in steps of 12 leave no tail; 44 (below) would; both go through the same division.
+    whole = TrainingConfig(per_device_train_batch_size=12, num_train_epochs=2, learning_rate=0.1, warmup_steps=0)
+    split = whole.model_copy(
+        update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    )
+    run = make()
+    torch.testing.assert_close(
+        trained(run, split).linear.weight, trained(run, whole).linear.weight, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_ragged_last_step_is_divided_by_its_own_size(make):
+    # 48 examples in steps of 10: the last holds 8, in two micro-batches.
+    whole = TrainingConfig(per_device_train_batch_size=10, num_train_epochs=1, learning_rate=0.1)
+    split = whole.model_copy(update={"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2})
+    run = make()
+    torch.testing.assert_close(
+        trained(run, split).linear.weight, trained(run, whole).linear.weight, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_the_best_epoch_is_kept(make):
+    module, seen, accuracies = Regression(), [], iter([0.5, 0.9, 0.7])
+
+    def score():
+        seen.append(module.linear.weight.detach().clone())
+        return {"accuracy": next(accuracies)}
+
+    trained(make(), TrainingConfig(num_train_epochs=3, learning_rate=0.1), score, module)
+    assert torch.equal(module.linear.weight, seen[1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make):
+    module = Regression()
+    module.linear.weight.data.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="loss is nan"):
+        trained(make(), TrainingConfig(), module=module)
+
+
+def test_max_steps_ends_within_an_epoch(make):
+    module = trained(make(), TrainingConfig(max_steps=1, per_device_train_batch_size=4, learning_rate=1e-30))
+    torch.manual_seed(3)
+    torch.testing.assert_close(module.linear.weight, Regression().linear.weight)
+
+
+def test_weight_decay_spares_biases_and_norms():
+    from metakd.training.schedule import parameter_groups, warmup
+
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    decayed, spared = parameter_groups(module, 0.01)
+    assert [p.ndim for p in decayed["params"]] == [2] and decayed["weight_decay"] == 0.01
+    assert len(spared["params"]) == 3 and spared["weight_decay"] == 0.0
+    assert warmup(TrainingConfig(warmup_steps=0.1), 50) == 5
+    assert warmup(TrainingConfig(warmup_steps=7), 50) == 7
+
+
+def test_fp16_where_there_is_none_says_so(make, monkeypatch):
+    import deepspeed
+
+    run = make("fp16=true")
+    monkeypatch.setattr(deepspeed.get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(UnsupportedError, match="fp16"):
+        compute_dtype(run.config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("precision", ["bf16=true", "fp16=true"])
+def test_half_precision_follows_fp32_at_every_zero_stage(make, precision, world):
+    options = ["distill.domains=[hiking]", "distill.training.num_train_epochs=5"]
+    half = make(precision, *options)
+    try:
+        compute_dtype(half.config, world.device)
+    except UnsupportedError as error:
+        pytest.skip(error.cause)
+    [place] = make(*options).distill()
+    exact = torch.tensor([row["loss"] for row in rows_of(place / "log.jsonl") if row["split"] == "train"])
+    assert exact[-1] < exact[0]
+    for zero in (0, 1, 2):
+        [place] = make(precision, f"zero={zero}", *options).distill()
+        assert all(v.dtype == torch.float32 for v in load_file(place / "model.safetensors").values())
+        losses = [row["loss"] for row in rows_of(place / "log.jsonl") if row["split"] == "train"]
+        # The loss moves by a third in these five steps; an update a quarter too short shows.
+        torch.testing.assert_close(torch.tensor(losses), exact, rtol=0.03, atol=0)
+
+
+def test_a_run_leaves_plain_students(make):
+    run = make()
+    scores = run.run()
+    assert set(scores["students"]) == {"hiking", "kitchen", "novels", "software"}
+    [place] = run.distill(["novels"])
+    assert place == run.folder / "students" / "meta-from-meta-s42" / "novels"
+    student = AutoModelForSequenceClassification.from_pretrained(place)
+    assert student.config.num_hidden_layers == 1
+    assert student.config.label2id == {"negative": 0, "positive": 1}
+    assert not [name for name in load_file(place / "model.safetensors") if not name.startswith(("bert.", "classifier."))]
+    tokens = AutoTokenizer.from_pretrained(place)("a fine book", return_tensors="pt")
+    assert student(**tokens).logits.shape == (1, 2)
+    card = (place / "README.md").read_text()
+    assert "metakd test" in card and "novels" in card and "| test |" in card
+    logged = rows_of(place / "log.jsonl")
+    assert {"embedding", "hidden_weighted", "transfer", "expertise", "samples_per_second"} <= set(logged[0])
+    # Only the student's own domain is scored during its training.
+    kept = [name for row in logged if row["split"] == "validation" for name in row if name.startswith("accuracy/")]
+    assert set(kept) == {"accuracy/novels"}
+
+
+def test_stages_are_skipped_until_their_inputs_change(make):
+    domains = "distill.domains=[hiking]"
+
+    def built(*overrides):
+        run = make(domains, *overrides)
+        run.distill()
+        return {p.parent: json.loads(p.read_text())["inputs"] for p in run.folder.rglob("stage.json")}
+
+    def times(places):
+        return {place: (place / "stage.json").stat().st_mtime_ns for place in places}
+
+    first = built()
+    stamps = times(first)
+    assert len(first) == 3  # prototypes, teacher, one student
+    assert times(built()) == stamps
+    changed = times(built("distill.gamma2=0.5"))
+    assert [place.name for place in changed if changed[place] != stamps[place]] == ["hiking"]
+    changed = times(built("distill.gamma2=0.5", "prototypes.alpha=0.9"))
+    assert all(changed[place] != stamps[place] for place in stamps)
+
+
+@pytest.mark.parametrize("kind", ["single", "mix", "mtl", "meta"])
+def test_every_teacher_kind_teaches(make, kind):
+    run = make("distill.method=tinybert_kd", f"teacher.kind={kind}", "distill.domains=[kitchen]")
+    places = run.teach()
+    assert len(places) == (4 if kind == "single" else 1)
+    assert "test" in run.stage_result(places[0])
+    [student] = run.distill()
+    assert student.parent.name == f"tinybert_kd-from-{kind}-s42"
+
+
+def test_a_withheld_domain_is_kept_from_the_teacher(make):
+    run = make("data.withhold=[novels]", "distill.domains=[novels]", "distill.terms.hard_label=0.5")
+    run.distill()
+    [teacher] = run.teach()
+    kept = [name for row in rows_of(teacher / "log.jsonl") for name in row if name.startswith("accuracy/")]
+    assert set(kept) == {"accuracy/hiking", "accuracy/kitchen", "accuracy/software"}
+    counts = load_file(run.folder / "prototypes" / "prototypes.safetensors")["counts"]
+    assert counts[run.corpus.domains.index("novels")].sum() == 0
+
+
+@pytest.mark.parametrize("options", [
+    ["distill.schedule=two_stage", "distill.intermediate.num_train_epochs=1"],
+    ["distill.schedule=two_stage", "distill.intermediate.num_train_epochs=1", "compat=easytransfer"],
+    ["distill.one_student_for_all=true"],
+    ["student={preset: tiny-2l-128}", "distill.layer_map=last"],
+    ["distill.attention=kl", "prototypes.rescale=center"],
+])  # fmt: skip
+def test_variants_of_distillation_run(make, options):
+    run = make("distill.domains=[hiking]", *options) if "for_all" not in options[0] else make(*options)
+    [place] = run.distill()
+    assert (place / "model.safetensors").exists()
+    assert place.name == ("all" if "for_all" in options[0] else "hiking")
+
+
+def test_compare_fills_the_table(make):
+    run = make("compare.seeds=[1,2]", "compare.teacher_seeds=1", "distill.domains=[hiking,novels]",
+               "distill.relation_heads=2")  # fmt: skip
+    result = comparison.compare(run, gamma2=[0.0, 0.5])
+    rows = list(result["summary"])
+    assert rows[:4] == ["teacher: mix", "teacher: single", "teacher: mtl", "teacher: meta"]
+    assert {"finetune", "logits_kd-from-mix", "mtn_kd-from-single", "meta-from-meta-gamma2-0.5"} <= set(rows)
+    assert result["summary"]["finetune"]["average"]["n"] == 2
+    assert result["summary"]["teacher: mix"]["hiking"]["std"] is None
+    table = (run.folder / "compare.md").read_text()
+    assert "| finetune |" in table and "±" in table and "metakd test" in table
+    assert len((run.folder / "compare.csv").read_text().splitlines()) == len(result["cells"]) + 1
+    assert not list((run.folder / "students").rglob("model.safetensors"))
+
+
+def test_minilmv2_relations_distil(make):
+    run = make("distill.method=minilmv2", "distill.relation_heads=4", "distill.domains=[hiking]")
+    [place] = run.distill()
+    assert "relation" in rows_of(place / "log.jsonl")[0]
+
+
+def test_summary_spreads_over_seeds():
+    cells = [comparison.Cell("a", d, s, v) for d, s, v in [("x", 1, 80), ("x", 2, 84), ("y", 1, 90), ("y", 2, 90)]]
+    summary = comparison.summarise(cells)["a"]
+    assert summary["x"]["mean"] == 82 and summary["x"]["std"] == pytest.approx(8**0.5)
+    assert summary["average"] == {"mean": 86, "std": pytest.approx(2**0.5), "n": 2}
+
+
+def test_two_sentence_students(source, tmp_path, world, shared_data):
+    """A student of a pair task, on real MNLI rows."""
+    lines = (shared_data("mnli") / "train.jsonl").read_text().splitlines()
+    chosen = [line for g in ("fiction", "travel") for line in [r for r in lines if f'"genre": "{g}"' in r][:40]]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(chosen))
+    path = write_config(source, tmp_path, "pairs")
+    settings = yaml.safe_load(path.read_text())
+    settings["data"] = {
+        "train": str(tmp_path / "pairs.jsonl"), "text": "premise", "text_pair": "hypothesis", "domain": "genre",
+        "max_length": 48,
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(settings))
+    run = Run(load_config(str(path)), world, Console(quiet=True))
+    assert {1} <= set(run.corpus.train[0]["token_type_ids"])
+    scores = run.run()
+    assert set(scores["students"]) == {"fiction", "travel"} and scores["split"] == "validation"
+    student = AutoModelForSequenceClassification.from_pretrained(run.distill()[0])
+    assert set(student.config.label2id) == {"entailment", "neutral", "contradiction"}
+
+
+LAUNCHERS = {
+    "plain": [sys.executable, "-m", "metakd"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "metakd"],
+    "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--module", "metakd"],
+}
+
+
+def launched(launcher: str, config: Path, *overrides: str) -> None:
+    command = [*LAUNCHERS[launcher], "distill", str(config), "distill.domains=[hiking]", *overrides]
+    # This process has joined a world of its own, and says so in its environment.
+    joined = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    fresh = {name: value for name, value in os.environ.items() if name not in joined}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=fresh)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(folder: Path) -> dict[str, list[float]]:
+    return {
+        str(log.parent.relative_to(folder)): [r["loss"] for r in rows_of(log) if r["split"] == "train"]
+        for log in sorted(folder.rglob("log.jsonl"))
+    }
+
+
+@pytest.fixture(scope="module")
+def one_process(source, tmp_path_factory):
+    """The losses of a plain process that accumulates two micro-batches, to hold two processes against."""
+    folder = tmp_path_factory.mktemp("plain")
+    options = ["teacher.training.gradient_accumulation_steps=2", "distill.training.gradient_accumulation_steps=2",
+               "teacher.training.per_device_train_batch_size=5", "distill.training.per_device_train_batch_size=5"]  # fmt: skip
+    launched("plain", write_config(source, folder, "run"), *options)
+    return losses(folder / "run")
+
+
+@pytest.mark.parametrize("launcher, zero", [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("torchrun", 0)])
+def test_two_processes_equal_one(source, tmp_path, one_process, launcher, zero):
+    options = ["teacher.training.per_device_train_batch_size=5", "distill.training.per_device_train_batch_size=5"]
+    launched(launcher, write_config(source, tmp_path, "run"), *options, f"zero={zero}")
+    seen = losses(tmp_path / "run")
+    assert seen.keys() == one_process.keys()
+    for stage, values in seen.items():
+        torch.testing.assert_close(torch.tensor(values), torch.tensor(one_process[stage]), rtol=0, atol=1e-5)
+
+
+def test_world_agrees_alone():
+    assert World().agree({"a": 1}) == {"a": 1}
