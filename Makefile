@@ -17,6 +17,7 @@ help:
 	@echo "make test        run the tests"
 	@echo "make lint        check style (ruff)"
 	@echo "make bench       time the losses"
+	@echo "make models/minilm  fetch the encoder of the configurations (all-MiniLM-L6-v2, checksum verified)"
 	@echo "make gpu-check   run the tests that need a GPU, write their report to OUT ($(OUT))"
 	@echo "make clean       remove the environment and everything built"
 	@echo "PYTHON=...       use this environment instead of making .venv;  BASE_PYTHON=... makes .venv with it"
@@ -36,6 +37,9 @@ test: $(READY)
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
+
+models/minilm: $(READY)
+	$(PYTHON) -c "from metakd.demo import pretrained_encoder; pretrained_encoder('$@')"
 
 bench: $(READY)
 	$(PYTHON) -m pytest benchmarks --benchmark-only

@@ -27,7 +27,9 @@ app = typer.Typer(
 console = Console()
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override keys of CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override keys of CONFIG")
+]
 
 
 def _open(config: RunConfig):
@@ -82,9 +84,15 @@ def run_all(config: ConfigPath, overrides: Overrides = None):
 def compare(
     config: ConfigPath,
     overrides: Overrides = None,
-    withhold: Annotated[list[str] | None, typer.Option(help="keep this domain from teacher and prototypes")] = None,
-    data_fraction: Annotated[float | None, typer.Option(help="share of the training examples to use")] = None,
-    gamma2: Annotated[str | None, typer.Option(help="weights of L_TKD to sweep, as in 0,0.2,0.5")] = None,
+    withhold: Annotated[
+        list[str] | None, typer.Option(help="keep this domain from teacher and prototypes")
+    ] = None,
+    data_fraction: Annotated[
+        float | None, typer.Option(help="share of the training examples to use")
+    ] = None,
+    gamma2: Annotated[
+        str | None, typer.Option(help="weights of L_TKD to sweep, as in 0,0.2,0.5")
+    ] = None,
 ):
     """Compare methods x domains over several seeds; print and write the table."""
     changes = list(overrides or [])
@@ -108,12 +116,16 @@ def _numbers(text: str | None) -> list[float]:
     try:
         return [float(value) for value in text.split(",")] if text else []
     except ValueError:
-        raise ConfigError(f"--gamma2: {text!r} is not a list of numbers", "write it as in 0,0.2,0.5") from None
+        raise ConfigError(
+            f"--gamma2: {text!r} is not a list of numbers", "write it as in 0,0.2,0.5"
+        ) from None
 
 
 @app.command()
 def quickstart(
-    folder: Annotated[str, typer.Argument(help="receives corpus, encoder and run")] = "runs/quickstart",
+    folder: Annotated[
+        str, typer.Argument(help="receives corpus, encoder and run")
+    ] = "runs/quickstart",
     overrides: Overrides = None,
 ):
     """The whole method on a small synthetic corpus: teacher, students without and with Meta-KD."""
@@ -158,7 +170,9 @@ def _diagnose() -> dict[str, dict[str, str]]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    devices = {"cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    devices = {
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    }
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
@@ -177,7 +191,9 @@ def _diagnose() -> dict[str, dict[str, str]]:
             reasons = [ops.why_not(op, backend, kind) for op in ops.OPS]
             ready = reasons.count(None)
             missing = next(filter(None, reasons), None)
-            backends[f"{backend} on {kind}"] = f"{ready} of {len(ops.OPS)} losses" + (f"; {missing}" if missing else "")
+            backends[f"{backend} on {kind}"] = f"{ready} of {len(ops.OPS)} losses" + (
+                f"; {missing}" if missing else ""
+            )
     return {"versions": versions, "devices": devices, "extension": extension, "backends": backends}
 
 
@@ -214,7 +230,9 @@ def main() -> None:
     """Run the command line; ends the process with the error's exit code (see ``metakd.errors``)."""
     debug = "--debug" in sys.argv
     # The deepspeed launcher hands its rank over as an option as well as in the environment.
-    sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug" and not word.startswith("--local_rank")]
+    sys.argv[1:] = [
+        word for word in sys.argv[1:] if word != "--debug" and not word.startswith("--local_rank")
+    ]
     try:
         app()
     except MetakdError as error:

@@ -99,7 +99,9 @@ class StudentConfig(Block):
     def _one_source(self):
         given = [name for name in ("preset", "layers", "model") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of preset, layers, model (given: {', '.join(given) or 'none'})")
+            raise ValueError(
+                f"give exactly one of preset, layers, model (given: {', '.join(given) or 'none'})"
+            )
         return self
 
 
@@ -150,7 +152,9 @@ class CompareRow(Block):
             self.method, ["single", "mix", "mtl", "meta"]
         )
         if self.teacher not in needed:
-            raise ValueError(f"method {self.method} needs teacher {' or '.join(map(str, needed))}, got {self.teacher}")
+            raise ValueError(
+                f"method {self.method} needs teacher {' or '.join(map(str, needed))}, got {self.teacher}"
+            )
         return self
 
 

@@ -453,7 +453,9 @@ def prepare(folder: str | Path) -> Path:
         texts = [json.loads(line)["text"] for line in lines]
     encoder = pretrained_encoder(folder / "encoder", texts)
     if not config.is_file():
-        config.write_text(_CONFIG.format(folder=folder, corpus=corpus, encoder=encoder), encoding="utf-8")
+        config.write_text(
+            _CONFIG.format(folder=folder, corpus=corpus, encoder=encoder), encoding="utf-8"
+        )
     return config
 
 

@@ -207,13 +207,18 @@ def problems(cause: str) -> list[str]:
     return rest or [first]
 
 
-@pytest.mark.parametrize("text, expected", WRONG.values(), ids=WRONG)
-def test_wrong_keys(write, text, expected):
+def with_fault(text: str) -> str:
+    """A valid configuration with the keys of one entry of ``WRONG``."""
     wrong = yaml.safe_load(text)
     valid = {} if text == "seed: 1" else yaml.safe_load(VALID)
     if "outputdir" in wrong:
         del valid["output_dir"]  # the typo stands for it, so that it is not missing as well
-    path = write(yaml.safe_dump(valid | wrong))
+    return yaml.safe_dump(valid | wrong)
+
+
+@pytest.mark.parametrize("text, expected", WRONG.values(), ids=WRONG)
+def test_wrong_keys(write, text, expected):
+    path = write(with_fault(text))
     found = problems(refused(path))
     assert len(found) == len(expected)
     for line, start in zip(found, expected, strict=True):

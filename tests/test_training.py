@@ -48,7 +48,9 @@ def source(tmp_path_factory) -> Path:
     )
     config = folder / "encoder" / "config.json"
     shape = json.loads(config.read_text())
-    config.write_text(json.dumps(shape | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
+    config.write_text(
+        json.dumps(shape | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    )
     return folder
 
 
@@ -62,13 +64,20 @@ def make(source, tmp_path, world):
 
     def build(*overrides: str, output: str = "run") -> Run:
         path = write_config(source, tmp_path, output)
-        return Run(load_config(str(path), list(overrides)), world, Console(quiet=True), command="metakd test")
+        return Run(
+            load_config(str(path), list(overrides)),
+            world,
+            Console(quiet=True),
+            command="metakd test",
+        )
 
     return build
 
 
 def write_config(source: Path, folder: Path, output: str) -> Path:
-    corpus = {name: str(source / "corpus" / f"{name}.jsonl") for name in ("train", "validation", "test")}
+    corpus = {
+        name: str(source / "corpus" / f"{name}.jsonl") for name in ("train", "validation", "test")
+    }
     settings = {
         **SETTINGS,
         "output_dir": str(folder / output),
@@ -107,7 +116,9 @@ def trained(run: Run, training: TrainingConfig, score=None, module=None) -> torc
 @pytest.mark.parametrize("batch, accumulation", [(6, 2), (4, 3), (3, 4)])
 def test_accumulation_equals_the_big_batch(make, batch, accumulation):
     # 48 examples in steps of 12 leave no tail; 44 (below) would; both go through the same division.
-    whole = TrainingConfig(per_device_train_batch_size=12, num_train_epochs=2, learning_rate=0.1, warmup_steps=0)
+    whole = TrainingConfig(
+        per_device_train_batch_size=12, num_train_epochs=2, learning_rate=0.1, warmup_steps=0
+    )
     split = whole.model_copy(
         update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     )
@@ -120,7 +131,9 @@ def test_accumulation_equals_the_big_batch(make, batch, accumulation):
 def test_a_ragged_last_step_is_divided_by_its_own_size(make):
     # 48 examples in steps of 10: the last holds 8, in two micro-batches.
     whole = TrainingConfig(per_device_train_batch_size=10, num_train_epochs=1, learning_rate=0.1)
-    split = whole.model_copy(update={"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2})
+    split = whole.model_copy(
+        update={"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
+    )
     run = make()
     torch.testing.assert_close(
         trained(run, split).linear.weight, trained(run, whole).linear.weight, rtol=1e-5, atol=1e-6
@@ -147,7 +160,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(make):
 
 
 def test_max_steps_ends_within_an_epoch(make):
-    module = trained(make(), TrainingConfig(max_steps=1, per_device_train_batch_size=4, learning_rate=1e-30))
+    module = trained(
+        make(), TrainingConfig(max_steps=1, per_device_train_batch_size=4, learning_rate=1e-30)
+    )
     torch.manual_seed(3)
     torch.testing.assert_close(module.linear.weight, Regression().linear.weight)
 
@@ -181,11 +196,15 @@ def test_half_precision_follows_fp32_at_every_zero_stage(make, precision, world)
     except UnsupportedError as error:
         pytest.skip(error.cause)
     [place] = make(*options).distill()
-    exact = torch.tensor([row["loss"] for row in rows_of(place / "log.jsonl") if row["split"] == "train"])
+    exact = torch.tensor(
+        [row["loss"] for row in rows_of(place / "log.jsonl") if row["split"] == "train"]
+    )
     assert exact[-1] < exact[0]
     for zero in (0, 1, 2):
         [place] = make(precision, f"zero={zero}", *options).distill()
-        assert all(v.dtype == torch.float32 for v in load_file(place / "model.safetensors").values())
+        assert all(
+            v.dtype == torch.float32 for v in load_file(place / "model.safetensors").values()
+        )
         losses = [row["loss"] for row in rows_of(place / "log.jsonl") if row["split"] == "train"]
         # The loss moves by a third in these five steps; an update a quarter too short shows.
         torch.testing.assert_close(torch.tensor(losses), exact, rtol=0.03, atol=0)
@@ -200,15 +219,27 @@ def test_a_run_leaves_plain_students(make):
     student = AutoModelForSequenceClassification.from_pretrained(place)
     assert student.config.num_hidden_layers == 1
     assert student.config.label2id == {"negative": 0, "positive": 1}
-    assert not [name for name in load_file(place / "model.safetensors") if not name.startswith(("bert.", "classifier."))]
+    assert not [
+        name
+        for name in load_file(place / "model.safetensors")
+        if not name.startswith(("bert.", "classifier."))
+    ]
     tokens = AutoTokenizer.from_pretrained(place)("a fine book", return_tensors="pt")
     assert student(**tokens).logits.shape == (1, 2)
     card = (place / "README.md").read_text()
     assert "metakd test" in card and "novels" in card and "| test |" in card
     logged = rows_of(place / "log.jsonl")
-    assert {"embedding", "hidden_weighted", "transfer", "expertise", "samples_per_second"} <= set(logged[0])
+    assert {"embedding", "hidden_weighted", "transfer", "expertise", "samples_per_second"} <= set(
+        logged[0]
+    )
     # Only the student's own domain is scored during its training.
-    kept = [name for row in logged if row["split"] == "validation" for name in row if name.startswith("accuracy/")]
+    kept = [
+        name
+        for row in logged
+        if row["split"] == "validation"
+        for name in row
+        if name.startswith("accuracy/")
+    ]
     assert set(kept) == {"accuracy/novels"}
 
 
@@ -218,7 +249,9 @@ def test_stages_are_skipped_until_their_inputs_change(make):
     def built(*overrides):
         run = make(domains, *overrides)
         run.distill()
-        return {p.parent: json.loads(p.read_text())["inputs"] for p in run.folder.rglob("stage.json")}
+        return {
+            p.parent: json.loads(p.read_text())["inputs"] for p in run.folder.rglob("stage.json")
+        }
 
     def times(places):
         return {place: (place / "stage.json").stat().st_mtime_ns for place in places}
@@ -247,7 +280,12 @@ def test_a_withheld_domain_is_kept_from_the_teacher(make):
     run = make("data.withhold=[novels]", "distill.domains=[novels]", "distill.terms.hard_label=0.5")
     run.distill()
     [teacher] = run.teach()
-    kept = [name for row in rows_of(teacher / "log.jsonl") for name in row if name.startswith("accuracy/")]
+    kept = [
+        name
+        for row in rows_of(teacher / "log.jsonl")
+        for name in row
+        if name.startswith("accuracy/")
+    ]
     assert set(kept) == {"accuracy/hiking", "accuracy/kitchen", "accuracy/software"}
     counts = load_file(run.folder / "prototypes" / "prototypes.safetensors")["counts"]
     assert counts[run.corpus.domains.index("novels")].sum() == 0
@@ -261,7 +299,11 @@ def test_a_withheld_domain_is_kept_from_the_teacher(make):
     ["distill.attention=kl", "prototypes.rescale=center"],
 ])  # fmt: skip
 def test_variants_of_distillation_run(make, options):
-    run = make("distill.domains=[hiking]", *options) if "for_all" not in options[0] else make(*options)
+    run = (
+        make("distill.domains=[hiking]", *options)
+        if "for_all" not in options[0]
+        else make(*options)
+    )
     [place] = run.distill()
     assert (place / "model.safetensors").exists()
     assert place.name == ("all" if "for_all" in options[0] else "hiking")
@@ -273,7 +315,12 @@ def test_compare_fills_the_table(make):
     result = comparison.compare(run, gamma2=[0.0, 0.5])
     rows = list(result["summary"])
     assert rows[:4] == ["teacher: mix", "teacher: single", "teacher: mtl", "teacher: meta"]
-    assert {"finetune", "logits_kd-from-mix", "mtn_kd-from-single", "meta-from-meta-gamma2-0.5"} <= set(rows)
+    assert {
+        "finetune",
+        "logits_kd-from-mix",
+        "mtn_kd-from-single",
+        "meta-from-meta-gamma2-0.5",
+    } <= set(rows)
     assert result["summary"]["finetune"]["average"]["n"] == 2
     assert result["summary"]["teacher: mix"]["hiking"]["std"] is None
     table = (run.folder / "compare.md").read_text()
@@ -289,7 +336,10 @@ def test_minilmv2_relations_distil(make):
 
 
 def test_summary_spreads_over_seeds():
-    cells = [comparison.Cell("a", d, s, v) for d, s, v in [("x", 1, 80), ("x", 2, 84), ("y", 1, 90), ("y", 2, 90)]]
+    cells = [
+        comparison.Cell("a", d, s, v)
+        for d, s, v in [("x", 1, 80), ("x", 2, 84), ("y", 1, 90), ("y", 2, 90)]
+    ]
     summary = comparison.summarise(cells)["a"]
     assert summary["x"]["mean"] == 82 and summary["x"]["std"] == pytest.approx(8**0.5)
     assert summary["average"] == {"mean": 86, "std": pytest.approx(2**0.5), "n": 2}
@@ -298,7 +348,11 @@ def test_summary_spreads_over_seeds():
 def test_two_sentence_students(source, tmp_path, world, shared_data):
     """A student of a pair task, on real MNLI rows."""
     lines = (shared_data("mnli") / "train.jsonl").read_text().splitlines()
-    chosen = [line for g in ("fiction", "travel") for line in [r for r in lines if f'"genre": "{g}"' in r][:40]]
+    chosen = [
+        line
+        for g in ("fiction", "travel")
+        for line in [r for r in lines if f'"genre": "{g}"' in r][:40]
+    ]
     (tmp_path / "pairs.jsonl").write_text("\n".join(chosen))
     path = write_config(source, tmp_path, "pairs")
     settings = yaml.safe_load(path.read_text())
@@ -317,8 +371,22 @@ def test_two_sentence_students(source, tmp_path, world, shared_data):
 
 LAUNCHERS = {
     "plain": [sys.executable, "-m", "metakd"],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "metakd"],
-    "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--module", "metakd"],
+    "torchrun": [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "metakd",
+    ],
+    "deepspeed": [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_gpus",
+        "2",
+        "--module",
+        "metakd",
+    ],
 }
 
 
@@ -333,7 +401,9 @@ def launched(launcher: str, config: Path, *overrides: str) -> None:
 
 def losses(folder: Path) -> dict[str, list[float]]:
     return {
-        str(log.parent.relative_to(folder)): [r["loss"] for r in rows_of(log) if r["split"] == "train"]
+        str(log.parent.relative_to(folder)): [
+            r["loss"] for r in rows_of(log) if r["split"] == "train"
+        ]
         for log in sorted(folder.rglob("log.jsonl"))
     }
 
@@ -348,14 +418,21 @@ def one_process(source, tmp_path_factory):
     return losses(folder / "run")
 
 
-@pytest.mark.parametrize("launcher, zero", [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("torchrun", 0)])
+@pytest.mark.parametrize(
+    "launcher, zero", [("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("torchrun", 0)]
+)
 def test_two_processes_equal_one(source, tmp_path, one_process, launcher, zero):
-    options = ["teacher.training.per_device_train_batch_size=5", "distill.training.per_device_train_batch_size=5"]
+    options = [
+        "teacher.training.per_device_train_batch_size=5",
+        "distill.training.per_device_train_batch_size=5",
+    ]
     launched(launcher, write_config(source, tmp_path, "run"), *options, f"zero={zero}")
     seen = losses(tmp_path / "run")
     assert seen.keys() == one_process.keys()
     for stage, values in seen.items():
-        torch.testing.assert_close(torch.tensor(values), torch.tensor(one_process[stage]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(values), torch.tensor(one_process[stage]), rtol=0, atol=1e-5
+        )
 
 
 def test_world_agrees_alone():

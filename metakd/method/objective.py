@@ -44,7 +44,9 @@ class Term:
     projected: ClassVar[str | None] = None
     intermediate: ClassVar[bool] = True  # trained in the first of two stages
 
-    def rows(self, student: Features, teacher: Features, batch: Batch, projection: Tensor | None) -> Tensor:
+    def rows(
+        self, student: Features, teacher: Features, batch: Batch, projection: Tensor | None
+    ) -> Tensor:
         """One loss per example [B]."""
         raise NotImplementedError
 
@@ -59,7 +61,11 @@ class EmbeddingTerm(Term):
 
     def rows(self, student, teacher, batch, projection):
         return loss.hidden_mse(
-            student.embedding, teacher.embedding, projection=projection, mask=student.mask, reduction="none"
+            student.embedding,
+            teacher.embedding,
+            projection=projection,
+            mask=student.mask,
+            reduction="none",
         )
 
 
@@ -75,7 +81,9 @@ class HiddenTerm(Term):
 
     def rows(self, student, teacher, batch, projection):
         matched = [teacher.hidden[layer] for layer in self.layers]
-        return loss.hidden_mse(student.hidden, matched, projection=projection, mask=student.mask, reduction="none")
+        return loss.hidden_mse(
+            student.hidden, matched, projection=projection, mask=student.mask, reduction="none"
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,9 @@ class AttentionTerm(Term):
         else:
             options["query_mask"] = student.mask
         pairs = zip(student.query, student.key, self.layers, strict=True)
-        return sum(compare((q, k), (teacher.query[g], teacher.key[g]), **options) for q, k, g in pairs)
+        return sum(
+            compare((q, k), (teacher.query[g], teacher.key[g]), **options) for q, k, g in pairs
+        )
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,9 @@ class RelationTerm(Term):
 
     def rows(self, student, teacher, batch, projection):
         return sum(
-            loss.relation_kl(own[-1], taught[-1], relation_heads=self.heads, mask=student.mask, reduction="none")
+            loss.relation_kl(
+                own[-1], taught[-1], relation_heads=self.heads, mask=student.mask, reduction="none"
+            )
             for own, taught in (
                 (student.query, teacher.query),
                 (student.key, teacher.key),
@@ -158,7 +170,9 @@ class TransferTerm(Term):
     projected = "domain"
 
     def rows(self, student, teacher, batch, projection):
-        return loss.hidden_mse(student.domain, teacher.domain, projection=projection, reduction="none")
+        return loss.hidden_mse(
+            student.domain, teacher.domain, projection=projection, reduction="none"
+        )
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,12 @@ def build_terms(
         terms += [
             EmbeddingTerm(weights.embedding),
             HiddenTerm(weights.hidden, layers=layers),
-            AttentionTerm(weights.attention, layers=layers, form=config.attention, mean_over=recipe.attention_mean),
+            AttentionTerm(
+                weights.attention,
+                layers=layers,
+                form=config.attention,
+                mean_over=recipe.attention_mean,
+            ),
         ]
     if config.method == "meta":
         terms.append(TransferTerm(config.gamma2, recipe.expertise_on_transfer))
@@ -244,14 +263,16 @@ class Distillation(nn.Module):
                 self.projections[name] = nn.Parameter(torch.empty(hidden, teacher_hidden))
                 nn.init.normal_(self.projections[name], std=hidden**-0.5)
         if "domain" in self.needs:
-            self.domain_layer = DomainLayer(hidden, num_domains)
+            self.domain_layer = DomainLayer(hidden, num_domains, recipe.tanh_on_transfer)
         self._taps = self._tap()
 
     def _projection_name(self, term: Term) -> str | None:
         return "shared" if term.projected and self.recipe.shared_projection else term.projected
 
     def _tap(self) -> Taps:
-        needs = self.needs - {"logits", "domain"} | ({"last_hidden"} if "domain" in self.needs else set())
+        needs = self.needs - {"logits", "domain"} | (
+            {"last_hidden"} if "domain" in self.needs else set()
+        )
         return Taps(self.student, needs)
 
     def restrict(self, terms: Sequence[Term]) -> None:

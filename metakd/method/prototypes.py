@@ -31,7 +31,9 @@ FLAT_SCORES = 0.01
 
 
 @torch.no_grad()
-def embed(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], recipe: Recipe = PAPER) -> Tensor:
+def embed(
+    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], recipe: Recipe = PAPER
+) -> Tensor:
     """E(X) of every example, in the order of the batches: [N, H] fp32 on the CPU. The model is left in eval mode."""
     model.eval()
     taps = Taps(model, {"last_hidden"})
@@ -56,7 +58,12 @@ class Prototypes:
     alpha: float
     rescale: str
     recipe: Recipe
-    raw_range: tuple[float, float, float, float] = (0.0, 1.0, 0.5, 1.0)  # min, max, mean, std of raw t
+    raw_range: tuple[float, float, float, float] = (
+        0.0,
+        1.0,
+        0.5,
+        1.0,
+    )  # min, max, mean, std of raw t
 
     @classmethod
     def fit(
@@ -83,13 +90,22 @@ class Prototypes:
             rescale: none, center, minmax or zscore.
             recipe: the paper's form, or the released one (one centroid per domain).
         """
-        cells, cell_label = (num_classes, label) if recipe.prototype_per_class else (1, torch.zeros_like(label))
-        vectors, counts = class_prototypes(embedding, domain, cell_label, num_domains=num_domains, num_classes=cells)
+        cells, cell_label = (
+            (num_classes, label) if recipe.prototype_per_class else (1, torch.zeros_like(label))
+        )
+        vectors, counts = class_prototypes(
+            embedding, domain, cell_label, num_domains=num_domains, num_classes=cells
+        )
         center = embedding.mean(0) if rescale == "center" else None
         alpha = alpha if recipe.alpha is None else recipe.alpha
         fitted = cls(vectors, counts, center, alpha, rescale, recipe)
         raw = fitted._raw_score(embedding, domain, label)
-        fitted.raw_range = (raw.min().item(), raw.max().item(), raw.mean().item(), raw.std(correction=0).item())
+        fitted.raw_range = (
+            raw.min().item(),
+            raw.max().item(),
+            raw.mean().item(),
+            raw.std(correction=0).item(),
+        )
         return fitted
 
     def score(self, embedding: Tensor, domain: Tensor, label: Tensor) -> Tensor:
@@ -107,7 +123,13 @@ class Prototypes:
             label = torch.zeros_like(label)
         if self.recipe.sum_of_cosines:
             return prototype_score(
-                embedding, self.vectors, self.counts, domain, label, alpha=self.alpha, center=self.center
+                embedding,
+                self.vectors,
+                self.counts,
+                domain,
+                label,
+                alpha=self.alpha,
+                center=self.center,
             )
         return self._score_against_mean_centroid(embedding, domain)
 
@@ -116,7 +138,9 @@ class Prototypes:
         if self.center is not None:
             embedding, centroids = embedding - self.center, centroids - self.center
         exists = (self.counts[:, 0] > 0).to(centroids.dtype)  # [K]
-        others = exists.expand(len(centroids), -1) * (1 - torch.eye(len(centroids), device=exists.device))
+        others = exists.expand(len(centroids), -1) * (
+            1 - torch.eye(len(centroids), device=exists.device)
+        )
         mean_of_others = others @ centroids / others.sum(1, keepdim=True).clamp(min=1)  # [K, H]
         own = F.cosine_similarity(embedding, centroids[domain], dim=-1)
         other = F.cosine_similarity(embedding, mean_of_others[domain], dim=-1)

@@ -21,6 +21,7 @@ class Recipe:
     score_weighs_domain_loss: bool  # t on CE + gamma1 L_DA, or on CE alone
     domain_loss: bool  # is L_DA trained at all
     false_label_always_false: bool  # or an in-batch permutation of the true ones
+    tanh_on_transfer: bool  # L_TKD compares h_d after its tanh, or before it
     shared_projection: bool  # one projection for embeddings, hidden states and h_d
     attention_mean: str  # divisor of attention_score_mse: "real" tokens, or "all" positions
     expertise_on_transfer: bool  # lambda on L_TKD
@@ -37,6 +38,7 @@ PAPER = Recipe(
     score_weighs_domain_loss=False,
     domain_loss=True,
     false_label_always_false=True,
+    tanh_on_transfer=True,
     shared_projection=False,
     attention_mean="real",
     expertise_on_transfer=True,
@@ -53,6 +55,7 @@ EASYTRANSFER = Recipe(
     score_weighs_domain_loss=True,
     domain_loss=False,
     false_label_always_false=False,
+    tanh_on_transfer=False,
     shared_projection=True,
     attention_mean="all",
     expertise_on_transfer=False,

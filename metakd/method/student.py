@@ -29,7 +29,9 @@ PRESETS = {
 }
 
 
-def load_classifier(source: str, label2id: dict[str, int], num_labels: int | None = None) -> PreTrainedModel:
+def load_classifier(
+    source: str, label2id: dict[str, int], num_labels: int | None = None
+) -> PreTrainedModel:
     """A sequence classifier from a directory or hub id, under SDPA, its head fresh where the classes differ.
 
     Args:
@@ -38,7 +40,11 @@ def load_classifier(source: str, label2id: dict[str, int], num_labels: int | Non
         num_labels: outputs, where they are more than the labels (a multi-task teacher's K x M).
     """
     # A K x M head has no names of its own.
-    names = {} if num_labels else {"label2id": label2id, "id2label": {i: name for name, i in label2id.items()}}
+    names = (
+        {}
+        if num_labels
+        else {"label2id": label2id, "id2label": {i: name for name, i in label2id.items()}}
+    )
     return AutoModelForSequenceClassification.from_pretrained(
         source,
         num_labels=num_labels or len(label2id),
@@ -94,7 +100,9 @@ def keep_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
     """
     depth = model.config.num_hidden_layers
     if any(layer >= depth for layer in layers):
-        raise ValueError(f"student.layers: {layers} names a layer outside 0..{depth - 1} of the source")
+        raise ValueError(
+            f"student.layers: {layers} names a layer outside 0..{depth - 1} of the source"
+        )
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None):  # architectures that alternate kinds of attention

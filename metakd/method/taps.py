@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,21 @@ ATTENTION_INPUTS = frozenset({"query", "key", "value"})
 
 # Who records what during the forward pass in hand. A model may carry hooks of several Taps; only the one that
 # called it records, and a recomputed forward (activation checkpointing) records nothing.
-_recording: contextvars.ContextVar[tuple[Taps, Features] | None] = contextvars.ContextVar("metakd_taps", default=None)
+_recording: contextvars.ContextVar[tuple[Taps, Features] | None] = contextvars.ContextVar(
+    "metakd_taps", default=None
+)
+
+# Models that run our attention function: the name of their own, and the Taps that still need ours.
+_tapped_models: WeakKeyDictionary[PreTrainedModel, tuple[str, WeakSet[Taps]]] = WeakKeyDictionary()
 
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The part of a batch that an encoder takes."""
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    return {
+        name: batch[name]
+        for name in ("input_ids", "attention_mask", "token_type_ids")
+        if name in batch
+    }
 
 
 @dataclass
@@ -82,15 +92,22 @@ class Taps:
         self.model = model
         self.needs = frozenset(needs)
         self._handles = []
-        self._original_attention = model.config._attn_implementation
+        layers = encoder_layers(model) if self.needs & {"embedding", "hidden"} else None
         if self.needs & ATTENTION_INPUTS:
+            own = model.config._attn_implementation
             model.set_attn_implementation(TAPPED_SDPA)
             if model.config._attn_implementation != TAPPED_SDPA:
-                raise ValueError(f"model {type(model).__name__} does not use transformers' attention interface")
-        if self.needs & {"embedding", "hidden"}:
-            layers = encoder_layers(model)
+                raise ValueError(
+                    f"model {type(model).__name__} does not use transformers' attention interface"
+                )
+            _, readers = _tapped_models.setdefault(model, (own, WeakSet()))
+            readers.add(self)
+        if layers is not None:
             first = layers[0].register_forward_pre_hook(self._note_embedding, with_kwargs=True)
-            self._handles += [first, *(layer.register_forward_hook(self._note_hidden) for layer in layers)]
+            self._handles += [
+                first,
+                *(layer.register_forward_hook(self._note_hidden) for layer in layers),
+            ]
         if "last_hidden" in self.needs:
             self._handles.append(model.base_model.register_forward_hook(self._note_last_hidden))
 
@@ -104,16 +121,22 @@ class Taps:
             _recording.reset(token)
         features.logits = getattr(output, "logits", None)
         if self.needs & ATTENTION_INPUTS and not features.query:
-            raise ValueError(f"model {type(self.model).__name__} does not use transformers' attention interface")
+            raise ValueError(
+                f"model {type(self.model).__name__} does not use transformers' attention interface"
+            )
         return features
 
     def remove(self) -> None:
-        """Take the hooks out and give the model its own attention function back."""
+        """Take the hooks out; the last Taps to go gives the model its own attention function back."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self.needs & ATTENTION_INPUTS:
-            self.model.set_attn_implementation(self._original_attention)
+        own, readers = _tapped_models.get(self.model, (None, ()))
+        if self in readers:
+            readers.discard(self)
+            if not readers:
+                self.model.set_attn_implementation(own)
+                del _tapped_models[self.model]
 
     def _features(self, kind: str) -> Features | None:
         taps, features = _recording.get() or (None, None)
@@ -160,16 +183,24 @@ def layer_map(rule: str | Sequence[int], student_layers: int, teacher_layers: in
     """
     if not isinstance(rule, str):
         if len(rule) != student_layers:
-            raise ValueError(f"layer_map: {len(rule)} entries for a student of {student_layers} layers")
+            raise ValueError(
+                f"layer_map: {len(rule)} entries for a student of {student_layers} layers"
+            )
         if any(not 0 <= layer < teacher_layers for layer in rule):
-            raise ValueError(f"layer_map: {list(rule)} names a layer outside 0..{teacher_layers - 1}")
+            raise ValueError(
+                f"layer_map: {list(rule)} names a layer outside 0..{teacher_layers - 1}"
+            )
         return list(rule)
     if student_layers > teacher_layers:
-        raise ValueError(f"layer_map: student has {student_layers} layers, teacher only {teacher_layers}")
+        raise ValueError(
+            f"layer_map: student has {student_layers} layers, teacher only {teacher_layers}"
+        )
     if rule == "last":
         return list(range(teacher_layers - student_layers, teacher_layers))
     if rule == "uniform":
-        return [(layer + 1) * teacher_layers // student_layers - 1 for layer in range(student_layers)]
+        return [
+            (layer + 1) * teacher_layers // student_layers - 1 for layer in range(student_layers)
+        ]
     raise ValueError(f"layer_map: {rule!r} is neither uniform, last nor a list")
 
 

@@ -37,20 +37,30 @@ class StepOutput:
 
 
 class DomainLayer(nn.Module):
-    """``h_d = tanh((E + DomEmb[k]) W + b)`` [B, H]: the domain-corrupted representation."""
+    """``h_d = tanh((E + DomEmb[k]) W + b)`` [B, H]: the domain-corrupted representation.
 
-    def __init__(self, hidden: int, num_domains: int):
+    Args:
+        hidden: H.
+        num_domains: K.
+        tanh: False gives h_d before its tanh, which the release compares in L_TKD.
+    """
+
+    def __init__(self, hidden: int, num_domains: int, tanh: bool = True):
         super().__init__()
+        self.tanh = tanh
         self.embedding = nn.Embedding(num_domains, hidden)
         self.dense = nn.Linear(hidden, hidden)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, embedding: Tensor, domain: Tensor) -> Tensor:
         """E(X) [B, H] and domain [B] to h_d [B, H]."""
-        return torch.tanh(self.dense(embedding.to(self.dense.weight.dtype) + self.embedding(domain)))
+        corrupted = self.dense(embedding.to(self.dense.weight.dtype) + self.embedding(domain))
+        return torch.tanh(corrupted) if self.tanh else corrupted
 
 
-def false_domains(domain: Tensor, num_domains: int, *, seed: int, always_false: bool = True) -> Tensor:
+def false_domains(
+    domain: Tensor, num_domains: int, *, seed: int, always_false: bool = True
+) -> Tensor:
     """A wrong domain for every example [N], uniform over the others and the same for the same seed.
 
     Args:
@@ -104,23 +114,36 @@ class Teacher(nn.Module):
         self.register_buffer("head_mix", heads, persistent=False)
         self.num_classes = model.config.num_labels // (len(domains) if kind == "mtl" else 1)
         if kind == "meta":
-            self.domain_layer = DomainLayer(model.config.hidden_size, len(domains))
+            self.domain_layer = DomainLayer(
+                model.config.hidden_size, len(domains), recipe.tanh_on_transfer
+            )
             self.domain_classifier = nn.Linear(model.config.hidden_size, len(domains))
         self._taps = Taps(model, {"last_hidden"} if kind == "meta" else set())
 
     @property
     def trains_domain_loss(self) -> bool:
         """Is L_DA part of the loss?"""
-        return self.kind == "meta" and self.recipe.domain_loss and self.gamma1 > 0 and len(self.domains) > 1
+        return (
+            self.kind == "meta"
+            and self.recipe.domain_loss
+            and self.gamma1 > 0
+            and len(self.domains) > 1
+        )
 
     def features(self, batch: dict[str, Tensor], taps: Taps | None = None) -> Features:
         """One forward pass: logits [B, M] of each example's own domain, h_d for a meta-teacher, and what ``taps`` adds."""
         features = (taps or self._taps)(batch)
         if self.kind == "mtl":
-            logits = features.logits.unflatten(-1, (len(self.domains), self.num_classes))  # [B, K, M]
-            features.logits = torch.einsum("bk,bkm->bm", self.head_mix[batch["domain"]].to(logits.dtype), logits)
+            logits = features.logits.unflatten(
+                -1, (len(self.domains), self.num_classes)
+            )  # [B, K, M]
+            features.logits = torch.einsum(
+                "bk,bkm->bm", self.head_mix[batch["domain"]].to(logits.dtype), logits
+            )
         if self.kind == "meta" and features.last_hidden is not None:
-            features.domain = self.domain_layer(pool(features, self.recipe.pooling), batch["domain"])
+            features.domain = self.domain_layer(
+                pool(features, self.recipe.pooling), batch["domain"]
+            )
         return features
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
@@ -134,8 +157,14 @@ class Teacher(nn.Module):
             score = batch["t"].clamp(min=0.0)
             rows = terms["ce_weighted"] = score * cross_entropy
             if self.trains_domain_loss:
-                domain_logits = self.domain_classifier(features.domain).float()
-                domain_loss = F.cross_entropy(domain_logits, batch["false_domain"], reduction="none")
+                # The release's domain classifier has the tanh that its L_TKD lacks.
+                corrupted = (
+                    features.domain if self.domain_layer.tanh else torch.tanh(features.domain)
+                )
+                domain_logits = self.domain_classifier(corrupted).float()
+                domain_loss = F.cross_entropy(
+                    domain_logits, batch["false_domain"], reduction="none"
+                )
                 terms["domain_loss"] = domain_loss
                 weight = score if self.recipe.score_weighs_domain_loss else 1.0
                 rows = rows + self.gamma1 * weight * domain_loss
@@ -145,9 +174,16 @@ class Teacher(nn.Module):
         """Write the classifier with ``save_pretrained``, the domain parts beside it, and ``metakd.json``."""
         self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        own = {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+        own = {
+            name: value
+            for name, value in self.state_dict().items()
+            if not name.startswith("model.")
+        }
         if own:
-            save_file({name: value.contiguous() for name, value in own.items()}, folder / "domain.safetensors")
+            save_file(
+                {name: value.contiguous() for name, value in own.items()},
+                folder / "domain.safetensors",
+            )
         described = {
             "kind": self.kind, "domains": self.domains, "gamma1": self.gamma1, "withheld": self.withheld,
         }  # fmt: skip
@@ -163,9 +199,20 @@ class Teacher(nn.Module):
         try:
             described = json.loads((folder / "metakd.json").read_text())
         except FileNotFoundError:
-            raise CheckpointError(f"{folder}: no teacher here (metakd.json is missing)", "run `metakd teach` first") from None
-        model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa")
-        teacher = cls(model, described["kind"], described["domains"], described["gamma1"], recipe, described["withheld"])
+            raise CheckpointError(
+                f"{folder}: no teacher here (metakd.json is missing)", "run `metakd teach` first"
+            ) from None
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, attn_implementation="sdpa"
+        )
+        teacher = cls(
+            model,
+            described["kind"],
+            described["domains"],
+            described["gamma1"],
+            recipe,
+            described["withheld"],
+        )
         if (folder / "domain.safetensors").exists():
             teacher.load_state_dict(load_file(folder / "domain.safetensors"), strict=False)
         return teacher
@@ -184,11 +231,17 @@ class FrozenTeacher:
 
     def __init__(self, teachers: list[Teacher], needs: frozenset[str]):
         if len(teachers) > 1 and needs - {"logits"}:
-            raise ValueError(f"needs: an ensemble of teachers gives logits only, not {sorted(needs - {'logits'})}")
+            raise ValueError(
+                f"needs: an ensemble of teachers gives logits only, not {sorted(needs - {'logits'})}"
+            )
         if "domain" in needs and any(teacher.kind != "meta" for teacher in teachers):
-            raise ValueError(f"needs: a {teachers[0].kind} teacher has no domain representation; use a meta-teacher")
+            raise ValueError(
+                f"needs: a {teachers[0].kind} teacher has no domain representation; use a meta-teacher"
+            )
         self.teachers = teachers
-        tapped = set(needs) - {"logits", "domain"} | ({"last_hidden"} if "domain" in needs else set())
+        tapped = set(needs) - {"logits", "domain"} | (
+            {"last_hidden"} if "domain" in needs else set()
+        )
         self._taps = [Taps(teacher.model, tapped) for teacher in teachers]
         for teacher in teachers:
             teacher.requires_grad_(False)
@@ -198,7 +251,10 @@ class FrozenTeacher:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> Features:
         """Features of one batch, from the one teacher or, logits only, averaged over all."""
-        seen = [teacher.features(batch, taps) for teacher, taps in zip(self.teachers, self._taps, strict=True)]
+        seen = [
+            teacher.features(batch, taps)
+            for teacher, taps in zip(self.teachers, self._taps, strict=True)
+        ]
         first = seen[0]
         if len(seen) > 1:
             first.logits = torch.stack([features.logits.float() for features in seen]).mean(0)

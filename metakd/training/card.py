@@ -49,7 +49,9 @@ def write_card(folder: Path, result: dict, config: RunConfig, command: str, seed
         for split in ("validation", "test")
         if split in result
     ]
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-classification", tags=["metakd"])
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-classification", tags=["metakd"]
+    )
     card = _BODY.format(
         front=data.to_yaml(), label=result["label"], domain=result["domain"], encoder=Path(config.teacher.model).name,
         parameters=result["parameters"], train=Path(config.data.train).name, seed=seed, command=command,

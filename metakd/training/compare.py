@@ -56,17 +56,29 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
             ]
     for row in _expand(config.rows, gamma2):
         distill = run.config.distill.model_copy(
-            update={"method": row.method} | ({"gamma2": row.gamma2} if row.gamma2 is not None else {})
+            update={"method": row.method}
+            | ({"gamma2": row.gamma2} if row.gamma2 is not None else {})
         )
-        label = method_label(distill, row.teacher) + (f"-gamma2-{row.gamma2:g}" if row.gamma2 is not None else "")
+        label = method_label(distill, row.teacher) + (
+            f"-gamma2-{row.gamma2:g}" if row.gamma2 is not None else ""
+        )
         for number, seed in enumerate(config.seeds):
             teacher_seed = teacher_seeds[number % len(teacher_seeds)]
             for domain in run.student_domains:
                 _, result = run.student(
-                    domain, distill, row.teacher, seed, teacher_seed, keep=config.keep_students, label=label
+                    domain,
+                    distill,
+                    row.teacher,
+                    seed,
+                    teacher_seed,
+                    keep=config.keep_students,
+                    label=label,
                 )
                 scored = run.corpus.domains if domain == ALL_DOMAINS else [domain]
-                cells += [Cell(label, name, seed, 100 * result[split][f"accuracy/{name}"]) for name in scored]
+                cells += [
+                    Cell(label, name, seed, 100 * result[split][f"accuracy/{name}"])
+                    for name in scored
+                ]
 
     result = {"split": split, "command": run.command, "seeds": config.seeds, "teacher_seeds": teacher_seeds,
               "summary": summarise(cells), "cells": [vars(cell) for cell in cells]}  # fmt: skip
@@ -88,9 +100,17 @@ def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, float]]]:
     summary: dict[str, dict[str, dict[str, float]]] = {}
     for row in dict.fromkeys(cell.row for cell in cells):
         own = [cell for cell in cells if cell.row == row]
-        by_domain = {d: [c.accuracy for c in own if c.domain == d] for d in dict.fromkeys(c.domain for c in own)}
-        by_seed = [statistics.fmean(c.accuracy for c in own if c.seed == s) for s in dict.fromkeys(c.seed for c in own)]
-        summary[row] = {name: _spread(values) for name, values in {**by_domain, AVERAGE: by_seed}.items()}
+        by_domain = {
+            d: [c.accuracy for c in own if c.domain == d]
+            for d in dict.fromkeys(c.domain for c in own)
+        }
+        by_seed = [
+            statistics.fmean(c.accuracy for c in own if c.seed == s)
+            for s in dict.fromkeys(c.seed for c in own)
+        ]
+        summary[row] = {
+            name: _spread(values) for name, values in {**by_domain, AVERAGE: by_seed}.items()
+        }
     return summary
 
 
@@ -103,7 +123,9 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def markdown(result: dict) -> str:
     """The table as Markdown: accuracy in percent, mean ± sample standard deviation over seeds."""
     summary = result["summary"]
-    domains = list(dict.fromkeys(name for row in summary.values() for name in row if name != AVERAGE))
+    domains = list(
+        dict.fromkeys(name for row in summary.values() for name in row if name != AVERAGE)
+    )
     lines = ["| | " + " | ".join([*domains, AVERAGE]) + " |", "|---" * (len(domains) + 2) + "|"]
     for row, scores in summary.items():
         shown = [_show(scores.get(name)) for name in [*domains, AVERAGE]]

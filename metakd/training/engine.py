@@ -78,7 +78,9 @@ def join_world() -> World:
         torch.cuda.set_device(local)
     elif int(os.environ["WORLD_SIZE"]) > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one host share its cores; each with a full set of threads would be slower than one.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(
+            max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        )
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -99,7 +101,9 @@ def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
         UnsupportedError: DeepSpeed has no fp16 on this device.
     """
     if config.fp16 and not deepspeed.get_accelerator().is_fp16_supported():
-        raise UnsupportedError(f"fp16: true is not supported on {device}", "use bf16: true, or neither")
+        raise UnsupportedError(
+            f"fp16: true is not supported on {device}", "use bf16: true, or neither"
+        )
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
@@ -168,7 +172,10 @@ def fit(
 
     optimizer, scheduler = optimizer_and_scheduler(module, training, total_steps)
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, lr_scheduler=scheduler, config=deepspeed_config(config, training)
+        model=module,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=deepspeed_config(config, training),
     )
     if config.zero == 0:
         # In half precision DeepSpeed allocates its state by a step on zero gradients, which would shift Adam's
@@ -210,7 +217,10 @@ def fit(
             log.write(step, scored, "validation")
             if scored["accuracy"] > best.get("accuracy", -1.0):
                 best = scored
-                best_state = {name: value.detach().to("cpu", copy=True) for name, value in module.state_dict().items()}
+                best_state = {
+                    name: value.detach().to("cpu", copy=True)
+                    for name, value in module.state_dict().items()
+                }
     log.stop()
     engine.destroy()
     if best_state is not None:
@@ -226,7 +236,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 @torch.no_grad()
 def predict(
-    classify: Callable[[Batch], Tensor], split: Split, collate: Collate, *, batch_size: int, world: World
+    classify: Callable[[Batch], Tensor],
+    split: Split,
+    collate: Collate,
+    *,
+    batch_size: int,
+    world: World,
 ) -> Tensor:
     """Predicted class of every example [N] on the CPU; ranks share the work, longest examples first."""
     order = torch.tensor(split.lengths).argsort(descending=True)

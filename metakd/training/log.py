@@ -27,7 +27,9 @@ class Meter:
     def add(self, values: dict[str, Tensor]) -> None:
         """Add one micro-batch's scalars; nothing leaves the device."""
         for name, value in values.items():
-            self._sums[name] = value.float() if name not in self._sums else self._sums[name] + value.float()
+            self._sums[name] = (
+                value.float() if name not in self._sums else self._sums[name] + value.float()
+            )
         self._count += 1
 
     def read(self) -> dict[str, float]:
@@ -52,7 +54,9 @@ class RunLog:
         active: False on ranks other than the first.
     """
 
-    def __init__(self, folder: Path | None, report_to: list[str], console: Console, active: bool = True):
+    def __init__(
+        self, folder: Path | None, report_to: list[str], console: Console, active: bool = True
+    ):
         self._active = active
         self._jsonl = self._board = None
         if active and folder is not None:
@@ -87,8 +91,14 @@ class RunLog:
             now = time.perf_counter()
             values = {**values, "samples_per_second": self._samples / max(now - self._since, 1e-9)}
             self._since, self._samples = now, 0
-            shown = {k: v for k, v in values.items() if not k.endswith("_weighted") and k != "learning_rate"}
-            self._progress.update(self._task, status=" ".join(f"{k} {v:.3g}" for k, v in shown.items()))
+            shown = {
+                k: v
+                for k, v in values.items()
+                if not k.endswith("_weighted") and k != "learning_rate"
+            }
+            self._progress.update(
+                self._task, status=" ".join(f"{k} {v:.3g}" for k, v in shown.items())
+            )
         if self._jsonl:
             self._jsonl.write(json.dumps({"step": step, "split": prefix, **values}) + "\n")
         if self._board:

@@ -20,12 +20,20 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 def warmup(config: TrainingConfig, total_steps: int) -> int:
     """Warm-up in optimizer steps; a value below 1 is a share of ``total_steps``."""
-    return int(config.warmup_steps) if config.warmup_steps >= 1 else int(config.warmup_steps * total_steps)
+    return (
+        int(config.warmup_steps)
+        if config.warmup_steps >= 1
+        else int(config.warmup_steps * total_steps)
+    )
 
 
 def optimizer_and_scheduler(module: nn.Module, config: TrainingConfig, total_steps: int):
     """AdamW and its schedule: linear warm-up, then linear decay to 0 or a constant rate."""
     groups = [group for group in parameter_groups(module, config.weight_decay) if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-    name = "constant_with_warmup" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type
+    name = (
+        "constant_with_warmup"
+        if config.lr_scheduler_type == "constant"
+        else config.lr_scheduler_type
+    )
     return optimizer, get_scheduler(name, optimizer, warmup(config, total_steps), total_steps)

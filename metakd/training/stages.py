@@ -122,7 +122,13 @@ class Run:
         """SHA-256 over the data block and the content of the local files and models that the run reads."""
         data = self.config.data
         digest = hashlib.sha256(data.model_dump_json().encode())
-        sources = (data.train, data.validation, data.test, self.config.teacher.model, self.config.student.model)
+        sources = (
+            data.train,
+            data.validation,
+            data.test,
+            self.config.teacher.model,
+            self.config.student.model,
+        )
         for path in map(Path, filter(None, sources)):
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 if file.is_file():  # a hub id names no file; its name is in the configuration
@@ -134,7 +140,9 @@ class Run:
         if self.world.is_main:
             self.console.print(text, markup=False, highlight=False)
 
-    def stage(self, place: Path, inputs: dict, build: Callable[[Path], dict], keep: bool = True) -> dict:
+    def stage(
+        self, place: Path, inputs: dict, build: Callable[[Path], dict], keep: bool = True
+    ) -> dict:
         """Build ``place`` unless it was built from these very inputs, and return its result.
 
         Args:
@@ -148,7 +156,9 @@ class Run:
         name = str(place.relative_to(self.folder))
         common = {"version": __version__, "sources": self.source_digest, "seed": self.config.seed, "zero": self.config.zero,
                   "precision": [self.config.bf16, self.config.fp16], "compat": self.config.compat}  # fmt: skip
-        digest = hashlib.sha256(json.dumps({**common, **inputs}, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(
+            json.dumps({**common, **inputs}, sort_keys=True).encode()
+        ).hexdigest()
         record = place / "stage.json"
         stored = json.loads(record.read_text()) if self.world.is_main and record.exists() else {}
         stored = self.world.agree(stored)
@@ -211,7 +221,11 @@ class Run:
     def prototypes(self) -> Path:
         """Prototypes of the pre-trained encoder, and the score t of every training example."""
         place = self.folder / "prototypes"
-        inputs = {"stage": "prototypes", **self._settings("prototypes"), "encoder": self.config.teacher.model}
+        inputs = {
+            "stage": "prototypes",
+            **self._settings("prototypes"),
+            "encoder": self.config.teacher.model,
+        }
         self.stage(place, inputs, self._build_prototypes)
         return place
 
@@ -219,11 +233,16 @@ class Run:
         if not self.world.is_main:
             return {}
         train = self.corpus.train
-        encoder = AutoModel.from_pretrained(self.config.teacher.model, attn_implementation="sdpa", dtype=torch.float32)
+        encoder = AutoModel.from_pretrained(
+            self.config.teacher.model, attn_implementation="sdpa", dtype=torch.float32
+        )
         encoder.to(self.world.device)
         order = torch.tensor(train.lengths).argsort()
         chunks = order.split(self.config.teacher.training.per_device_eval_batch_size)
-        batches = (to_device(self.collate([train[row] for row in rows.tolist()]), self.world.device) for rows in chunks)
+        batches = (
+            to_device(self.collate([train[row] for row in rows.tolist()]), self.world.device)
+            for rows in chunks
+        )
         embedding = embed(encoder, batches, self.recipe)[order.argsort()]
         taught = self._is_taught(train)
         fitted = Prototypes.fit(
@@ -235,7 +254,9 @@ class Run:
         score = fitted.score(embedding, train.domain, train.labels)
         save_file({"t": score.contiguous()}, folder / "scores.safetensors")
         described = describe_scores(score, report=lambda text: self.say(f"warning: {text}"))
-        self.say(f"prototypes: t mean {described['mean']:.4f}, standard deviation {described['std']:.4f}")
+        self.say(
+            f"prototypes: t mean {described['mean']:.4f}, standard deviation {described['std']:.4f}"
+        )
         return described
 
     def _scored_train(self) -> Split:
@@ -252,13 +273,27 @@ class Run:
         if kind != "single":
             places = {place: ALL_DOMAINS}
         else:
-            places = {place / name: name for name in self.corpus.domains if name not in self.config.data.withhold}
+            places = {
+                place / name: name
+                for name in self.corpus.domains
+                if name not in self.config.data.withhold
+            }
         teacher = self.config.teacher.model_dump(mode="json", exclude={"kind"})
         for place, domain in places.items():
-            inputs = {"stage": "teacher", "teacher": teacher, "kind": kind, "teacher_seed": seed, "domain": domain}
+            inputs = {
+                "stage": "teacher",
+                "teacher": teacher,
+                "kind": kind,
+                "teacher_seed": seed,
+                "domain": domain,
+            }
             if kind == "meta":
                 inputs |= self._settings("prototypes")
-            self.stage(place, inputs, lambda folder, domain=domain: self._build_teacher(folder, kind, domain, seed))
+            self.stage(
+                place,
+                inputs,
+                lambda folder, domain=domain: self._build_teacher(folder, kind, domain, seed),
+            )
         return list(places)
 
     def _build_teacher(self, folder: Path, kind: str, domain: str, seed: int) -> dict:
@@ -266,7 +301,9 @@ class Run:
         seed_everything(seed)
         outputs = len(corpus.label2id) * len(corpus.domains) if kind == "mtl" else None
         model = load_classifier(config.model, corpus.label2id, outputs)
-        teacher = Teacher(model, kind, corpus.domains, config.gamma1, self.recipe, self.config.data.withhold)
+        teacher = Teacher(
+            model, kind, corpus.domains, config.gamma1, self.recipe, self.config.data.withhold
+        )
         teacher.to(self.world.device)
         train = self._taught_part(self._scored_train() if kind == "meta" else corpus.train, domain)
         validation = self._taught_part(corpus.validation, domain)
@@ -292,7 +329,9 @@ class Run:
         if corpus.test is not None:
             result["test"] = self._score(classify, self._part(corpus.test, domain), config.training)
         if teacher.trains_domain_loss:
-            result["domain_loss_ln_k"], result["domain_loss_ln_k_minus_1"] = domain_loss_floor(len(corpus.domains))
+            result["domain_loss_ln_k"], result["domain_loss_ln_k_minus_1"] = domain_loss_floor(
+                len(corpus.domains)
+            )
         log.close()
         if self.world.is_main:
             teacher.float().save(folder, self.tokenizer)
@@ -303,7 +342,9 @@ class Run:
     def distill(self, domains: list[str] | None = None) -> list[Path]:
         """Train the students of the configured method; returns their folders."""
         distill = self.config.distill
-        kind = {"finetune": None, "mtn_kd": "single", "meta": "meta"}.get(distill.method, self.config.teacher.kind)
+        kind = {"finetune": None, "mtn_kd": "single", "meta": "meta"}.get(
+            distill.method, self.config.teacher.kind
+        )
         return [
             self.student(domain, distill, kind, self.config.seed, self.config.seed)[0]
             for domain in domains or self.student_domains
@@ -337,7 +378,10 @@ class Run:
             ConfigError: the domain's single teacher is withheld, or the domain does not exist.
         """
         if domain not in (ALL_DOMAINS, *self.corpus.domains):
-            raise ConfigError(f"domain: {domain} is not among {', '.join(self.corpus.domains)}", "correct the name")
+            raise ConfigError(
+                f"domain: {domain} is not among {', '.join(self.corpus.domains)}",
+                "correct the name",
+            )
         teachers = self.teach(teacher_kind, teacher_seed) if teacher_kind else []
         if teacher_kind == "single" and distill.method != "mtn_kd":
             teachers = [place for place in teachers if place.name == domain]
@@ -354,24 +398,43 @@ class Run:
             **self._settings("student", "teacher", "prototypes"),
         }  # fmt: skip
         result = self.stage(
-            place, inputs, lambda folder: self._build_student(folder, domain, distill, teachers, seed, label), keep
+            place,
+            inputs,
+            lambda folder: self._build_student(folder, domain, distill, teachers, seed, label),
+            keep,
         )
         return place, result
 
     def _build_student(
-        self, folder: Path, domain: str, distill: DistillConfig, teacher_folders: list[Path], seed: int, label: str
+        self,
+        folder: Path,
+        domain: str,
+        distill: DistillConfig,
+        teacher_folders: list[Path],
+        seed: int,
+        label: str,
     ) -> dict:
         corpus, device = self.corpus, self.world.device
         weighted = distill.method == "meta"
         train = self._part(self._scored_train() if weighted else corpus.train, domain)
         validation = self._part(corpus.validation, domain)
         if not len(train) or not len(validation):
-            raise DataError(f"domain {domain}: no {'validation' if len(train) else 'training'} examples", "add some")
+            raise DataError(
+                f"domain {domain}: no {'validation' if len(train) else 'training'} examples",
+                "add some",
+            )
 
         dtype = compute_dtype(self.config, device)
-        teachers = [Teacher.load(path, self.recipe).to(device=device, dtype=dtype) for path in teacher_folders]
+        teachers = [
+            Teacher.load(path, self.recipe).to(device=device, dtype=dtype)
+            for path in teacher_folders
+        ]
         seed_everything(seed)
-        copied = teacher_folders[0] if len(teachers) == 1 and self.config.student.copy_from == "teacher" else None
+        copied = (
+            teacher_folders[0]
+            if len(teachers) == 1 and self.config.student.copy_from == "teacher"
+            else None
+        )
         student = build_student(
             self.config.student,
             source=str(copied or self.config.teacher.model),
@@ -394,7 +457,9 @@ class Run:
         def classify(batch):
             return student(**model_inputs(batch)).logits
 
-        phases = [(terms, distill.training, lambda: self._score(classify, validation, distill.training))]
+        phases = [
+            (terms, distill.training, lambda: self._score(classify, validation, distill.training))
+        ]
         early = [term for term in terms if term.intermediate]
         if distill.schedule == "two_stage" and early:
             late = [term for term in terms if not term.intermediate]
@@ -404,7 +469,11 @@ class Run:
         best = {}
         for number, (wanted, training, score) in enumerate(phases):
             module.restrict(wanted)
-            frozen = FrozenTeacher(teachers, module.needs | ({"logits"} if weighted else set())) if teachers else None
+            frozen = (
+                FrozenTeacher(teachers, module.needs | ({"logits"} if weighted else set()))
+                if teachers
+                else None
+            )
             best = fit(
                 module, train, self.collate,
                 config=self.config, training=training, world=self.world, log=log, teacher=frozen, score=score, seed=seed,
@@ -415,7 +484,9 @@ class Run:
         result = {"label": label, "domain": domain, "validation": best,
                   "parameters": sum(p.numel() for p in student.parameters())}  # fmt: skip
         if corpus.test is not None:
-            result["test"] = self._score(classify, self._part(corpus.test, domain), distill.training)
+            result["test"] = self._score(
+                classify, self._part(corpus.test, domain), distill.training
+            )
         log.close()
         student = module.detach().float()
         if self.world.is_main:
@@ -441,15 +512,23 @@ class Run:
             teacher = Teacher.load(place, self.recipe).to(self.world.device).eval()
             domain = place.name if teacher.kind == "single" else ALL_DOMAINS
             scores["teacher"] |= self._score(
-                lambda batch, teacher=teacher: teacher.features(batch).logits, self._part(split, domain), training
+                lambda batch, teacher=teacher: teacher.features(batch).logits,
+                self._part(split, domain),
+                training,
             )
         for place in self.distill():
-            student = AutoModelForSequenceClassification.from_pretrained(place).to(self.world.device).eval()
+            student = (
+                AutoModelForSequenceClassification.from_pretrained(place)
+                .to(self.world.device)
+                .eval()
+            )
 
             def classify(batch, student=student):
                 return student(**model_inputs(batch)).logits
 
-            scores["students"][place.name] = self._score(classify, self._part(split, place.name), training)
+            scores["students"][place.name] = self._score(
+                classify, self._part(split, place.name), training
+            )
         if self.world.is_main:
             (self.folder / "evaluation.json").write_text(json.dumps(scores, indent=1))
         return scores

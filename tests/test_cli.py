@@ -1,0 +1,170 @@
+"""The command line as a person meets it: exit codes, one clear message, no traceback, tables."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from test_config import UNREADABLE, VALID, WRONG, with_fault
+from test_data import BROKEN, TEST, put
+
+from metakd import cli, demo
+from metakd.method.student import PRESETS
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """``call("run", path, ...)``: exit code, standard output and standard error of ``metakd run path ...``."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["metakd", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    texts = [f"{word} {place}" for word in ("good", "bad", "another") for place in ("one", "two")]
+    return demo.scratch_encoder(
+        folder, texts, hidden_size=16, layers=2, heads=2, vocab_size=60, mlm_steps=0
+    )
+
+
+def refused(result: tuple[int, str, str], code: int) -> str:
+    """The message of a run that was refused with this exit code, and with nothing but a message."""
+    ended, _, err = result
+    assert ended == code
+    assert err.startswith("metakd: ") and "remedy: " in err and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_data_ends_with_exit_code_3(name, call, encoder, tmp_path):
+    files, keys, expected = BROKEN[name]
+    for file, content in ({"test.csv": TEST} | files).items():
+        if content is not None:
+            put(tmp_path / file, content)
+    data = {"train": "{d}/train.csv"} | keys
+    settings = yaml.safe_load(VALID) | {
+        "output_dir": str(tmp_path / "run"),
+        "data": {
+            k: v.replace("{d}", str(tmp_path)) if isinstance(v, str) else v for k, v in data.items()
+        },
+        "teacher": {"model": str(encoder)},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    message = refused(call("prototypes", tmp_path / "config.yaml"), 3)
+    assert all(line.replace("{d}", str(tmp_path)) in message for line in expected)
+    assert not (tmp_path / "run" / "prototypes").exists()
+
+
+@pytest.mark.parametrize("name", [*UNREADABLE, *WRONG])
+def test_a_broken_config_ends_with_exit_code_2(name, call, tmp_path):
+    content = UNREADABLE[name][0] if name in UNREADABLE else with_fault(WRONG[name][0])
+    put(tmp_path / "config.yaml", content)
+    assert str(tmp_path / "config.yaml") in refused(call("run", tmp_path / "config.yaml"), 2)
+
+
+def test_usage_errors_end_with_exit_code_2(call, tmp_path):
+    assert call("run")[0] == 2
+    assert call("runn", "x.yaml")[0] == 2
+    put(tmp_path / "config.yaml", VALID)
+    assert "--gamma2" in refused(call("compare", tmp_path / "config.yaml", "--gamma2", "a,b"), 2)
+
+
+def test_debug_shows_the_traceback(call, tmp_path):
+    code, _, err = call("run", tmp_path / "missing.yaml", "--debug")
+    assert code == 2 and "Traceback" in err
+
+
+def test_an_encoder_that_does_not_exist(call, tmp_path):
+    settings = yaml.safe_load(VALID) | {"teacher": {"model": str(tmp_path / "nowhere")}}
+    put(tmp_path / "config.yaml", yaml.safe_dump(settings))
+    assert "teacher.model" in refused(call("prototypes", tmp_path / "config.yaml"), 2)
+
+
+def test_doctor_names_each_backend_and_why_not(call):
+    code, out, err = call("doctor", "--json")
+    report = json.loads(out)
+    assert code == 0, err
+    assert set(report) == {"versions", "devices", "extension", "backends"}
+    assert "does not implement" in report["backends"]["triton on cpu"]
+    assert report["backends"]["reference on cpu"].startswith("12 of 12")
+
+
+@pytest.mark.parametrize("stage", ["prototypes", "teach", "distill", "evaluate", "run", "compare"])
+def test_every_stage_starts(stage, call, encoder, tmp_path):
+    demo.write_corpus(tmp_path, train=8, validation=2, test=2)
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "data": {n: str(tmp_path / f"{n}.jsonl") for n in ("train", "validation", "test")}
+        | {"max_length": 16},
+        "teacher": {"model": str(encoder), "training": {"num_train_epochs": 1}},
+        "student": {"preset": "tiny-2l-128"},
+        "distill": {"training": {"num_train_epochs": 1}, "domains": ["novels"]},
+        "compare": {"rows": [{"method": "meta", "teacher": "meta"}], "seeds": [1]},
+        "report_to": ["tensorboard"],
+    }
+    put(tmp_path / "config.yaml", yaml.safe_dump(settings))
+    options = (
+        ["--withhold", "hiking", "--data-fraction", "0.5", "--gamma2", "0,1"]
+        if stage == "compare"
+        else []
+    )
+    code, out, err = call(stage, tmp_path / "config.yaml", *options, "seed=7", "--local_rank=0")
+    assert code == 0, err
+    if stage == "compare":
+        assert "| meta-from-meta-gamma2-1 |" in out
+        assert (tmp_path / "run-withhold-hiking-fraction-0.5" / "compare.md").exists()
+    elif stage in ("evaluate", "run"):
+        assert "novels" in out and "student is in" in out
+        assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_quickstart(call, tmp_path, monkeypatch):
+    """The whole quickstart on a smaller corpus, with the fallback encoder."""
+    monkeypatch.setattr(demo, "_download", lambda folder: "offline")
+    full = demo.write_corpus
+    monkeypatch.setattr(
+        demo, "write_corpus", lambda folder: full(folder, train=16, validation=4, test=8)
+    )
+    scratch = demo.scratch_encoder
+    monkeypatch.setattr(
+        demo,
+        "scratch_encoder",
+        lambda folder, texts: scratch(folder, texts, hidden_size=32, mlm_steps=0),
+    )
+    code, out, err = call("quickstart", tmp_path / "quick", "teacher.training.max_steps=2")
+    assert code == 0, err
+    assert all(row in out for row in ("| teacher: meta |", "| finetune |", "| meta-from-meta |"))
+    assert len(list((tmp_path / "quick" / "students").rglob("model.safetensors"))) == 8
+    # A second start finds everything done.
+    assert (
+        "meta-from-meta-s42/novels: inputs unchanged, skipped"
+        in call("quickstart", tmp_path / "quick", "teacher.training.max_steps=2")[1]
+    )
+
+
+def test_a_config_is_refused_in_under_two_seconds_from_the_shell(tmp_path):
+    put(tmp_path / "config.yaml", "outputdir: x\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "metakd", "run", str(tmp_path / "config.yaml")],
+        capture_output=True, text=True, timeout=60, env=os.environ,
+    )  # fmt: skip
+    assert done.returncode == 2 and "did you mean" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_presets_are_those_of_the_configuration():
+    from typing import get_args
+
+    from metakd.config import StudentConfig
+
+    literal = get_args(StudentConfig.model_fields["preset"].annotation)[0]
+    assert set(get_args(literal)) == set(PRESETS)
