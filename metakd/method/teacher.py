@@ -170,18 +170,20 @@ class Teacher(nn.Module):
                 rows = rows + self.gamma1 * weight * domain_loss
         return StepOutput(rows, {name: value.detach().mean() for name, value in terms.items()})
 
-    def save(self, folder: Path, tokenizer) -> None:
-        """Write the classifier with ``save_pretrained``, the domain parts beside it, and ``metakd.json``."""
-        self.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        own = {
+    def _domain_parts(self) -> dict[str, Tensor]:
+        return {
             name: value
             for name, value in self.state_dict().items()
             if not name.startswith("model.")
         }
-        if own:
+
+    def save(self, folder: Path, tokenizer) -> None:
+        """Write the classifier with ``save_pretrained``, the domain parts beside it, and ``metakd.json``."""
+        self.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if parts := self._domain_parts():
             save_file(
-                {name: value.contiguous() for name, value in own.items()},
+                {name: value.contiguous() for name, value in parts.items()},
                 folder / "domain.safetensors",
             )
         described = {
@@ -194,7 +196,8 @@ class Teacher(nn.Module):
         """Read what ``save`` wrote.
 
         Raises:
-            CheckpointError: the folder holds no teacher of ours.
+            CheckpointError: the folder holds no teacher of ours, or a meta-teacher without its
+                domain parts.
         """
         try:
             described = json.loads((folder / "metakd.json").read_text())
@@ -213,8 +216,14 @@ class Teacher(nn.Module):
             recipe,
             described["withheld"],
         )
-        if (folder / "domain.safetensors").exists():
-            teacher.load_state_dict(load_file(folder / "domain.safetensors"), strict=False)
+        if wanted := teacher._domain_parts():
+            parts = folder / "domain.safetensors"
+            stored = load_file(parts) if parts.exists() else {}
+            if missing := wanted.keys() - stored.keys():
+                raise CheckpointError(
+                    f"{parts}: {', '.join(sorted(missing))} missing", "run `metakd teach` again"
+                )
+            teacher.load_state_dict(stored, strict=False)
         return teacher
 
 
