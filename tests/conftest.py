@@ -49,7 +49,8 @@ def shared_data():
 
 @pytest.fixture
 def tiny_bert():
-    """``tiny_bert(layers=2, hidden=32, ...)``: a random BERT classifier under SDPA, in eval mode."""
+    """``tiny_bert(layers=2, hidden=32, ...)``: a random BERT classifier under SDPA, in eval
+    mode."""
     from transformers import BertConfig, BertForSequenceClassification
 
     def build(layers=2, hidden=32, heads=4, labels=2, **options):

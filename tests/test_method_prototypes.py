@@ -55,7 +55,8 @@ def test_scores_worked_by_hand(alpha):
 
 
 def test_zeta_is_shared_by_the_other_domains_that_have_the_class():
-    # Domain 2 knows class 0 only: an example of class 1 has one other domain left, one of class 0 two.
+    # Domain 2 knows class 0 only: an example of class 1 has one other domain left, one of class 0
+    # two.
     embedding = torch.cat([EMBEDDING, torch.tensor([[0.0, 5.0]])])
     domain, label = torch.cat([DOMAIN, torch.tensor([2])]), torch.cat([LABEL, torch.tensor([0])])
     scores = fit(embedding, domain, label, num_domains=3, alpha=0.4).score(embedding, domain, label)

@@ -1,4 +1,5 @@
-"""Taps see what an eager run would show, and leave no trace: in the logits, the model or its files."""
+"""Taps see what an eager run would show, and leave no trace: in the logits, the model or its
+files."""
 
 import math
 
@@ -41,7 +42,11 @@ SHAPE = {
 
 
 def _distilbert():
-    names = {"num_hidden_layers": "n_layers", "hidden_size": "dim", "num_attention_heads": "n_heads"}
+    names = {
+        "num_hidden_layers": "n_layers",
+        "hidden_size": "dim",
+        "num_attention_heads": "n_heads",
+    }
     names["intermediate_size"] = "hidden_dim"
     return DistilBertForSequenceClassification(
         DistilBertConfig(**{names.get(name, name): value for name, value in SHAPE.items()})
@@ -137,9 +142,7 @@ def test_queries_keys_and_values_are_the_layers_own(build, batch, name):
     features = Taps(model, EVERYTHING)(batch)
     inputs = [features.embedding, *features.hidden[:-1]]
     for number, layer in enumerate(encoder_layers(model)):
-        for kind, linear in zip(
-            ("query", "key", "value"), query_key_value(layer), strict=True
-        ):
+        for kind, linear in zip(("query", "key", "value"), query_key_value(layer), strict=True):
             expected = linear(inputs[number]).unflatten(-1, (HEADS, -1)).transpose(1, 2)
             torch.testing.assert_close(getattr(features, kind)[number], expected)
 
@@ -261,7 +264,8 @@ def test_a_checkpointed_layer_is_recorded_once_and_differentiated_right(build, b
             module.p = 0.0
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
     recomputed = gradients()
     assert recomputed.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -277,7 +281,9 @@ def test_layers_that_share_weights_cannot_be_tapped():
 
 
 def test_models_without_the_attention_interface_are_refused():
-    model = DebertaV2ForSequenceClassification(DebertaV2Config(**SHAPE | {"attn_implementation": "eager"}))
+    model = DebertaV2ForSequenceClassification(
+        DebertaV2Config(**SHAPE | {"attn_implementation": "eager"})
+    )
     with pytest.raises(ValueError, match="DebertaV2ForSequenceClassification does not use transf"):
         Taps(model, {"query"})
     assert model.config._attn_implementation == "eager"
