@@ -1,7 +1,8 @@
 """The command line: ``metakd STAGE CONFIG.yaml [key=value ...]``.
 
-Everything heavy is imported inside the commands, so that a wrong configuration is refused at once. Started
-plainly it is one process; ``deepspeed --num_gpus N --module metakd ...`` and ``torchrun -m metakd ...`` start several.
+Everything heavy is imported inside the commands, so that a wrong configuration is refused at once.
+Started plainly it is one process; ``deepspeed --num_gpus N --module metakd ...`` and ``torchrun -m
+metakd ...`` start several.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from metakd.config import RunConfig, load_config
 from metakd.errors import ConfigError, MetakdError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Compress language models across domains with Meta-KD.",
-)  # fmt: skip
+)
 console = Console()
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file")]
@@ -33,7 +37,8 @@ Overrides = Annotated[
 
 
 def _open(config: RunConfig):
-    """A run with its world; here and not above, since torch and DeepSpeed take seconds to import."""
+    """A run with its world; here and not above, since torch and DeepSpeed take seconds to
+    import."""
     from transformers.utils.logging import disable_progress_bar
 
     from metakd.training.engine import join_world

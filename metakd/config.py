@@ -1,8 +1,9 @@
-"""The configuration: one pydantic model per block of the YAML file, and ``load_config`` that reads it.
+"""The configuration: one pydantic model per block of the YAML file, and ``load_config`` that reads
+it.
 
-Every key is checked (``extra="forbid"``), every problem is reported at once with a did-you-mean, and
-key names follow ``transformers.TrainingArguments`` where they mean the same thing.
-Imports pydantic, yaml and ``metakd.errors`` only, so that a wrong config is refused in well under a second.
+Every key is checked (``extra="forbid"``), every problem is reported at once with a did-you-mean,
+and key names follow ``transformers.TrainingArguments`` where they mean the same thing. Imports
+pydantic, yaml and ``metakd.errors`` only, so that a wrong config is refused in well under a second.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Block(BaseModel):
 class DataConfig(Block):
     """Where the examples are and which columns hold what.
 
-    ``train``, ``validation`` and ``test`` are each a CSV, TSV, JSONL or Parquet file, a folder with one file
-    per domain (the file's stem is the domain), or a hub id. Without ``validation``, ``validation_fraction``
-    of the training split is held out, stratified by domain and label.
+    ``train``, ``validation`` and ``test`` are each a CSV, TSV, JSONL or Parquet file, a folder with
+    one file per domain (the file's stem is the domain), or a hub id. Without ``validation``,
+    ``validation_fraction`` of the training split is held out, stratified by domain and label.
     """
 
     train: str
@@ -56,14 +57,16 @@ class DataConfig(Block):
 
 
 class PrototypeConfig(Block):
-    """Prototype scores t (Meta-KD section 3.1): weight alpha of the own domain, and how t is rescaled."""
+    """Prototype scores t (Meta-KD section 3.1): weight alpha of the own domain, and how t is
+    rescaled."""
 
     alpha: Fraction = 0.5
     rescale: Literal["none", "center", "minmax", "zscore"] = "none"
 
 
 class TrainingConfig(Block):
-    """One optimisation run. ``warmup_steps`` below 1 is a share of all steps, as in ``TrainingArguments``."""
+    """One optimisation run. ``warmup_steps`` below 1 is a share of all steps, as in
+    ``TrainingArguments``."""
 
     learning_rate: Positive = 2e-5
     num_train_epochs: Count = 3
@@ -79,7 +82,8 @@ class TrainingConfig(Block):
 
 
 class TeacherConfig(Block):
-    """The teacher: a pre-trained encoder (directory or hub id), and how it is trained on the domains."""
+    """The teacher: a pre-trained encoder (directory or hub id), and how it is trained on the
+    domains."""
 
     model: str
     kind: TeacherKind = "meta"
@@ -88,7 +92,8 @@ class TeacherConfig(Block):
 
 
 class StudentConfig(Block):
-    """The student: exactly one of a preset, teacher layers to copy (0-based), or a directory / hub id."""
+    """The student: exactly one of a preset, teacher layers to copy (0-based), or a directory / hub
+    id."""
 
     preset: Literal["tinybert-4l-312", "mini-4l-256", "tiny-2l-128"] | None = None
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
@@ -106,7 +111,8 @@ class StudentConfig(Block):
 
 
 class TermWeights(Block):
-    """Weight of each distillation term; 0 switches a term off and its features are not even collected."""
+    """Weight of each distillation term; 0 switches a term off and its features are not even
+    collected."""
 
     embedding: Annotated[float, Field(ge=0.0)] = 1.0
     hidden: Annotated[float, Field(ge=0.0)] = 1.0
@@ -140,7 +146,8 @@ class DistillConfig(Block):
 
 
 class CompareRow(Block):
-    """One row of the comparison: a method and the teacher it learns from (``finetune`` has none)."""
+    """One row of the comparison: a method and the teacher it learns from (``finetune`` has
+    none)."""
 
     method: MethodName
     teacher: TeacherKind | None = None
@@ -153,15 +160,16 @@ class CompareRow(Block):
         )
         if self.teacher not in needed:
             raise ValueError(
-                f"method {self.method} needs teacher {' or '.join(map(str, needed))}, got {self.teacher}"
+                f"method {self.method} needs teacher {' or '.join(map(str, needed))}, "
+                f"got {self.teacher}"
             )
         return self
 
 
 class CompareConfig(Block):
-    """Rows x domains x seeds. ``teacher_seeds`` fixes how many teachers are trained: with fewer teachers
-    than ``seeds`` they are reused in turn, and the spread then misses part of the teacher's share.
-    ``keep_students`` keeps the weights of every cell, not only its scores."""
+    """Rows x domains x seeds. ``teacher_seeds`` fixes how many teachers are trained: with fewer
+    teachers than ``seeds`` they are reused in turn, and the spread then misses part of the
+    teacher's share. ``keep_students`` keeps the weights of every cell, not only its scores."""
 
     rows: Annotated[list[CompareRow], Field(min_length=1)] = [
         CompareRow(method="finetune"),

@@ -440,7 +440,8 @@ def prepare(folder: str | Path) -> Path:
     """Everything the quickstart needs: a corpus, an encoder, and the configuration that joins them.
 
     Args:
-        folder: receives ``corpus/``, ``encoder/`` and ``config.yaml``; what is there already is kept.
+        folder: receives ``corpus/``, ``encoder/`` and ``config.yaml``; what is there already is
+            kept.
 
     Returns:
         The configuration's path, for ``metakd run`` or ``metakd compare``.
@@ -459,8 +460,8 @@ def prepare(folder: str | Path) -> Path:
     return config
 
 
-# Two of the encoder's layers, so that the student has something to gain from a teacher. Every row of the
-# comparison starts from the same copied layers of the pre-trained encoder.
+# Two of the encoder's layers, so that the student has something to gain from a teacher. Every row
+# of the comparison starts from the same copied layers of the pre-trained encoder.
 _CONFIG = """\
 # Made by `metakd quickstart`; change it and run `metakd run` or `metakd compare` on it.
 output_dir: {folder}

@@ -1,6 +1,8 @@
-"""Errors a user can act on: each carries one line of cause, one line of remedy and a process exit code.
+"""Errors a user can act on: each carries one line of cause, one line of remedy and a process exit
+code.
 
-Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 non-finite or diverged, 6 environment.
+Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 non-finite or diverged, 6
+environment.
 The command line prints cause and remedy and hides the traceback unless ``--debug`` is given.
 Imports nothing.
 """
@@ -47,6 +49,7 @@ class DivergedError(MetakdError):
 
 
 class UnsupportedError(MetakdError, ValueError):
-    """This machine cannot do what was asked for explicitly: backend, dtype, device (exit code 6)."""
+    """This machine cannot do what was asked for explicitly: backend, dtype, device (exit code
+    6)."""
 
     exit_code = 6

@@ -16,7 +16,8 @@ from metakd.method.student import PRESETS
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """``call("run", path, ...)``: exit code, standard output and standard error of ``metakd run path ...``."""
+    """``call("run", path, ...)``: exit code, standard output and standard error of ``metakd run
+    path ...``."""
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["metakd", *map(str, words)])
@@ -156,8 +157,11 @@ def test_a_config_is_refused_in_under_two_seconds_from_the_shell(tmp_path):
     put(tmp_path / "config.yaml", "outputdir: x\n")
     done = subprocess.run(
         [sys.executable, "-m", "metakd", "run", str(tmp_path / "config.yaml")],
-        capture_output=True, text=True, timeout=60, env=os.environ,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ,
+    )
     assert done.returncode == 2 and "did you mean" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -1,4 +1,5 @@
-"""The loop and the stages: what must not depend on batches, ranks or restarts, and what a run leaves behind."""
+"""The loop and the stages: what must not depend on batches, ranks or restarts, and what a run
+leaves behind."""
 
 import json
 import os
@@ -39,7 +40,8 @@ def world():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A corpus of 4 x 12 examples and an encoder of two layers without dropout, so that runs can be compared."""
+    """A corpus of 4 x 12 examples and an encoder of two layers without dropout, so that runs can be
+    compared."""
     folder = tmp_path_factory.mktemp("source")
     demo.write_corpus(folder / "corpus", train=12, validation=4, test=6)
     texts = [row["text"] for row in rows_of(folder / "corpus" / "train.jsonl")]
@@ -90,7 +92,8 @@ def write_config(source: Path, folder: Path, output: str) -> Path:
 
 
 class Regression(torch.nn.Module):
-    """A module whose loss per example is quadratic: exact arithmetic shows what the loop does to gradients."""
+    """A module whose loss per example is quadratic: exact arithmetic shows what the loop does to
+    gradients."""
 
     def __init__(self):
         super().__init__()
@@ -107,9 +110,17 @@ def trained(run: Run, training: TrainingConfig, score=None, module=None) -> torc
     module = module or Regression()
     log = RunLog(None, [], run.console)
     fit(
-        module, run.corpus.train, run.collate,
-        config=run.config, training=training, world=run.world, log=log, title="test", seed=5, score=score,
-    )  # fmt: skip
+        module,
+        run.corpus.train,
+        run.collate,
+        config=run.config,
+        training=training,
+        world=run.world,
+        log=log,
+        title="test",
+        seed=5,
+        score=score,
+    )
     return module
 
 
@@ -212,7 +223,7 @@ def test_half_precision_follows_fp32_at_every_zero_stage(make, precision, world)
 
 def test_a_run_leaves_plain_students(make):
     run = make()
-    scores = run.run()
+    scores = run.evaluate()
     assert set(scores["students"]) == {"hiking", "kitchen", "novels", "software"}
     [place] = run.distill(["novels"])
     assert place == run.folder / "students" / "meta-from-meta-s42" / "novels"
@@ -291,13 +302,20 @@ def test_a_withheld_domain_is_kept_from_the_teacher(make):
     assert counts[run.corpus.domains.index("novels")].sum() == 0
 
 
-@pytest.mark.parametrize("options", [
-    ["distill.schedule=two_stage", "distill.intermediate.num_train_epochs=1"],
-    ["distill.schedule=two_stage", "distill.intermediate.num_train_epochs=1", "compat=easytransfer"],
-    ["distill.one_student_for_all=true"],
-    ["student={preset: tiny-2l-128}", "distill.layer_map=last"],
-    ["distill.attention=kl", "prototypes.rescale=center"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["distill.schedule=two_stage", "distill.intermediate.num_train_epochs=1"],
+        [
+            "distill.schedule=two_stage",
+            "distill.intermediate.num_train_epochs=1",
+            "compat=easytransfer",
+        ],
+        ["distill.one_student_for_all=true"],
+        ["student={preset: tiny-2l-128}", "distill.layer_map=last"],
+        ["distill.attention=kl", "prototypes.rescale=center"],
+    ],
+)
 def test_variants_of_distillation_run(make, options):
     run = (
         make("distill.domains=[hiking]", *options)
@@ -310,8 +328,12 @@ def test_variants_of_distillation_run(make, options):
 
 
 def test_compare_fills_the_table(make):
-    run = make("compare.seeds=[1,2]", "compare.teacher_seeds=1", "distill.domains=[hiking,novels]",
-               "distill.relation_heads=2")  # fmt: skip
+    run = make(
+        "compare.seeds=[1,2]",
+        "compare.teacher_seeds=1",
+        "distill.domains=[hiking,novels]",
+        "distill.relation_heads=2",
+    )
     result = comparison.compare(run, gamma2=[0.0, 0.5])
     rows = list(result["summary"])
     assert rows[:4] == ["teacher: mix", "teacher: single", "teacher: mtl", "teacher: meta"]
@@ -357,13 +379,16 @@ def test_two_sentence_students(source, tmp_path, world, shared_data):
     path = write_config(source, tmp_path, "pairs")
     settings = yaml.safe_load(path.read_text())
     settings["data"] = {
-        "train": str(tmp_path / "pairs.jsonl"), "text": "premise", "text_pair": "hypothesis", "domain": "genre",
+        "train": str(tmp_path / "pairs.jsonl"),
+        "text": "premise",
+        "text_pair": "hypothesis",
+        "domain": "genre",
         "max_length": 48,
-    }  # fmt: skip
+    }
     path.write_text(yaml.safe_dump(settings))
     run = Run(load_config(str(path)), world, Console(quiet=True))
     assert {1} <= set(run.corpus.train[0]["token_type_ids"])
-    scores = run.run()
+    scores = run.evaluate()
     assert set(scores["students"]) == {"fiction", "travel"} and scores["split"] == "validation"
     student = AutoModelForSequenceClassification.from_pretrained(run.distill()[0])
     assert set(student.config.label2id) == {"entailment", "neutral", "contradiction"}
@@ -410,10 +435,15 @@ def losses(folder: Path) -> dict[str, list[float]]:
 
 @pytest.fixture(scope="module")
 def one_process(source, tmp_path_factory):
-    """The losses of a plain process that accumulates two micro-batches, to hold two processes against."""
+    """The losses of a plain process that accumulates two micro-batches, to hold two processes
+    against."""
     folder = tmp_path_factory.mktemp("plain")
-    options = ["teacher.training.gradient_accumulation_steps=2", "distill.training.gradient_accumulation_steps=2",
-               "teacher.training.per_device_train_batch_size=5", "distill.training.per_device_train_batch_size=5"]  # fmt: skip
+    options = [
+        "teacher.training.gradient_accumulation_steps=2",
+        "distill.training.gradient_accumulation_steps=2",
+        "teacher.training.per_device_train_batch_size=5",
+        "distill.training.per_device_train_batch_size=5",
+    ]
     launched("plain", write_config(source, folder, "run"), *options)
     return losses(folder / "run")
 

@@ -1,8 +1,9 @@
-"""The distillation objective: terms, the methods made of them, and the module that trains a student on them.
+"""The distillation objective: terms, the methods made of them, and the module that trains a student
+on them.
 
-``L_MD = mean_i lambda_i (L_embd + L_hidn + L_attn + L_pred + gamma2 L_TKD)_i``, optionally plus hard-label
-cross-entropy. Each term is a dataclass that declares the features it ``needs``, so that models collect no
-more, and returns one value per example: lambda multiplies rows, never a mean.
+``L_MD = mean_i lambda_i (L_embd + L_hidn + L_attn + L_pred + gamma2 L_TKD)_i``, optionally plus
+hard-label cross-entropy. Each term is a dataclass that declares the features it ``needs``, so that
+models collect no more, and returns one value per example: lambda multiplies rows, never a mean.
 Sizes: B batch, L length, H hidden width, A heads, K domains, M classes.
 
 Source: Meta-KD section 3.3, equations 6-11.
@@ -32,8 +33,8 @@ Batch = dict[str, Tensor]
 class Term:
     """One summand of the objective.
 
-    ``rows`` takes the student's and the teacher's features, the batch and the projection [H_s, H_t] of
-    ``projected`` (None where widths are equal), and returns one loss per example [B].
+    ``rows`` takes the student's and the teacher's features, the batch and the projection [H_s, H_t]
+    of ``projected`` (None where widths are equal), and returns one loss per example [B].
     """
 
     weight: float = 1.0
@@ -88,7 +89,8 @@ class HiddenTerm(Term):
 
 @dataclass(frozen=True)
 class AttentionTerm(Term):
-    """``L_attn = sum_l MSE(A_S^l, A_T^g(l))`` on pre-softmax scores, or MSE or KL of the probabilities."""
+    """``L_attn = sum_l MSE(A_S^l, A_T^g(l))`` on pre-softmax scores, or MSE or KL of the
+    probabilities."""
 
     layers: Sequence[int] = ()  # g(l), 0-based
     form: str = "scores"
@@ -117,7 +119,8 @@ class AttentionTerm(Term):
 
 @dataclass(frozen=True)
 class RelationTerm(Term):
-    """MiniLMv2: KL between Q-Q, K-K and V-V relations of the last layers. Source: Wang et al. 2021, equations 4-7."""
+    """MiniLMv2: KL between Q-Q, K-K and V-V relations of the last layers. Source: Wang et al. 2021,
+    equations 4-7."""
 
     heads: int = 12
 
@@ -139,8 +142,9 @@ class RelationTerm(Term):
 
 @dataclass(frozen=True)
 class PredictionTerm(Term):
-    """``L_pred``: KL of softened predictions times T^2; the soft cross-entropy less the teacher's entropy,
-    which no student weight changes. ``divide_by_classes`` is the release's mean over classes."""
+    """``L_pred``: KL of softened predictions times T^2; the soft cross-entropy less the teacher's
+    entropy, which no student weight changes. ``divide_by_classes`` is the release's mean over
+    classes."""
 
     temperature: float = 1.0
     scale_by_temperature: bool = True
@@ -163,7 +167,8 @@ class PredictionTerm(Term):
 
 @dataclass(frozen=True)
 class TransferTerm(Term):
-    """``L_TKD = MSE(h_d^T(X), h_d^S(X) W_d)``: the student's own domain layer follows the meta-teacher's."""
+    """``L_TKD = MSE(h_d^T(X), h_d^S(X) W_d)``: the student's own domain layer follows the
+    meta-teacher's."""
 
     name = "transfer"
     needs = frozenset({"domain"})
@@ -194,8 +199,9 @@ def build_terms(
 ) -> list[Term]:
     """The terms of ``config.method``, less those of weight 0.
 
-    The baselines of the paper's tables are selections from the same terms: ``logits_kd`` and ``mtn_kd`` keep
-    the prediction, ``tinybert_kd`` everything but L_TKD and lambda, ``minilmv2`` relations and prediction.
+    The baselines of the paper's tables are selections from the same terms: ``logits_kd`` and
+    ``mtn_kd`` keep the prediction, ``tinybert_kd`` everything but L_TKD and lambda, ``minilmv2``
+    relations and prediction.
     """
     weights = config.terms
     prediction = PredictionTerm(
@@ -276,7 +282,8 @@ class Distillation(nn.Module):
         return Taps(self.student, needs)
 
     def restrict(self, terms: Sequence[Term]) -> None:
-        """Train only these terms from now on (a stage of two): features of the others are no longer collected."""
+        """Train only these terms from now on (a stage of two): features of the others are no longer
+        collected."""
         self._taps.remove()
         self.terms = list(terms)
         self.needs = frozenset().union(*(term.needs for term in self.terms))
@@ -304,7 +311,7 @@ class Distillation(nn.Module):
         logged = {}
         for term in self.terms:
             name = self._projection_name(term)
-            projection = self.projections[name] if name in self.projections else None
+            projection = self.projections.get(name)
             rows = term.rows(seen, taught, batch, projection)
             weighted = term.weight * rows
             if expertise is not None and term.by_expertise:

@@ -1,11 +1,12 @@
 """Prototypes and prototype scores: how much of each example transfers between domains.
 
-``p[k, m] = mean of E(X_i) over domain k and class m`` from the pre-trained encoder (not fine-tuned), on the
-training split; ``t_i = alpha cos(E(X_i), p[k, y_i]) + zeta sum over k' != k of cos(E(X_i), p[k', y_i])``.
-Sizes: N examples, K domains, M classes, H hidden width, B batch, L length.
+``p[k, m] = mean of E(X_i) over domain k and class m`` from the pre-trained encoder (not
+fine-tuned), on the training split; ``t_i = alpha cos(E(X_i), p[k, y_i]) + zeta sum over k' != k of
+cos(E(X_i), p[k', y_i])``. Sizes: N examples, K domains, M classes, H hidden width, B batch, L
+length.
 
-Source: Meta-KD section 3.1, equations 1-2. The rescaling options are ours: raw t of a BERT-like encoder is
-almost constant (0.97-0.99), which makes the weighting nearly a no-op.
+Source: Meta-KD section 3.1, equations 1-2. The rescaling options are ours: raw t of a BERT-like
+encoder is almost constant (0.97-0.99), which makes the weighting nearly a no-op.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ FLAT_SCORES = 0.01
 def embed(
     model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], recipe: Recipe = PAPER
 ) -> Tensor:
-    """E(X) of every example, in the order of the batches: [N, H] fp32 on the CPU. The model is left in eval mode."""
+    """E(X) of every example, in the order of the batches: [N, H] fp32 on the CPU. The model is left
+    in eval mode."""
     model.eval()
     taps = Taps(model, {"last_hidden"})
     try:
@@ -47,9 +49,9 @@ def embed(
 class Prototypes:
     """Class x domain prototypes with what is needed to score any example against them.
 
-    ``rescale`` maps raw t with statistics of the training corpus: ``none``; ``center`` (the corpus mean is
-    subtracted from embeddings and prototypes before the cosines); ``minmax`` to [0, 1]; ``zscore`` to
-    0.5 + z / 6 clipped to [0, 1], which puts three standard deviations at the ends.
+    ``rescale`` maps raw t with statistics of the training corpus: ``none``; ``center`` (the corpus
+    mean is subtracted from embeddings and prototypes before the cosines); ``minmax`` to [0, 1];
+    ``zscore`` to 0.5 + z / 6 clipped to [0, 1], which puts three standard deviations at the ends.
     """
 
     vectors: Tensor  # [K, M, H]
@@ -161,9 +163,14 @@ class Prototypes:
         tensors = load_file(folder / "prototypes.safetensors")
         meta = json.loads((folder / "prototypes.json").read_text())
         return cls(
-            tensors["vectors"], tensors["counts"], tensors.get("center"),
-            meta["alpha"], meta["rescale"], recipe, tuple(meta["raw_range"]),
-        )  # fmt: skip
+            tensors["vectors"],
+            tensors["counts"],
+            tensors.get("center"),
+            meta["alpha"],
+            meta["rescale"],
+            recipe,
+            tuple(meta["raw_range"]),
+        )
 
 
 def describe_scores(score: Tensor, *, report: Callable[[str], None] = warnings.warn) -> dict:
@@ -176,6 +183,12 @@ def describe_scores(score: Tensor, *, report: Callable[[str], None] = warnings.w
         )
     counts, edges = torch.histogram(score.float().cpu(), bins=10)
     return {
-        "mean": score.mean().item(), "std": std, "min": score.min().item(), "max": score.max().item(),
-        "histogram": {"edges": [round(e, 4) for e in edges.tolist()], "counts": counts.int().tolist()},
-    }  # fmt: skip
+        "mean": score.mean().item(),
+        "std": std,
+        "min": score.min().item(),
+        "max": score.max().item(),
+        "histogram": {
+            "edges": [round(e, 4) for e in edges.tolist()],
+            "counts": counts.int().tolist(),
+        },
+    }

@@ -1,7 +1,7 @@
 """The two readings of the method: the paper's form, and the one that was released as EasyTransfer.
 
-The released code departs from the paper in a dozen places. Each is a field here, so that the rest of the
-package asks a named question ("is lambda on L_TKD?") and never which release it imitates.
+The released code departs from the paper in a dozen places. Each is a field here, so that the rest
+of the package asks a named question ("is lambda on L_TKD?") and never which release it imitates.
 Imports nothing of metakd.
 """
 

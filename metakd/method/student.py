@@ -1,4 +1,5 @@
-"""Students: small encoders made from a preset, from a teacher's own layers, or loaded from a directory or the hub.
+"""Students: small encoders made from a preset, from a teacher's own layers, or loaded from a
+directory or the hub.
 
 A student is a plain ``AutoModelForSequenceClassification``; everything that only distillation needs
 (projections, the domain layer) lives in ``objective.Distillation`` and is never saved with it.
@@ -20,8 +21,8 @@ from transformers import (
 from metakd.config import StudentConfig
 from metakd.method.taps import encoder_layers
 
-# Layers, hidden width, heads, feed-forward width. The first is TinyBERT-4 (Jiao et al. 2020), the others
-# BERT-mini and BERT-tiny (Turc et al. 2019), the first of them renamed after its shape.
+# Layers, hidden width, heads, feed-forward width. The first is TinyBERT-4 (Jiao et al. 2020), the
+# others BERT-mini and BERT-tiny (Turc et al. 2019), the first of them renamed after its shape.
 PRESETS = {
     "tinybert-4l-312": (4, 312, 12, 1200),
     "mini-4l-256": (4, 256, 4, 1024),
@@ -32,7 +33,8 @@ PRESETS = {
 def load_classifier(
     source: str, label2id: dict[str, int], num_labels: int | None = None
 ) -> PreTrainedModel:
-    """A sequence classifier from a directory or hub id, under SDPA, its head fresh where the classes differ.
+    """A sequence classifier from a directory or hub id, under SDPA, its head fresh where the
+    classes differ.
 
     Args:
         source: directory or hub id; never runs code from the hub.
@@ -93,7 +95,8 @@ def build_student(
 
 
 def keep_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
-    """A copy of ``model`` with only these layers (0-based, in this order); every other weight is kept.
+    """A copy of ``model`` with only these layers (0-based, in this order); every other weight is
+    kept.
 
     Raises:
         ValueError: a layer number is out of range.

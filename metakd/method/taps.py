@@ -1,9 +1,9 @@
 """Taps: read queries, keys, values, hidden states and embeddings out of an encoder while it runs.
 
-Works for every encoder that goes through transformers' attention interface, under SDPA. Nothing is asked of
-the model (no ``output_attentions``, which would force eager attention and [B, A, L, L] maps): layers are
-hooked, and an attention function of our own notes its inputs and hands them on to SDPA.
-Also holds ``layer_map``, which pairs student layers with teacher layers.
+Works for every encoder that goes through transformers' attention interface, under SDPA. Nothing is
+asked of the model (no ``output_attentions``, which would force eager attention and [B, A, L, L]
+maps): layers are hooked, and an attention function of our own notes its inputs and hands them on to
+SDPA. Also holds ``layer_map``, which pairs student layers with teacher layers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from metakd.functional import masked_mean
 TAPPED_SDPA = "metakd_sdpa"
 ATTENTION_INPUTS = frozenset({"query", "key", "value"})
 
-# Who records what during the forward pass in hand. A model may carry hooks of several Taps; only the one that
-# called it records, and a recomputed forward (activation checkpointing) records nothing.
+# Who records what during the forward pass in hand. A model may carry hooks of several Taps; only
+# the one that called it records, and a recomputed forward (activation checkpointing) records
+# nothing.
 _recording: contextvars.ContextVar[tuple[Taps, Features] | None] = contextvars.ContextVar(
     "metakd_taps", default=None
 )
@@ -85,7 +86,8 @@ class Taps:
         needs: the ``Features`` to collect, of embedding, hidden, last_hidden, query, key, value.
 
     Raises:
-        ValueError: the model's stack of layers cannot be found, or it does not use the attention interface.
+        ValueError: the model's stack of layers cannot be found, or it does not use the attention
+            interface.
     """
 
     def __init__(self, model: PreTrainedModel, needs: frozenset[str] | set[str]):
@@ -112,7 +114,8 @@ class Taps:
             self._handles.append(model.base_model.register_forward_hook(self._note_last_hidden))
 
     def __call__(self, batch: dict[str, Tensor]) -> Features:
-        """Forward ``batch`` (keys the model does not know are left out); logits are kept if the model has any."""
+        """Forward ``batch`` (keys the model does not know are left out); logits are kept if the
+        model has any."""
         features = Features(mask=batch["attention_mask"])
         token = _recording.set((self, features))
         try:
@@ -127,7 +130,8 @@ class Taps:
         return features
 
     def remove(self) -> None:
-        """Take the hooks out; the last Taps to go gives the model its own attention function back."""
+        """Take the hooks out; the last Taps to go gives the model its own attention function
+        back."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -159,7 +163,8 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The stack of transformer layers, whatever the architecture calls it.
 
     Raises:
-        ValueError: no list of ``num_hidden_layers`` modules exists (for example layers that share weights).
+        ValueError: no list of ``num_hidden_layers`` modules exists (for example layers that share
+            weights).
     """
     depth = model.config.num_hidden_layers
     for module in model.base_model.modules():
@@ -172,12 +177,14 @@ def layer_map(rule: str | Sequence[int], student_layers: int, teacher_layers: in
     """Teacher layer (0-based) for each student layer.
 
     Args:
-        rule: ``uniform`` (12 -> 4 gives the 3rd, 6th, 9th and 12th), ``last`` (the top layers), or the list itself.
+        rule: ``uniform`` (12 -> 4 gives the 3rd, 6th, 9th and 12th), ``last`` (the top layers), or
+            the list itself.
         student_layers: depth of the student.
         teacher_layers: depth of the teacher.
 
     Raises:
-        ValueError: a list of the wrong length or out of range, or a student deeper than the teacher.
+        ValueError: a list of the wrong length or out of range, or a student deeper than the
+            teacher.
 
     Source: TinyBERT's g(l) (Jiao et al. 2020, section 3.1), used by Meta-KD section 3.3.
     """
@@ -209,8 +216,8 @@ def pool(features: Features, rule: str) -> Tensor:
 
     Args:
         features: with ``last_hidden`` [B, L, H].
-        rule: ``masked_mean`` over real tokens (the paper), or ``all_but_first``: padding and the closing
-            token count and only the first token is left out (EasyTransfer's release).
+        rule: ``masked_mean`` over real tokens (the paper), or ``all_but_first``: padding and the
+            closing token count and only the first token is left out (EasyTransfer's release).
     """
     if rule == "masked_mean":
         return masked_mean(features.last_hidden, features.mask)

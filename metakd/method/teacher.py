@@ -1,10 +1,10 @@
 """Teachers: single-domain, mixed, multi-task and the meta-teacher, one class for all four.
 
 The meta-teacher minimises ``L_MT = mean_i(t_i CE_i + gamma1 L_DA_i)``: prototype scores weight the
-classification loss, and a K-way domain head on the corrupted representation
-``h_d(X) = tanh((E(X) + DomEmb[k]) W + b)`` is taught *false* domain labels, so that its features carry no
-domain. A multi-task teacher is the same encoder with K x M outputs, of which an example sees its own domain's M.
-Sizes: B batch, H hidden width, K domains, M classes.
+classification loss, and a K-way domain head on the corrupted representation ``h_d(X) = tanh((E(X) +
+DomEmb[k]) W + b)`` is taught *false* domain labels, so that its features carry no domain. A
+multi-task teacher is the same encoder with K x M outputs, of which an example sees its own domain's
+M. Sizes: B batch, H hidden width, K domains, M classes.
 
 Source: Meta-KD section 3.2, equations 3-5.
 """
@@ -30,7 +30,8 @@ from metakd.method.taps import Features, Taps, pool
 
 @dataclass
 class StepOutput:
-    """What a module under training returns: one loss per example, and each term's mean for the log."""
+    """What a module under training returns: one loss per example, and each term's mean for the
+    log."""
 
     rows: Tensor  # [B]
     terms: dict[str, Tensor]  # detached scalars, on the device
@@ -67,7 +68,8 @@ def false_domains(
         domain: true domains [N].
         num_domains: K >= 2.
         seed: of the draw; use another one each epoch.
-        always_false: False gives EasyTransfer's permutation of the true labels, which hits the truth by chance.
+        always_false: False gives EasyTransfer's permutation of the true labels, which hits the
+            truth by chance.
 
     Raises:
         ValueError: only one domain exists, so no label can be false.
@@ -89,7 +91,8 @@ class Teacher(nn.Module):
         domains: names of the K domains.
         gamma1: weight of L_DA (meta only).
         recipe: paper or released form.
-        withheld: domains it never sees; a multi-task teacher answers for them with the mean of its other heads.
+        withheld: domains it never sees; a multi-task teacher answers for them with the mean of its
+            other heads.
     """
 
     def __init__(
@@ -131,7 +134,8 @@ class Teacher(nn.Module):
         )
 
     def features(self, batch: dict[str, Tensor], taps: Taps | None = None) -> Features:
-        """One forward pass: logits [B, M] of each example's own domain, h_d for a meta-teacher, and what ``taps`` adds."""
+        """One forward pass: logits [B, M] of each example's own domain, h_d for a meta-teacher, and
+        what ``taps`` adds."""
         features = (taps or self._taps)(batch)
         if self.kind == "mtl":
             logits = features.logits.unflatten(
@@ -146,8 +150,13 @@ class Teacher(nn.Module):
             )
         return features
 
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits [B, M] of each example's own domain."""
+        return self.features(batch).logits
+
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """L_MT per example; ``batch`` carries labels [B], domain [B], and for meta t [B] and false_domain [B]."""
+        """L_MT per example; ``batch`` carries labels [B], domain [B], and for meta t [B] and
+        false_domain [B]."""
         features = self.features(batch)
         cross_entropy = F.cross_entropy(features.logits.float(), batch["labels"], reduction="none")
         terms = {"ce": cross_entropy}
@@ -178,7 +187,8 @@ class Teacher(nn.Module):
         }
 
     def save(self, folder: Path, tokenizer) -> None:
-        """Write the classifier with ``save_pretrained``, the domain parts beside it, and ``metakd.json``."""
+        """Write the classifier with ``save_pretrained``, the domain parts beside it, and
+        ``metakd.json``."""
         self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if parts := self._domain_parts():
@@ -187,8 +197,11 @@ class Teacher(nn.Module):
                 folder / "domain.safetensors",
             )
         described = {
-            "kind": self.kind, "domains": self.domains, "gamma1": self.gamma1, "withheld": self.withheld,
-        }  # fmt: skip
+            "kind": self.kind,
+            "domains": self.domains,
+            "gamma1": self.gamma1,
+            "withheld": self.withheld,
+        }
         (folder / "metakd.json").write_text(json.dumps(described, indent=1))
 
     @classmethod
@@ -228,24 +241,28 @@ class Teacher(nn.Module):
 
 
 class FrozenTeacher:
-    """A trained teacher as the student sees it: no gradients, no dropout, only the features asked for.
+    """A trained teacher as the student sees it: no gradients, no dropout, only the features asked
+    for.
 
     Args:
         teachers: one teacher, or several whose logits are averaged (MTN-KD).
         needs: the ``Features`` to collect; an ensemble gives logits only.
 
     Raises:
-        ValueError: an ensemble is asked for more than logits, or a teacher without domain layer for h_d.
+        ValueError: an ensemble is asked for more than logits, or a teacher without domain layer for
+            h_d.
     """
 
     def __init__(self, teachers: list[Teacher], needs: frozenset[str]):
         if len(teachers) > 1 and needs - {"logits"}:
             raise ValueError(
-                f"needs: an ensemble of teachers gives logits only, not {sorted(needs - {'logits'})}"
+                "needs: an ensemble of teachers gives logits only, "
+                f"not {sorted(needs - {'logits'})}"
             )
         if "domain" in needs and any(teacher.kind != "meta" for teacher in teachers):
             raise ValueError(
-                f"needs: a {teachers[0].kind} teacher has no domain representation; use a meta-teacher"
+                f"needs: a {teachers[0].kind} teacher has no domain representation; "
+                "use a meta-teacher"
             )
         self.teachers = teachers
         tapped = set(needs) - {"logits", "domain"} | (
@@ -276,5 +293,6 @@ class FrozenTeacher:
 
 
 def domain_loss_floor(num_domains: int) -> tuple[float, float]:
-    """(ln K, ln (K - 1)): L_DA settles near the first; well below the second the domain leaks through."""
+    """(ln K, ln (K - 1)): L_DA settles near the first; well below the second the domain leaks
+    through."""
     return math.log(num_domains), math.log(max(num_domains - 1, 1))

@@ -1,4 +1,5 @@
-"""The model card of a student: what it is, what it learned from, how well it does, how to load it."""
+"""The model card of a student: what it is, what it learned from, how well it does, how to load
+it."""
 
 from __future__ import annotations
 
@@ -53,8 +54,14 @@ def write_card(folder: Path, result: dict, config: RunConfig, command: str, seed
         library_name="transformers", pipeline_tag="text-classification", tags=["metakd"]
     )
     card = _BODY.format(
-        front=data.to_yaml(), label=result["label"], domain=result["domain"], encoder=Path(config.teacher.model).name,
-        parameters=result["parameters"], train=Path(config.data.train).name, seed=seed, command=command,
+        front=data.to_yaml(),
+        label=result["label"],
+        domain=result["domain"],
+        encoder=Path(config.teacher.model).name,
+        parameters=result["parameters"],
+        train=Path(config.data.train).name,
+        seed=seed,
+        command=command,
         scores="\n".join(rows),
-    )  # fmt: skip
+    )
     ModelCard(card).save(folder / "README.md")

@@ -80,8 +80,14 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
                     for name in scored
                 ]
 
-    result = {"split": split, "command": run.command, "seeds": config.seeds, "teacher_seeds": teacher_seeds,
-              "summary": summarise(cells), "cells": [vars(cell) for cell in cells]}  # fmt: skip
+    result = {
+        "split": split,
+        "command": run.command,
+        "seeds": config.seeds,
+        "teacher_seeds": teacher_seeds,
+        "summary": summarise(cells),
+        "cells": [vars(cell) for cell in cells],
+    }
     if run.world.is_main:
         _write(run.folder, result)
     return result
@@ -96,7 +102,8 @@ def _expand(rows: Sequence[CompareRow], gamma2: Sequence[float]) -> list[Compare
 
 
 def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, float]]]:
-    """``{row: {domain or "average": {"mean", "std", "n"}}}``; the average's spread is over seeds, not domains."""
+    """``{row: {domain or "average": {"mean", "std", "n"}}}``; the average's spread is over seeds,
+    not domains."""
     summary: dict[str, dict[str, dict[str, float]]] = {}
     for row in dict.fromkeys(cell.row for cell in cells):
         own = [cell for cell in cells if cell.row == row]
@@ -141,8 +148,9 @@ def _show(score: dict[str, float] | None) -> str:
 
 def _write(folder: Path, result: dict) -> None:
     note = (
-        f"Accuracy in percent on the {result['split']} split; mean ± sample standard deviation over "
-        f"student seeds {result['seeds']}, teacher seeds {result['teacher_seeds']}.\n\nCommand: `{result['command']}`\n"
+        f"Accuracy in percent on the {result['split']} split; mean ± sample standard deviation "
+        f"over student seeds {result['seeds']}, teacher seeds {result['teacher_seeds']}.\n\n"
+        f"Command: `{result['command']}`\n"
     )
     (folder / "compare.md").write_text(f"{markdown(result)}\n\n{note}", encoding="utf-8")
     (folder / "compare.json").write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -1,8 +1,9 @@
 """The training loop on DeepSpeed: one short function, ``fit``, and ``evaluate`` beside it.
 
-The module under training returns one loss per example; the reduction happens here, over the whole optimizer
-step (all micro-batches of all ranks), so that accumulation, several ranks and one big batch give the same
-gradient, ragged last step included. Nothing in the step waits for the device except every ``logging_steps``.
+The module under training returns one loss per example; the reduction happens here, over the whole
+optimizer step (all micro-batches of all ranks), so that accumulation, several ranks and one big
+batch give the same gradient, ragged last step included. Nothing in the step waits for the device
+except every ``logging_steps``.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class World:
 
 
 def join_world() -> World:
-    """Join the processes started by ``deepspeed`` or ``torchrun``; a plain process becomes a world of one."""
+    """Join the processes started by ``deepspeed`` or ``torchrun``; a plain process becomes a world
+    of one."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
@@ -72,12 +74,13 @@ def join_world() -> World:
         # DeepSpeed looks for MPI where these are missing.
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )  # fmt: skip
+        )
     local = int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local)
     elif int(os.environ["WORLD_SIZE"]) > 1 and "OMP_NUM_THREADS" not in os.environ:
-        # Ranks of one host share its cores; each with a full set of threads would be slower than one.
+        # Ranks of one host share its cores; each with a full set of threads would be slower than
+        # one.
         torch.set_num_threads(
             max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         )
@@ -147,9 +150,11 @@ def fit(
         log: from ``RunLog``.
         title: of the progress bar.
         seed: of shuffling and dropout.
-        teacher: gives the features a student learns from; runs outside the engine, without gradients.
+        teacher: gives the features a student learns from; runs outside the engine, without
+            gradients.
         columns: per-example values that change every epoch (false domain labels).
-        score: after each epoch; its ``accuracy`` picks the weights that are kept. None keeps the last.
+        score: after each epoch; its ``accuracy`` picks the weights that are kept. None keeps the
+            last.
 
     Returns:
         The best score with its ``epoch``; empty without ``score``.
@@ -178,8 +183,8 @@ def fit(
         config=deepspeed_config(config, training),
     )
     if config.zero == 0:
-        # In half precision DeepSpeed allocates its state by a step on zero gradients, which would shift Adam's
-        # bias correction by one and shorten the first updates by a quarter.
+        # In half precision DeepSpeed allocates its state by a step on zero gradients, which would
+        # shift Adam's bias correction by one and shorten the first updates by a quarter.
         optimizer.state.clear()
     torch.manual_seed(seed * world.size + world.rank)  # dropout differs between ranks
 
@@ -195,8 +200,8 @@ def fit(
             for rows in micro[world.rank :: world.size]:
                 batch = to_device(collate([examples[row] for row in rows]), world.device)
                 output: StepOutput = engine(batch, teacher(batch)) if teacher else engine(batch)
-                # The engine divides by accumulation steps and averages over ranks; undone, so that the sum
-                # over everything is divided by the examples of this step.
+                # The engine divides by accumulation steps and averages over ranks; undone, so that
+                # the sum over everything is divided by the examples of this step.
                 loss = output.rows.sum() * (micro_batches / size)
                 engine.backward(loss)
                 engine.step()
@@ -207,7 +212,7 @@ def fit(
                 values = meter.read()
                 if not math.isfinite(values["loss"]):
                     raise DivergedError(
-                        f"{title}: loss is {values['loss']} within the {config.logging_steps} steps up to {step}",
+                        f"{title}: loss is {values['loss']} in the steps up to {step}",
                         "lower the learning rate, or use bf16 instead of fp16",
                     )
                 log.write(step, {**values, "learning_rate": scheduler.get_last_lr()[0]})
@@ -243,7 +248,8 @@ def predict(
     batch_size: int,
     world: World,
 ) -> Tensor:
-    """Predicted class of every example [N] on the CPU; ranks share the work, longest examples first."""
+    """Predicted class of every example [N] on the CPU; ranks share the work, longest examples
+    first."""
     order = torch.tensor(split.lengths).argsort(descending=True)
     predicted = torch.full((len(split),), -1, device=world.device)
     for rows in order.split(batch_size)[world.rank :: world.size]:
@@ -274,7 +280,8 @@ def evaluate(
         world: from ``join_world``.
 
     Returns:
-        ``accuracy``, ``macro_f1`` and ``accuracy/<domain>`` for each domain that occurs, as fractions.
+        ``accuracy``, ``macro_f1`` and ``accuracy/<domain>`` for each domain that occurs, as
+        fractions.
     """
     predicted = predict(classify, split, collate, batch_size=batch_size, world=world)
     right = (predicted == split.labels).double()

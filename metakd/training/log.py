@@ -68,10 +68,14 @@ class RunLog:
 
                 self._board = SummaryWriter(str(folder / "tensorboard"))
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"), console=console,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
             disable=not (active and console.is_terminal),
-        )  # fmt: skip
+        )
 
     def start(self, title: str, total_steps: int) -> None:
         """Begin a bar of ``total_steps`` optimizer steps."""

@@ -10,7 +10,8 @@ from metakd.config import TrainingConfig
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: weight decay on matrices, none on biases and normalisation weights (all one-dimensional)."""
+    """Two groups: weight decay on matrices, none on biases and normalisation weights (all
+    one-dimensional)."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},

@@ -1,12 +1,14 @@
-"""The stages of a run: prototypes, teachers, students, evaluation. Each is a folder with its inputs' digest.
+"""The stages of a run: prototypes, teachers, students, evaluation. Each is a folder with its
+inputs' digest.
 
-A stage is skipped, and says so, when ``stage.json`` bears the digest of its present inputs (configuration
-blocks, data files, upstream stages, seed); otherwise it is built beside its place and renamed into it, so
-that a folder either holds a finished stage or does not exist.
+A stage is skipped, and says so, when ``stage.json`` bears the digest of its present inputs
+(configuration blocks, data files, upstream stages, seed); otherwise it is built beside its place
+and renamed into it, so that a folder either holds a finished stage or does not exist.
 
-    <output_dir>/prototypes/                              p[k, m] and the scores t of the training examples
-    <output_dir>/teachers/<kind>-s<seed>[/<domain>]/      save_pretrained, domain parts beside it
-    <output_dir>/students/<method>[-from-<teacher>]-s<seed>/<domain>/   a plain AutoModelForSequenceClassification
+    <output_dir>/prototypes/                              p[k, m] and the scores t of the training
+    examples <output_dir>/teachers/<kind>-s<seed>[/<domain>]/      save_pretrained, domain parts
+    beside it <output_dir>/students/<method>[-from-<teacher>]-s<seed>/<domain>/   a plain
+    AutoModelForSequenceClassification
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from metakd import __version__
 from metakd.config import DistillConfig, RunConfig
@@ -53,6 +60,10 @@ ALL_DOMAINS = "all"
 def method_label(distill: DistillConfig, teacher_kind: str | None) -> str:
     """A student's row in tables and folder names: ``meta-from-meta``, ``finetune``."""
     return distill.method if teacher_kind is None else f"{distill.method}-from-{teacher_kind}"
+
+
+def _classifier(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda batch: model(**model_inputs(batch)).logits
 
 
 @dataclass
@@ -89,7 +100,8 @@ class Run:
             return AutoTokenizer.from_pretrained(self.config.teacher.model)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"teacher.model: {self.config.teacher.model} cannot be loaded: {str(error).splitlines()[0]}",
+                f"teacher.model: {self.config.teacher.model} cannot be loaded: "
+                + str(error).splitlines()[0],
                 "give a directory written by save_pretrained, or the id of a model on the hub",
             ) from error
 
@@ -105,7 +117,8 @@ class Run:
         unknown = set(self.config.distill.domains or []) - set(corpus.domains)
         if unknown:
             raise ConfigError(
-                f"distill.domains: {', '.join(sorted(unknown))} not among {', '.join(corpus.domains)}",
+                f"distill.domains: {', '.join(sorted(unknown))} not among "
+                + ", ".join(corpus.domains),
                 "correct the names",
             )
         return corpus
@@ -119,7 +132,8 @@ class Run:
 
     @cached_property
     def source_digest(self) -> str:
-        """SHA-256 over the data block and the content of the local files and models that the run reads."""
+        """SHA-256 over the data block and the content of the local files and models that the run
+        reads."""
         data = self.config.data
         digest = hashlib.sha256(data.model_dump_json().encode())
         sources = (
@@ -154,8 +168,14 @@ class Run:
         if place in self._finished:
             return self._finished[place]
         name = str(place.relative_to(self.folder))
-        common = {"version": __version__, "sources": self.source_digest, "seed": self.config.seed, "zero": self.config.zero,
-                  "precision": [self.config.bf16, self.config.fp16], "compat": self.config.compat}  # fmt: skip
+        common = {
+            "version": __version__,
+            "sources": self.source_digest,
+            "seed": self.config.seed,
+            "zero": self.config.zero,
+            "precision": [self.config.bf16, self.config.fp16],
+            "compat": self.config.compat,
+        }
         digest = hashlib.sha256(
             json.dumps({**common, **inputs}, sort_keys=True).encode()
         ).hexdigest()
@@ -175,9 +195,14 @@ class Run:
             since = time.perf_counter()
             result = self.world.agree(build(building))
             if self.world.is_main:
-                done = {"inputs": digest, "kept": keep, "command": self.command,
-                        "seconds": round(time.perf_counter() - since, 1), "world_size": self.world.size,
-                        "result": result}  # fmt: skip
+                done = {
+                    "inputs": digest,
+                    "kept": keep,
+                    "command": self.command,
+                    "seconds": round(time.perf_counter() - since, 1),
+                    "world_size": self.world.size,
+                    "result": result,
+                }
                 if not keep:
                     for file in building.iterdir():
                         if file.is_file() and file.name != "log.jsonl":
@@ -212,9 +237,13 @@ class Run:
 
     def _score(self, classify: Callable, split: Split, training) -> dict[str, float]:
         return evaluate(
-            classify, split, self.collate,
-            domains=self.corpus.domains, batch_size=training.per_device_eval_batch_size, world=self.world,
-        )  # fmt: skip
+            classify,
+            split,
+            self.collate,
+            domains=self.corpus.domains,
+            batch_size=training.per_device_eval_batch_size,
+            world=self.world,
+        )
 
     # Prototypes
 
@@ -246,10 +275,15 @@ class Run:
         embedding = embed(encoder, batches, self.recipe)[order.argsort()]
         taught = self._is_taught(train)
         fitted = Prototypes.fit(
-            embedding[taught], train.domain[taught], train.labels[taught],
-            num_domains=len(self.corpus.domains), num_classes=len(self.corpus.label2id),
-            alpha=self.config.prototypes.alpha, rescale=self.config.prototypes.rescale, recipe=self.recipe,
-        )  # fmt: skip
+            embedding[taught],
+            train.domain[taught],
+            train.labels[taught],
+            num_domains=len(self.corpus.domains),
+            num_classes=len(self.corpus.label2id),
+            alpha=self.config.prototypes.alpha,
+            rescale=self.config.prototypes.rescale,
+            recipe=self.recipe,
+        )
         fitted.save(folder)
         score = fitted.score(embedding, train.domain, train.labels)
         save_file({"t": score.contiguous()}, folder / "scores.safetensors")
@@ -266,7 +300,8 @@ class Run:
     # Teachers
 
     def teach(self, kind: str | None = None, seed: int | None = None) -> list[Path]:
-        """Train the teacher(s) of one kind; returns their folders: one, or one per domain for ``single``."""
+        """Train the teacher(s) of one kind; returns their folders: one, or one per domain for
+        ``single``."""
         kind = kind or self.config.teacher.kind
         seed = self.config.seed if seed is None else seed
         place = self.folder / "teachers" / f"{kind}-s{seed}"
@@ -310,24 +345,32 @@ class Run:
 
         def corrupt(epoch: int) -> dict[str, Tensor]:
             drawn = false_domains(
-                train.domain, len(corpus.domains),
-                seed=seed * 1000 + epoch, always_false=self.recipe.false_label_always_false,
-            )  # fmt: skip
+                train.domain,
+                len(corpus.domains),
+                seed=seed * 1000 + epoch,
+                always_false=self.recipe.false_label_always_false,
+            )
             return {"false_domain": drawn}
-
-        def classify(batch):
-            return teacher.features(batch).logits
 
         log = self._log(folder)
         best = fit(
-            teacher, train, self.collate,
-            config=self.config, training=config.training, world=self.world, log=log, title=f"teacher {kind}", seed=seed,
+            teacher,
+            train,
+            self.collate,
+            config=self.config,
+            training=config.training,
+            world=self.world,
+            log=log,
+            title=f"teacher {kind}",
+            seed=seed,
             columns=corrupt if teacher.trains_domain_loss else None,
-            score=lambda: self._score(classify, validation, config.training),
-        )  # fmt: skip
+            score=lambda: self._score(teacher.logits, validation, config.training),
+        )
         result = {"validation": best}
         if corpus.test is not None:
-            result["test"] = self._score(classify, self._part(corpus.test, domain), config.training)
+            result["test"] = self._score(
+                teacher.logits, self._part(corpus.test, domain), config.training
+            )
         if teacher.trains_domain_loss:
             result["domain_loss_ln_k"], result["domain_loss_ln_k_minus_1"] = domain_loss_floor(
                 len(corpus.domains)
@@ -388,15 +431,19 @@ class Run:
             if not teachers:
                 raise ConfigError(
                     f"{distill.method}: there is no single teacher of {domain}",
-                    "name another teacher: its domain is withheld, or the student serves all domains",
+                    "name another teacher: the domain is withheld, or the student serves them all",
                 )
         label = label or method_label(distill, teacher_kind)
         place = self.folder / "students" / f"{label}-s{seed}" / domain
         inputs = {
-            "stage": "student", "domain": domain, "distill": distill.model_dump(mode="json", exclude={"domains"}),
-            "student_seed": seed, "teacher_seed": teacher_seed if teacher_kind else None, "teacher_kind": teacher_kind,
+            "stage": "student",
+            "domain": domain,
+            "distill": distill.model_dump(mode="json", exclude={"domains"}),
+            "student_seed": seed,
+            "teacher_seed": teacher_seed if teacher_kind else None,
+            "teacher_kind": teacher_kind,
             **self._settings("student", "teacher", "prototypes"),
-        }  # fmt: skip
+        }
         result = self.stage(
             place,
             inputs,
@@ -449,13 +496,15 @@ class Run:
             recipe=self.recipe,
         )
         module = Distillation(
-            student, terms,
-            teacher_hidden=shape.hidden_size, num_domains=len(corpus.domains),
-            weigh_by_expertise=weighted, recipe=self.recipe,
-        ).to(device)  # fmt: skip
+            student,
+            terms,
+            teacher_hidden=shape.hidden_size,
+            num_domains=len(corpus.domains),
+            weigh_by_expertise=weighted,
+            recipe=self.recipe,
+        ).to(device)
 
-        def classify(batch):
-            return student(**model_inputs(batch)).logits
+        classify = _classifier(student)
 
         phases = [
             (terms, distill.training, lambda: self._score(classify, validation, distill.training))
@@ -474,15 +523,28 @@ class Run:
                 if teachers
                 else None
             )
+            title = f"{label} {domain}" + (f", stage {number + 1} of 2" if len(phases) > 1 else "")
             best = fit(
-                module, train, self.collate,
-                config=self.config, training=training, world=self.world, log=log, teacher=frozen, score=score, seed=seed,
-                title=f"{label} {domain}" + (f", stage {number + 1} of 2" if len(phases) > 1 else ""),
-            )  # fmt: skip
+                module,
+                train,
+                self.collate,
+                config=self.config,
+                training=training,
+                world=self.world,
+                log=log,
+                teacher=frozen,
+                score=score,
+                seed=seed,
+                title=title,
+            )
             if frozen:
                 frozen.remove()
-        result = {"label": label, "domain": domain, "validation": best,
-                  "parameters": sum(p.numel() for p in student.parameters())}  # fmt: skip
+        result = {
+            "label": label,
+            "domain": domain,
+            "validation": best,
+            "parameters": sum(p.numel() for p in student.parameters()),
+        }
         if corpus.test is not None:
             result["test"] = self._score(
                 classify, self._part(corpus.test, domain), distill.training
@@ -499,40 +561,33 @@ class Run:
     # Evaluation
 
     def evaluate(self) -> dict:
-        """Score the saved teacher and students on the test split (validation without one), from their files.
+        """Score the saved teacher and students on the test split (validation without one), from
+        their files.
 
         Returns:
-            ``{"split": ..., "teacher": scores, "students": {domain: scores}}``, also written to ``evaluation.json``.
+            ``{"split": ..., "teacher": scores, "students": {domain: scores}}``, also written to
+            ``evaluation.json``.
         """
         split_name = "validation" if self.corpus.test is None else "test"
-        split = self.corpus.test or self.corpus.validation
+        split = self.corpus.validation if self.corpus.test is None else self.corpus.test
         training = self.config.distill.training
         scores = {"split": split_name, "teacher": {}, "students": {}}
         for place in self.teach():
             teacher = Teacher.load(place, self.recipe).to(self.world.device).eval()
             domain = place.name if teacher.kind == "single" else ALL_DOMAINS
-            scores["teacher"] |= self._score(
-                lambda batch, teacher=teacher: teacher.features(batch).logits,
-                self._part(split, domain),
-                training,
-            )
+            part = self._part(split, domain)
+            scored = self._score(teacher.logits, part, training)
+            # Several single teachers have no accuracy in common, only one per domain.
+            scores["teacher"] |= {
+                name: value
+                for name, value in scored.items()
+                if domain == ALL_DOMAINS or name == f"accuracy/{domain}"
+            }
         for place in self.distill():
-            student = (
-                AutoModelForSequenceClassification.from_pretrained(place)
-                .to(self.world.device)
-                .eval()
-            )
-
-            def classify(batch, student=student):
-                return student(**model_inputs(batch)).logits
-
-            scores["students"][place.name] = self._score(
-                classify, self._part(split, place.name), training
-            )
+            student = AutoModelForSequenceClassification.from_pretrained(place)
+            classify = _classifier(student.to(self.world.device).eval())
+            part = self._part(split, place.name)
+            scores["students"][place.name] = self._score(classify, part, training)
         if self.world.is_main:
             (self.folder / "evaluation.json").write_text(json.dumps(scores, indent=1))
         return scores
-
-    def run(self) -> dict:
-        """Everything: prototypes, teacher, students, evaluation; what is already done is skipped."""
-        return self.evaluate()
