@@ -39,12 +39,14 @@ Overrides = Annotated[
 def _open(config: RunConfig):
     """A run with its world; here and not above, since torch and DeepSpeed take seconds to
     import."""
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from metakd.training.engine import join_world
     from metakd.training.stages import Run
 
-    disable_progress_bar()  # one bar per stage is enough
+    # One bar per stage is enough, and a fresh classification head is no news here.
+    disable_progress_bar()
+    set_verbosity_error()
     return Run(config, join_world(), console, command=shlex.join(["metakd", *sys.argv[1:]]))
 
 

@@ -282,7 +282,7 @@ def test_every_teacher_kind_teaches(make, kind):
     run = make("distill.method=tinybert_kd", f"teacher.kind={kind}", "distill.domains=[kitchen]")
     places = run.teach()
     assert len(places) == (4 if kind == "single" else 1)
-    assert "test" in run.stage_result(places[0])
+    assert "test" in run.store.result(places[0])
     [student] = run.distill()
     assert student.parent.name == f"tinybert_kd-from-{kind}-s42"
 

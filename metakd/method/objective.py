@@ -202,6 +202,9 @@ def build_terms(
     The baselines of the paper's tables are selections from the same terms: ``logits_kd`` and
     ``mtn_kd`` keep the prediction, ``tinybert_kd`` everything but L_TKD and lambda, ``minilmv2``
     relations and prediction.
+
+    Raises:
+        ValueError: the layers cannot be mapped.
     """
     weights = config.terms
     prediction = PredictionTerm(
@@ -244,6 +247,9 @@ class Distillation(nn.Module):
         num_domains: K.
         weigh_by_expertise: multiply terms by lambda_i (meta-distillation); otherwise lambda is 1.
         recipe: paper or released form.
+
+    Raises:
+        ValueError: a width does not split into the relation heads.
     """
 
     def __init__(
@@ -263,6 +269,14 @@ class Distillation(nn.Module):
         self.recipe = recipe
         self.needs = frozenset().union(*(term.needs for term in self.terms))
         hidden = student.config.hidden_size
+        for term in self.terms:
+            if isinstance(term, RelationTerm) and (
+                hidden % term.heads or teacher_hidden % term.heads
+            ):
+                raise ValueError(
+                    f"relation_heads: {term.heads} must divide the student's width {hidden} "
+                    f"and the teacher's {teacher_hidden}"
+                )
         self.projections = nn.ParameterDict()
         if teacher_hidden is not None and teacher_hidden != hidden:
             for name in sorted({self._projection_name(term) for term in self.terms} - {None}):

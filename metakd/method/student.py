@@ -73,10 +73,16 @@ def build_student(
         label2id: M classes.
 
     Raises:
-        ValueError: a layer to copy does not exist in ``source``.
+        ValueError: a layer to copy does not exist in ``source``; a model of a smaller vocabulary.
     """
     if config.model is not None:
-        return load_classifier(config.model, label2id)
+        student = load_classifier(config.model, label2id)
+        if student.config.vocab_size < len(tokenizer):
+            raise ValueError(
+                f"student.model knows {student.config.vocab_size} tokens, "
+                f"the teacher's tokenizer gives {len(tokenizer)}"
+            )
+        return student
     if config.layers is not None:
         return keep_layers(load_classifier(source, label2id), config.layers)
     layers, hidden, heads, feed_forward = PRESETS[config.preset]

@@ -91,6 +91,9 @@ class Taps:
     """
 
     def __init__(self, model: PreTrainedModel, needs: frozenset[str] | set[str]):
+        unknown = set(needs) - ATTENTION_INPUTS - {"embedding", "hidden", "last_hidden"}
+        if unknown:
+            raise ValueError(f"needs: {sorted(unknown)} cannot be tapped")
         self.model = model
         self.needs = frozenset(needs)
         self._handles = []
@@ -114,8 +117,7 @@ class Taps:
             self._handles.append(model.base_model.register_forward_hook(self._note_last_hidden))
 
     def __call__(self, batch: dict[str, Tensor]) -> Features:
-        """Forward ``batch`` (keys the model does not know are left out); logits are kept if the
-        model has any."""
+        """Forward the model's part of ``batch``; logits are kept if the model has any."""
         features = Features(mask=batch["attention_mask"])
         token = _recording.set((self, features))
         try:

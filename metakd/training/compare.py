@@ -48,7 +48,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
         for seed in teacher_seeds:
             scores = {}
             for place in run.teach(kind, seed):
-                scores |= run.stage_result(place)[split]
+                scores |= run.store.result(place)[split]
             cells += [
                 Cell(f"teacher: {kind}", domain, seed, 100 * scores[f"accuracy/{domain}"])
                 for domain in run.corpus.domains

@@ -1,23 +1,17 @@
-"""The stages of a run: prototypes, teachers, students, evaluation. Each is a folder with its
-inputs' digest.
+"""The stages of a run: prototypes, teachers, students, evaluation; ``store`` skips what is done.
 
-A stage is skipped, and says so, when ``stage.json`` bears the digest of its present inputs
-(configuration blocks, data files, upstream stages, seed); otherwise it is built beside its place
-and renamed into it, so that a folder either holds a finished stage or does not exist.
-
-    <output_dir>/prototypes/                              p[k, m] and the scores t of the training
-    examples <output_dir>/teachers/<kind>-s<seed>[/<domain>]/      save_pretrained, domain parts
-    beside it <output_dir>/students/<method>[-from-<teacher>]-s<seed>/<domain>/   a plain
-    AutoModelForSequenceClassification
+<output_dir>/prototypes/             p[k, m] and the scores t of the training examples
+<output_dir>/teachers/<kind>-s<seed>[/<domain>]/
+                                     save_pretrained, the domain parts beside it
+<output_dir>/students/<method>[-from-<teacher>]-s<seed>/<domain>/
+                                     a plain AutoModelForSequenceClassification
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +47,7 @@ from metakd.training.engine import (
     to_device,
 )
 from metakd.training.log import RunLog
+from metakd.training.store import StageStore, content_digest
 
 ALL_DOMAINS = "all"
 
@@ -60,6 +55,16 @@ ALL_DOMAINS = "all"
 def method_label(distill: DistillConfig, teacher_kind: str | None) -> str:
     """A student's row in tables and folder names: ``meta-from-meta``, ``finetune``."""
     return distill.method if teacher_kind is None else f"{distill.method}-from-{teacher_kind}"
+
+
+@contextmanager
+def _configured(block: str) -> Iterator[None]:
+    """What a wrong value makes a library raise, as an error of the configuration."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        remedy = f"correct {block} in the configuration"
+        raise ConfigError(f"{block}: {str(error).splitlines()[0]}", remedy) from error
 
 
 def _classifier(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor]:
@@ -81,7 +86,6 @@ class Run:
     world: World = field(default_factory=World)
     console: Console = field(default_factory=Console)
     command: str = ""
-    _finished: dict[Path, dict] = field(default_factory=dict, repr=False)
 
     @cached_property
     def folder(self) -> Path:
@@ -96,14 +100,8 @@ class Run:
     @cached_property
     def tokenizer(self):
         """The tokenizer of the pre-trained encoder; teacher and students share it."""
-        try:
+        with _configured("teacher.model"):
             return AutoTokenizer.from_pretrained(self.config.teacher.model)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"teacher.model: {self.config.teacher.model} cannot be loaded: "
-                + str(error).splitlines()[0],
-                "give a directory written by save_pretrained, or the id of a model on the hub",
-            ) from error
 
     @cached_property
     def collate(self):
@@ -121,6 +119,10 @@ class Run:
                 + ", ".join(corpus.domains),
                 "correct the names",
             )
+        if set(self.config.data.withhold) == set(corpus.domains):
+            raise ConfigError(
+                "data.withhold: names every domain, which leaves nothing to teach", "keep one"
+            )
         return corpus
 
     @cached_property
@@ -131,92 +133,31 @@ class Run:
         return self.config.distill.domains or self.corpus.domains
 
     @cached_property
-    def source_digest(self) -> str:
-        """SHA-256 over the data block and the content of the local files and models that the run
-        reads."""
-        data = self.config.data
-        digest = hashlib.sha256(data.model_dump_json().encode())
-        sources = (
-            data.train,
-            data.validation,
-            data.test,
-            self.config.teacher.model,
-            self.config.student.model,
-        )
-        for path in map(Path, filter(None, sources)):
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.is_file():  # a hub id names no file; its name is in the configuration
-                    digest.update(file.name.encode() + file.read_bytes())
-        return digest.hexdigest()
+    def store(self) -> StageStore:
+        """The finished stages."""
+        config = self.config
+        files = (config.data.train, config.data.validation, config.data.test)
+        common = {
+            "version": __version__,
+            "data": config.data.model_dump(mode="json"),
+            "content": content_digest((*files, config.teacher.model, config.student.model)),
+            "seed": config.seed,
+            "zero": config.zero,
+            "precision": [config.bf16, config.fp16],
+            "compat": config.compat,
+        }
+        return StageStore(self.folder, self.world, common, self.command, self.say)
+
+    @property
+    def teacher_kind(self) -> str | None:
+        """The kind of teacher that the configured method learns from."""
+        only = {"finetune": None, "mtn_kd": "single", "meta": "meta"}
+        return only.get(self.config.distill.method, self.config.teacher.kind)
 
     def say(self, text: str) -> None:
         """One line on the console, from the first rank only."""
         if self.world.is_main:
             self.console.print(text, markup=False, highlight=False)
-
-    def stage(
-        self, place: Path, inputs: dict, build: Callable[[Path], dict], keep: bool = True
-    ) -> dict:
-        """Build ``place`` unless it was built from these very inputs, and return its result.
-
-        Args:
-            place: folder of the stage, under the run directory.
-            inputs: everything that decides the result, as JSON values.
-            build: writes into the folder it is given and returns the result; called on every rank.
-            keep: keep the files ``build`` wrote; False leaves the result and the log alone.
-        """
-        if place in self._finished:
-            return self._finished[place]
-        name = str(place.relative_to(self.folder))
-        common = {
-            "version": __version__,
-            "sources": self.source_digest,
-            "seed": self.config.seed,
-            "zero": self.config.zero,
-            "precision": [self.config.bf16, self.config.fp16],
-            "compat": self.config.compat,
-        }
-        digest = hashlib.sha256(
-            json.dumps({**common, **inputs}, sort_keys=True).encode()
-        ).hexdigest()
-        record = place / "stage.json"
-        stored = json.loads(record.read_text()) if self.world.is_main and record.exists() else {}
-        stored = self.world.agree(stored)
-        if stored.get("inputs") == digest and (stored["kept"] or not keep):
-            self.say(f"{name}: inputs unchanged, skipped")
-            result = stored["result"]
-        else:
-            self.say(f"{name}: running")
-            building = place.with_name(f".tmp-{place.name}")
-            if self.world.is_main:
-                shutil.rmtree(building, ignore_errors=True)
-                building.mkdir(parents=True)
-            self.world.barrier()
-            since = time.perf_counter()
-            result = self.world.agree(build(building))
-            if self.world.is_main:
-                done = {
-                    "inputs": digest,
-                    "kept": keep,
-                    "command": self.command,
-                    "seconds": round(time.perf_counter() - since, 1),
-                    "world_size": self.world.size,
-                    "result": result,
-                }
-                if not keep:
-                    for file in building.iterdir():
-                        if file.is_file() and file.name != "log.jsonl":
-                            file.unlink()
-                (building / "stage.json").write_text(json.dumps(done, indent=1))
-                shutil.rmtree(place, ignore_errors=True)
-                building.rename(place)
-            self.world.barrier()
-        self._finished[place] = result
-        return result
-
-    def stage_result(self, place: Path) -> dict:
-        """The result of a stage that this run has asked for."""
-        return self._finished[place]
 
     def _settings(self, *blocks: str) -> dict:
         return {block: self.config.model_dump(mode="json")[block] for block in blocks}
@@ -255,16 +196,17 @@ class Run:
             **self._settings("prototypes"),
             "encoder": self.config.teacher.model,
         }
-        self.stage(place, inputs, self._build_prototypes)
+        self.store.get(place, inputs, self._build_prototypes)
         return place
 
     def _build_prototypes(self, folder: Path) -> dict:
         if not self.world.is_main:
             return {}
         train = self.corpus.train
-        encoder = AutoModel.from_pretrained(
-            self.config.teacher.model, attn_implementation="sdpa", dtype=torch.float32
-        )
+        with _configured("teacher.model"):
+            encoder = AutoModel.from_pretrained(
+                self.config.teacher.model, attn_implementation="sdpa", dtype=torch.float32
+            )
         encoder.to(self.world.device)
         order = torch.tensor(train.lengths).argsort()
         chunks = order.split(self.config.teacher.training.per_device_eval_batch_size)
@@ -324,7 +266,7 @@ class Run:
             }
             if kind == "meta":
                 inputs |= self._settings("prototypes")
-            self.stage(
+            self.store.get(
                 place,
                 inputs,
                 lambda folder, domain=domain: self._build_teacher(folder, kind, domain, seed),
@@ -335,7 +277,8 @@ class Run:
         config, corpus = self.config.teacher, self.corpus
         seed_everything(seed)
         outputs = len(corpus.label2id) * len(corpus.domains) if kind == "mtl" else None
-        model = load_classifier(config.model, corpus.label2id, outputs)
+        with _configured("teacher.model"):
+            model = load_classifier(config.model, corpus.label2id, outputs)
         teacher = Teacher(
             model, kind, corpus.domains, config.gamma1, self.recipe, self.config.data.withhold
         )
@@ -384,12 +327,9 @@ class Run:
 
     def distill(self, domains: list[str] | None = None) -> list[Path]:
         """Train the students of the configured method; returns their folders."""
-        distill = self.config.distill
-        kind = {"finetune": None, "mtn_kd": "single", "meta": "meta"}.get(
-            distill.method, self.config.teacher.kind
-        )
+        kind, seed = self.teacher_kind, self.config.seed
         return [
-            self.student(domain, distill, kind, self.config.seed, self.config.seed)[0]
+            self.student(domain, self.config.distill, kind, seed, seed)[0]
             for domain in domains or self.student_domains
         ]
 
@@ -442,9 +382,10 @@ class Run:
             "student_seed": seed,
             "teacher_seed": teacher_seed if teacher_kind else None,
             "teacher_kind": teacher_kind,
-            **self._settings("student", "teacher", "prototypes"),
+            "encoder": self.config.teacher.model,
+            **self._settings("student", *(["teacher", "prototypes"] if teacher_kind else [])),
         }
-        result = self.stage(
+        result = self.store.get(
             place,
             inputs,
             lambda folder: self._build_student(folder, domain, distill, teachers, seed, label),
@@ -482,41 +423,45 @@ class Run:
             if len(teachers) == 1 and self.config.student.copy_from == "teacher"
             else None
         )
-        student = build_student(
-            self.config.student,
-            source=str(copied or self.config.teacher.model),
-            tokenizer=self.tokenizer,
-            label2id=corpus.label2id,
-        )
+        with _configured("student"):
+            student = build_student(
+                self.config.student,
+                source=str(copied or self.config.teacher.model),
+                tokenizer=self.tokenizer,
+                label2id=corpus.label2id,
+            )
         shape = teachers[0].model.config if teachers else student.config
-        terms = build_terms(
-            distill,
-            student_layers=student.config.num_hidden_layers,
-            teacher_layers=shape.num_hidden_layers,
-            recipe=self.recipe,
-        )
-        module = Distillation(
-            student,
-            terms,
-            teacher_hidden=shape.hidden_size,
-            num_domains=len(corpus.domains),
-            weigh_by_expertise=weighted,
-            recipe=self.recipe,
-        ).to(device)
+        with _configured("distill"):
+            terms = build_terms(
+                distill,
+                student_layers=student.config.num_hidden_layers,
+                teacher_layers=shape.num_hidden_layers,
+                recipe=self.recipe,
+            )
+            module = Distillation(
+                student,
+                terms,
+                teacher_hidden=shape.hidden_size,
+                num_domains=len(corpus.domains),
+                weigh_by_expertise=weighted,
+                recipe=self.recipe,
+            ).to(device)
 
         classify = _classifier(student)
 
-        phases = [
-            (terms, distill.training, lambda: self._score(classify, validation, distill.training))
-        ]
+        def score() -> dict[str, float]:
+            return self._score(classify, validation, distill.training)
+
+        phases = [(terms, distill.training, score)]
         early = [term for term in terms if term.intermediate]
+        late = [term for term in terms if not term.intermediate]
         if distill.schedule == "two_stage" and early:
-            late = [term for term in terms if not term.intermediate]
-            phases = [(early, distill.intermediate, None), (late, *phases[0][1:])]
+            phases = [(early, distill.intermediate, None if late else score)]
+            phases += [(late, distill.training, score)] if late else []
 
         log = self._log(folder)
         best = {}
-        for number, (wanted, training, score) in enumerate(phases):
+        for number, (wanted, training, judge) in enumerate(phases):
             module.restrict(wanted)
             frozen = (
                 FrozenTeacher(teachers, module.needs | ({"logits"} if weighted else set()))
@@ -533,7 +478,7 @@ class Run:
                 world=self.world,
                 log=log,
                 teacher=frozen,
-                score=score,
+                score=judge,
                 seed=seed,
                 title=title,
             )
@@ -572,7 +517,7 @@ class Run:
         split = self.corpus.validation if self.corpus.test is None else self.corpus.test
         training = self.config.distill.training
         scores = {"split": split_name, "teacher": {}, "students": {}}
-        for place in self.teach():
+        for place in self.teach(self.teacher_kind) if self.teacher_kind else []:
             teacher = Teacher.load(place, self.recipe).to(self.world.device).eval()
             domain = place.name if teacher.kind == "single" else ALL_DOMAINS
             part = self._part(split, domain)

@@ -1,0 +1,103 @@
+"""Finished stages on disk: each is a folder with the digest of its inputs.
+
+It is built aside and renamed into place, so that a folder of the run directory either holds a
+finished stage or does not exist; a stage whose inputs have not changed is not built again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from metakd.training.engine import World
+
+
+def content_digest(sources: Iterable[str | None]) -> str:
+    """SHA-256 over the content of files and folders; a hub id names no file and adds nothing."""
+    digest = hashlib.sha256()
+    for path in map(Path, filter(None, sources)):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class StageStore:
+    """The stages of one run directory.
+
+    Args:
+        folder: the run directory.
+        world: from ``engine.join_world``; the first rank writes, all ranks get the result.
+        common: inputs that every stage shares, as JSON values.
+        command: recorded with every stage.
+        say: tells a person what happens.
+    """
+
+    folder: Path
+    world: World
+    common: dict
+    command: str
+    say: Callable[[str], None]
+    _finished: dict[Path, dict] = field(default_factory=dict, repr=False)
+
+    def result(self, place: Path) -> dict:
+        """The result of a stage that this process has asked for."""
+        return self._finished[place]
+
+    def get(
+        self, place: Path, inputs: dict, build: Callable[[Path], dict], keep: bool = True
+    ) -> dict:
+        """Build ``place`` unless it was built from these very inputs, and return its result.
+
+        Args:
+            place: folder of the stage, under the run directory.
+            inputs: everything that decides the result, as JSON values.
+            build: writes into the folder it is given and returns the result; called on every rank.
+            keep: keep the files ``build`` wrote; False leaves the result and the log alone.
+        """
+        if place not in self._finished:
+            self._finished[place] = self._look_up_or_build(place, inputs, build, keep)
+        return self._finished[place]
+
+    def _look_up_or_build(self, place, inputs, build, keep) -> dict:
+        name = str(place.relative_to(self.folder))
+        described = json.dumps({**self.common, **inputs}, sort_keys=True)
+        digest = hashlib.sha256(described.encode()).hexdigest()
+        record = place / "stage.json"
+        stored = json.loads(record.read_text()) if self.world.is_main and record.exists() else {}
+        stored = self.world.agree(stored)
+        if stored.get("inputs") == digest and (stored["kept"] or not keep):
+            self.say(f"{name}: inputs unchanged, skipped")
+            return stored["result"]
+        self.say(f"{name}: running")
+        building = place.with_name(f".tmp-{place.name}")
+        if self.world.is_main:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+        self.world.barrier()
+        since = time.perf_counter()
+        result = self.world.agree(build(building))
+        if self.world.is_main:
+            if not keep:
+                for file in building.iterdir():
+                    if file.is_file() and file.name != "log.jsonl":
+                        file.unlink()
+            done = {
+                "inputs": digest,
+                "kept": keep,
+                "command": self.command,
+                "seconds": round(time.perf_counter() - since, 1),
+                "world_size": self.world.size,
+                "result": result,
+            }
+            (building / "stage.json").write_text(json.dumps(done, indent=1))
+            shutil.rmtree(place, ignore_errors=True)
+            building.rename(place)
+        self.world.barrier()
+        return result
