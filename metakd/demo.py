@@ -477,7 +477,7 @@ student:
   layers: [1, 3]
   copy_from: encoder
 distill:
-  training: {{num_train_epochs: 3, learning_rate: 1.0e-4, per_device_train_batch_size: 16}}
+  training: {{num_train_epochs: 8, learning_rate: 1.0e-4, per_device_train_batch_size: 16}}
 compare:
   rows:
     - {{method: finetune}}
