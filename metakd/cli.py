@@ -75,8 +75,9 @@ def distill(config: ConfigPath, overrides: Overrides = None):
 
 @app.command()
 def evaluate(config: ConfigPath, overrides: Overrides = None):
-    """Score the saved teacher and students on the test split."""
+    """Score the saved teacher and students on the test split; trains nothing."""
     run = _open(load_config(config, overrides or []))
+    run.store.may_build = False
     _show_evaluation(run, run.evaluate())
 
 
@@ -102,6 +103,7 @@ def compare(
     ] = None,
 ):
     """Compare methods x domains over several seeds; print and write the table."""
+    weights = _weights(gamma2)
     changes = list(overrides or [])
     suffix = ""
     if withhold:
@@ -116,16 +118,19 @@ def compare(
     from metakd.training.compare import compare as run_compare
 
     run = _open(checked)
-    _show_comparison(run, run_compare(run, _numbers(gamma2)))
+    _show_comparison(run, run_compare(run, weights))
 
 
-def _numbers(text: str | None) -> list[float]:
+def _weights(text: str | None) -> list[float]:
     try:
-        return [float(value) for value in text.split(",")] if text else []
+        weights = [float(value) for value in text.split(",")] if text else []
     except ValueError:
+        weights = [-1.0]
+    if not all(0.0 <= weight < float("inf") for weight in weights):
         raise ConfigError(
-            f"--gamma2: {text!r} is not a list of numbers", "write it as in 0,0.2,0.5"
-        ) from None
+            f"--gamma2: {text!r} is not a list of weights of at least 0", "write it as in 0,0.2,0.5"
+        )
+    return weights
 
 
 @app.command()

@@ -307,13 +307,16 @@ class StepSampler:
         split."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
+        # The rest is set aside before the sort, or it would always be the longest examples.
+        full = len(order) // self.step_size
+        order, rest = order[: full * self.step_size], order[full * self.step_size :]
         if self.group_by_length:
             blocks = order.split(_STEPS_PER_BLOCK * self.step_size)
             order = torch.cat([block[self.lengths[block].argsort(stable=True)] for block in blocks])
-        steps = list(order.split(self.step_size))
-        if len(steps) > len(self):
-            rest = steps.pop()
+        steps = list(order.reshape(full, self.step_size))
+        steps = [steps[i] for i in torch.randperm(full, generator=generator).tolist()]
+        if len(rest) >= self.micro_batches:
+            steps.append(rest)
+        elif len(rest):
             steps[-1] = torch.cat([steps[-1], rest])
-        shuffled = torch.randperm(len(steps) - 1, generator=generator).tolist()
-        steps = [steps[i] for i in shuffled] + steps[-1:]
         return [[part.tolist() for part in step.tensor_split(self.micro_batches)] for step in steps]

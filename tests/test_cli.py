@@ -77,7 +77,9 @@ def test_usage_errors_end_with_exit_code_2(call, tmp_path):
     assert call("run")[0] == 2
     assert call("runn", "x.yaml")[0] == 2
     put(tmp_path / "config.yaml", VALID)
-    assert "--gamma2" in refused(call("compare", tmp_path / "config.yaml", "--gamma2", "a,b"), 2)
+    for weights in ("a,b", "-1", "nan"):
+        message = refused(call("compare", tmp_path / "config.yaml", f"--gamma2={weights}"), 2)
+        assert "--gamma2" in message
 
 
 def test_debug_shows_the_traceback(call, tmp_path):
@@ -100,7 +102,7 @@ def test_doctor_names_each_backend_and_why_not(call):
     assert report["backends"]["reference on cpu"].startswith("12 of 12")
 
 
-@pytest.mark.parametrize("stage", ["prototypes", "teach", "distill", "evaluate", "run", "compare"])
+@pytest.mark.parametrize("stage", ["prototypes", "teach", "distill", "run", "compare"])
 def test_every_stage_starts(stage, call, encoder, tmp_path):
     demo.write_corpus(tmp_path, train=8, validation=2, test=2)
     settings = {
@@ -124,9 +126,14 @@ def test_every_stage_starts(stage, call, encoder, tmp_path):
     if stage == "compare":
         assert "| meta-from-meta-gamma2-1 |" in out
         assert (tmp_path / "run-withhold-hiking-fraction-0.5" / "compare.md").exists()
-    elif stage in ("evaluate", "run"):
+    elif stage == "run":
         assert "novels" in out and "student is in" in out
         assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+        again = call("evaluate", tmp_path / "config.yaml", "seed=7")
+        assert again[0] == 0 and "novels" in again[1] and "running" not in again[1]
+    if stage == "teach":
+        message = refused(call("evaluate", tmp_path / "config.yaml", "seed=7"), 4)
+        assert "students/meta-from-meta-s7/novels: is missing" in message
 
 
 def test_quickstart(call, tmp_path, monkeypatch):

@@ -625,6 +625,14 @@ def test_length_grouping_saves_padding():
     assert padded(True) < 1.1 < 1.6 < padded(False)
 
 
+def test_the_rest_is_not_always_the_longest():
+    lengths = list(range(103))
+    sampler = StepSampler(lengths, step_size=10, micro_batches=1, seed=0)
+    rests = [sampler.epoch(epoch)[-1][0] for epoch in range(20)]
+    assert all(len(rest) == 3 for rest in rests)
+    assert min(lengths[row] for rest in rests for row in rest) < 50
+
+
 def test_step_sampler_refuses_what_it_cannot_cut():
     with pytest.raises(DataError, match="3 training examples cannot fill the 4 micro-batches"):
         StepSampler([5, 5, 5], step_size=8, micro_batches=4, seed=0)

@@ -119,6 +119,16 @@ def test_a_student_from_a_directory_keeps_head_and_weights(tiny_bert, make_batch
     assert torch.equal(student(**model_inputs(batch)).logits, expected)
 
 
+def test_positions_have_room_for_the_longest_example(tiny_bert, tmp_path):
+    labels = {"negative": 0, "positive": 1}
+    tiny_bert().save_pretrained(tmp_path)
+    shared = {"source": "", "tokenizer": Vocabulary(), "label2id": labels}
+    with pytest.raises(ValueError, match="max_length is 600"):
+        build_student(StudentConfig(model=str(tmp_path)), **shared, max_length=600)
+    preset = build_student(StudentConfig(preset="tiny-2l-128"), **shared, max_length=600)
+    assert preset.config.max_position_embeddings == 600
+
+
 def test_a_multi_task_head_has_no_label_names(tiny_bert, tmp_path):
     tiny_bert().save_pretrained(tmp_path)
     model = load_classifier(str(tmp_path), LABELS, num_labels=12)

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from metakd import demo
-from metakd.config import TrainingConfig, load_config
-from metakd.errors import DivergedError, UnsupportedError
+from metakd.config import CompareRow, TrainingConfig, load_config
+from metakd.errors import ConfigError, DataError, DivergedError, UnsupportedError
 from metakd.method.teacher import StepOutput
 from metakd.training import compare as comparison
 from metakd.training.engine import World, compute_dtype, fit, join_world
-from metakd.training.log import RunLog
+from metakd.training.log import Meter, RunLog
 from metakd.training.stages import Run
 
 SETTINGS = {
@@ -124,16 +124,16 @@ def trained(run: Run, training: TrainingConfig, score=None, module=None) -> torc
     return module
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2])
 @pytest.mark.parametrize("batch, accumulation", [(6, 2), (4, 3), (3, 4)])
-def test_accumulation_equals_the_big_batch(make, batch, accumulation):
-    # 48 examples in steps of 12 leave no tail; 44 (below) would; both go through the same division.
+def test_accumulation_equals_the_big_batch(make, batch, accumulation, zero):
     whole = TrainingConfig(
         per_device_train_batch_size=12, num_train_epochs=2, learning_rate=0.1, warmup_steps=0
     )
     split = whole.model_copy(
         update={"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     )
-    run = make()
+    run = make(f"zero={zero}")
     torch.testing.assert_close(
         trained(run, split).linear.weight, trained(run, whole).linear.weight, rtol=1e-5, atol=1e-6
     )
@@ -149,6 +149,20 @@ def test_a_ragged_last_step_is_divided_by_its_own_size(make):
     torch.testing.assert_close(
         trained(run, split).linear.weight, trained(run, whole).linear.weight, rtol=1e-5, atol=1e-6
     )
+
+
+def test_nothing_of_a_run_stays_on_the_module(make):
+    module = Regression()
+    for _ in range(2):
+        trained(make(), TrainingConfig(num_train_epochs=1), module=module)
+    assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_logged_means_are_per_example():
+    meter = Meter()
+    meter.add({"loss": torch.tensor(1.0)}, 3)
+    meter.add({"loss": torch.tensor(5.0)}, 1)
+    assert meter.read() == {"loss": 2.0}
 
 
 def test_the_best_epoch_is_kept(make):
@@ -349,6 +363,92 @@ def test_compare_fills_the_table(make):
     assert "| finetune |" in table and "±" in table and "metakd test" in table
     assert len((run.folder / "compare.csv").read_text().splitlines()) == len(result["cells"]) + 1
     assert not list((run.folder / "students").rglob("model.safetensors"))
+
+
+def test_compare_leaves_out_single_teachers_of_withheld_domains(make):
+    run = make(
+        "data.withhold=[novels]",
+        "compare.seeds=[1]",
+        "distill.domains=[hiking,novels]",
+        "compare.rows=[{method: tinybert_kd, teacher: single}]",
+    )
+    summary = comparison.compare(run)["summary"]["tinybert_kd-from-single"]
+    assert set(summary) == {"hiking", "average"}
+
+
+def test_a_swept_weight_stands_in_one_row():
+    rows = [CompareRow(method="meta", teacher="meta"), CompareRow(method="finetune")]
+    rows.append(rows[0].model_copy(update={"gamma2": 0.5}))
+    expanded = comparison._expand(rows, [0.0, 0.5, 0.5])
+    assert [(row.method, row.gamma2) for row in expanded] == [
+        ("meta", 0.0),
+        ("meta", 0.5),
+        ("finetune", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["distill.domains=[shoes]"], "shoes"),
+        (["data.withhold=[hiking,kitchen,novels,software]"], "every domain"),
+        (["student={layers: [2]}"], "layers"),
+        (["distill.layer_map=[5]"], "layer_map"),
+        (["distill.method=minilmv2", "distill.relation_heads=5"], "relation_heads"),
+        (["student={model: nowhere}"], "student"),
+        (
+            [
+                "distill.method=tinybert_kd",
+                "teacher.kind=single",
+                "data.withhold=[hiking]",
+                "distill.domains=[hiking]",
+            ],
+            "single teacher of hiking",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_configuration_errors(make, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make(*options).distill()
+
+
+def test_a_student_that_reads_other_tokens_is_refused(make, tmp_path):
+    other = demo.scratch_encoder(
+        tmp_path / "other",
+        ["entirely different words"] * 3,
+        hidden_size=16,
+        layers=1,
+        heads=2,
+        vocab_size=60,
+        mlm_steps=0,
+    )
+    with pytest.raises(ConfigError, match="must read the same tokens"):
+        make(f"student={{model: {other}}}").distill()
+
+
+@pytest.mark.parametrize(
+    "rename, message",
+    [
+        ({"novels": "tv/novels"}, "cannot name a folder"),
+        ({"novels": "all"}, "cannot name a folder"),
+    ],
+)
+def test_domains_that_cannot_be_folders_are_refused(make, source, tmp_path, rename, message):
+    renamed = {}
+    for split in ("train", "validation", "test"):
+        rows = rows_of(source / "corpus" / f"{split}.jsonl")
+        rows = [row | {"domain": rename.get(row["domain"], row["domain"])} for row in rows]
+        renamed[split] = tmp_path / f"{split}.jsonl"
+        renamed[split].write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=message):
+        make(*(f"data.{split}={path}" for split, path in renamed.items())).prototypes()
+
+
+def test_a_domain_without_test_examples_is_refused(make, source, tmp_path):
+    rows = [r for r in rows_of(source / "corpus" / "test.jsonl") if r["domain"] != "novels"]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="'novels' has no test examples"):
+        make(f"data.test={tmp_path / 'some.jsonl'}").prototypes()
 
 
 def test_minilmv2_relations_distil(make):

@@ -11,7 +11,9 @@ import copy
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     PreTrainedModel,
@@ -63,6 +65,7 @@ def build_student(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     label2id: dict[str, int],
+    max_length: int = 0,
 ) -> PreTrainedModel:
     """A fresh student.
 
@@ -71,17 +74,18 @@ def build_student(
         source: directory or hub id of the encoder whose layers are copied (``layers`` only).
         tokenizer: the teacher's; presets take its vocabulary size and padding token.
         label2id: M classes.
+        max_length: tokens that an example may have; presets get as many positions, 512 at least.
 
     Raises:
-        ValueError: a layer to copy does not exist in ``source``; a model of a smaller vocabulary.
+        ValueError: a layer to copy does not exist in ``source``; a model of another vocabulary or
+            with fewer positions than ``max_length``.
     """
     if config.model is not None:
+        _check_vocabulary(config.model, tokenizer)
         student = load_classifier(config.model, label2id)
-        if student.config.vocab_size < len(tokenizer):
-            raise ValueError(
-                f"student.model knows {student.config.vocab_size} tokens, "
-                f"the teacher's tokenizer gives {len(tokenizer)}"
-            )
+        positions = getattr(student.config, "max_position_embeddings", max_length)
+        if positions < max_length:
+            raise ValueError(f"{config.model} takes {positions} tokens, max_length is {max_length}")
         return student
     if config.layers is not None:
         return keep_layers(load_classifier(source, label2id), config.layers)
@@ -92,12 +96,38 @@ def build_student(
         hidden_size=hidden,
         num_attention_heads=heads,
         intermediate_size=feed_forward,
+        max_position_embeddings=max(512, max_length),
         pad_token_id=tokenizer.pad_token_id,
         label2id=label2id,
         id2label={i: name for name, i in label2id.items()},
         attn_implementation="sdpa",
     )
     return BertForSequenceClassification(shape)
+
+
+def _check_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    own = _vocabulary(model)
+    if own is None:  # weights without a tokenizer: their size has to do
+        size = AutoConfig.from_pretrained(model).vocab_size
+        if size < len(tokenizer):
+            raise ValueError(
+                f"{model} knows {size} tokens, the teacher's tokenizer has {len(tokenizer)}"
+            )
+    elif own != tokenizer.get_vocab():
+        raise ValueError(
+            f"{model} has a vocabulary of {len(own)} tokens, the teacher another of "
+            f"{len(tokenizer)}: student and teacher must read the same tokens"
+        )
+
+
+def _vocabulary(model: str) -> dict[str, int] | None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError):
+        return None
+    # Without tokenizer files transformers makes one up that knows the special tokens alone.
+    vocabulary = tokenizer.get_vocab()
+    return vocabulary if set(vocabulary) - set(tokenizer.all_special_tokens) else None
 
 
 def keep_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:

@@ -130,7 +130,7 @@ class Teacher(nn.Module):
             self.kind == "meta"
             and self.recipe.domain_loss
             and self.gamma1 > 0
-            and len(self.domains) > 1
+            and len(self.domains) - len(self.withheld) > 1
         )
 
     def features(self, batch: dict[str, Tensor], taps: Taps | None = None) -> Features:
@@ -285,6 +285,13 @@ class FrozenTeacher:
         if len(seen) > 1:
             first.logits = torch.stack([features.logits.float() for features in seen]).mean(0)
         return first
+
+    def __enter__(self) -> FrozenTeacher:
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        """Take the hooks out of the teachers."""
+        self.remove()
 
     def remove(self) -> None:
         """Take the hooks out of the teachers."""

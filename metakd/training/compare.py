@@ -65,6 +65,8 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
         for number, seed in enumerate(config.seeds):
             teacher_seed = teacher_seeds[number % len(teacher_seeds)]
             for domain in run.student_domains:
+                if not run.has_teacher(row.teacher, row.method, domain):
+                    continue
                 _, result = run.student(
                     domain,
                     distill,
@@ -96,9 +98,13 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
 def _expand(rows: Sequence[CompareRow], gamma2: Sequence[float]) -> list[CompareRow]:
     expanded = []
     for row in rows:
-        swept = gamma2 if row.method == "meta" else ()
-        expanded += [row.model_copy(update={"gamma2": value}) for value in swept] or [row]
-    return expanded
+        if row.method == "meta" and gamma2:
+            expanded += [
+                CompareRow(method="meta", teacher="meta", gamma2=value) for value in gamma2
+            ]
+        else:
+            expanded.append(row)
+    return list(dict.fromkeys(expanded))
 
 
 def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, float]]]:

@@ -8,6 +8,7 @@ except every ``logging_steps``.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -81,9 +82,9 @@ def join_world() -> World:
     elif int(os.environ["WORLD_SIZE"]) > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one host share its cores; each with a full set of threads would be slower than
         # one.
-        torch.set_num_threads(
-            max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        )
+        # torchrun tells their number in the first variable, deepspeed in the second.
+        sharing = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(sharing)))
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -205,7 +206,7 @@ def fit(
                 loss = output.rows.sum() * (micro_batches / size)
                 engine.backward(loss)
                 engine.step()
-                meter.add({"loss": output.rows.detach().mean(), **output.terms})
+                meter.add({"loss": output.rows.detach().mean(), **output.terms}, len(rows))
             step += 1
             log.advance(size)
             if step % config.logging_steps == 0 or step == total_steps:
@@ -228,6 +229,11 @@ def fit(
                 }
     log.stop()
     engine.destroy()
+    # Left on the module, the hooks would keep engine and moments alive through the next run.
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    del engine, optimizer, scheduler
+    gc.collect()
     if best_state is not None:
         module.load_state_dict(best_state)
     module.eval()
@@ -235,7 +241,9 @@ def fit(
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on ``device``, without waiting for the copy."""
+    """The batch on ``device``; pinned first for a GPU, so that nobody waits for the copy."""
+    if device.type == "cuda":
+        batch = {name: value.pin_memory() for name, value in batch.items()}
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 

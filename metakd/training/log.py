@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -18,30 +17,29 @@ from torch import Tensor
 
 
 class Meter:
-    """Running means of device scalars, read with one transfer."""
+    """Running means per example of device scalars, read with one transfer."""
 
     def __init__(self):
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-        self._count = 0
+        self._sums: dict[str, Tensor] = {}
+        self._examples = 0
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Add one micro-batch's scalars; nothing leaves the device."""
-        for name, value in values.items():
-            self._sums[name] = (
-                value.float() if name not in self._sums else self._sums[name] + value.float()
-            )
-        self._count += 1
+    def add(self, means: dict[str, Tensor], examples: int) -> None:
+        """Add the means over one micro-batch of ``examples``; nothing leaves the device."""
+        for name, value in means.items():
+            total = value.float() * examples
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._examples += examples
 
     def read(self) -> dict[str, float]:
         """Means since the last read, over all ranks; synchronises with the host."""
         names = sorted(self._sums)
-        means = torch.stack([self._sums[name] for name in names]) / self._count
+        sums = torch.stack([self._sums[name] for name in names])
+        sums = torch.cat([sums, sums.new_tensor([self._examples])])
         if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
+            dist.all_reduce(sums)
         self._sums.clear()
-        self._count = 0
-        return dict(zip(names, means.tolist(), strict=True))
+        self._examples = 0
+        return dict(zip(names, (sums[:-1] / sums[-1]).tolist()))
 
 
 class RunLog:
@@ -113,7 +111,10 @@ class RunLog:
         """End the bar."""
         self._progress.stop()
 
-    def close(self) -> None:
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_exception) -> None:
         """End the bar and close the files."""
         self.stop()
         for writer in (self._jsonl, self._board):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +65,25 @@ def _configured(block: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         remedy = f"correct {block} in the configuration"
         raise ConfigError(f"{block}: {str(error).splitlines()[0]}", remedy) from error
+
+
+def _check_domains(corpus: Corpus) -> None:
+    # Each domain gets a folder of its name, and is trained, chosen and scored on its own examples.
+    problems = [
+        f"domain {name!r} cannot name a folder"
+        for name in corpus.domains
+        if name in (ALL_DOMAINS, ".", "..") or "/" in name or "\\" in name
+    ]
+    for title in ("train", "validation", "test"):
+        split = getattr(corpus, title)
+        present = set() if split is None else set(split.domain.tolist())
+        problems += [
+            f"domain {name!r} has no {title} examples"
+            for number, name in enumerate(corpus.domains)
+            if split is not None and number not in present
+        ]
+    if problems:
+        raise DataError("; ".join(problems), "rename the domain, or give it examples")
 
 
 def _classifier(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor]:
@@ -123,6 +142,7 @@ class Run:
             raise ConfigError(
                 "data.withhold: names every domain, which leaves nothing to teach", "keep one"
             )
+        _check_domains(corpus)
         return corpus
 
     @cached_property
@@ -287,38 +307,39 @@ class Run:
         validation = self._taught_part(corpus.validation, domain)
 
         def corrupt(epoch: int) -> dict[str, Tensor]:
+            # Among the domains that are taught: a withheld one would be a label never true.
+            taught, position = train.domain.unique(return_inverse=True)
             drawn = false_domains(
-                train.domain,
-                len(corpus.domains),
+                position,
+                len(taught),
                 seed=seed * 1000 + epoch,
                 always_false=self.recipe.false_label_always_false,
             )
-            return {"false_domain": drawn}
+            return {"false_domain": taught[drawn]}
 
-        log = self._log(folder)
-        best = fit(
-            teacher,
-            train,
-            self.collate,
-            config=self.config,
-            training=config.training,
-            world=self.world,
-            log=log,
-            title=f"teacher {kind}",
-            seed=seed,
-            columns=corrupt if teacher.trains_domain_loss else None,
-            score=lambda: self._score(teacher.logits, validation, config.training),
-        )
-        result = {"validation": best}
-        if corpus.test is not None:
-            result["test"] = self._score(
-                teacher.logits, self._part(corpus.test, domain), config.training
+        with self._log(folder) as log:
+            best = fit(
+                teacher,
+                train,
+                self.collate,
+                config=self.config,
+                training=config.training,
+                world=self.world,
+                log=log,
+                title=f"teacher {kind}",
+                seed=seed,
+                columns=corrupt if teacher.trains_domain_loss else None,
+                score=lambda: self._score(teacher.logits, validation, config.training),
             )
+            result = {"validation": best}
+            if corpus.test is not None:
+                result["test"] = self._score(
+                    teacher.logits, self._part(corpus.test, domain), config.training
+                )
         if teacher.trains_domain_loss:
             result["domain_loss_ln_k"], result["domain_loss_ln_k_minus_1"] = domain_loss_floor(
                 len(corpus.domains)
             )
-        log.close()
         if self.world.is_main:
             teacher.float().save(folder, self.tokenizer)
         return result
@@ -332,6 +353,12 @@ class Run:
             self.student(domain, self.config.distill, kind, seed, seed)[0]
             for domain in domains or self.student_domains
         ]
+
+    def has_teacher(self, teacher_kind: str | None, method: str, domain: str) -> bool:
+        """Is there a teacher for this domain's student? Single teachers know one domain each."""
+        if teacher_kind != "single" or method == "mtn_kd":
+            return True
+        return domain != ALL_DOMAINS and domain not in self.config.data.withhold
 
     def student(
         self,
@@ -365,16 +392,17 @@ class Run:
                 f"domain: {domain} is not among {', '.join(self.corpus.domains)}",
                 "correct the name",
             )
+        if not self.has_teacher(teacher_kind, distill.method, domain):
+            raise ConfigError(
+                f"{distill.method}: there is no single teacher of {domain}",
+                "name another teacher: the domain is withheld, or the student serves them all",
+            )
         teachers = self.teach(teacher_kind, teacher_seed) if teacher_kind else []
         if teacher_kind == "single" and distill.method != "mtn_kd":
             teachers = [place for place in teachers if place.name == domain]
-            if not teachers:
-                raise ConfigError(
-                    f"{distill.method}: there is no single teacher of {domain}",
-                    "name another teacher: the domain is withheld, or the student serves them all",
-                )
         label = label or method_label(distill, teacher_kind)
-        place = self.folder / "students" / f"{label}-s{seed}" / domain
+        lineage = f"s{seed}" + (f"-t{teacher_seed}" if teachers and teacher_seed != seed else "")
+        place = self.folder / "students" / f"{label}-{lineage}" / domain
         inputs = {
             "stage": "student",
             "domain": domain,
@@ -429,6 +457,7 @@ class Run:
                 source=str(copied or self.config.teacher.model),
                 tokenizer=self.tokenizer,
                 label2id=corpus.label2id,
+                max_length=self.config.data.max_length,
             )
         shape = teachers[0].model.config if teachers else student.config
         with _configured("distill"):
@@ -459,31 +488,26 @@ class Run:
             phases = [(early, distill.intermediate, None if late else score)]
             phases += [(late, distill.training, score)] if late else []
 
-        log = self._log(folder)
         best = {}
-        for number, (wanted, training, judge) in enumerate(phases):
-            module.restrict(wanted)
-            frozen = (
-                FrozenTeacher(teachers, module.needs | ({"logits"} if weighted else set()))
-                if teachers
-                else None
-            )
-            title = f"{label} {domain}" + (f", stage {number + 1} of 2" if len(phases) > 1 else "")
-            best = fit(
-                module,
-                train,
-                self.collate,
-                config=self.config,
-                training=training,
-                world=self.world,
-                log=log,
-                teacher=frozen,
-                score=judge,
-                seed=seed,
-                title=title,
-            )
-            if frozen:
-                frozen.remove()
+        with self._log(folder) as log:
+            for number, (wanted, training, judge) in enumerate(phases):
+                module.restrict(wanted)
+                needs = module.needs | ({"logits"} if weighted else set())
+                part = f", stage {number + 1} of 2" if len(phases) > 1 else ""
+                with FrozenTeacher(teachers, needs) if teachers else nullcontext() as frozen:
+                    best = fit(
+                        module,
+                        train,
+                        self.collate,
+                        config=self.config,
+                        training=training,
+                        world=self.world,
+                        log=log,
+                        teacher=frozen,
+                        score=judge,
+                        seed=seed,
+                        title=f"{label} {domain}{part}",
+                    )
         result = {
             "label": label,
             "domain": domain,
@@ -494,7 +518,6 @@ class Run:
             result["test"] = self._score(
                 classify, self._part(corpus.test, domain), distill.training
             )
-        log.close()
         student = module.detach().float()
         if self.world.is_main:
             student.config.dtype = torch.float32

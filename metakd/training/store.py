@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from metakd.errors import CheckpointError
 from metakd.training.engine import World
 
 
@@ -44,7 +45,9 @@ class StageStore:
     common: dict
     command: str
     say: Callable[[str], None]
+    may_build: bool = True  # False: a stage that is missing or out of date is an error
     _finished: dict[Path, dict] = field(default_factory=dict, repr=False)
+    _digests: dict[Path, str] = field(default_factory=dict, repr=False)
 
     def result(self, place: Path) -> dict:
         """The result of a stage that this process has asked for."""
@@ -60,21 +63,28 @@ class StageStore:
             inputs: everything that decides the result, as JSON values.
             build: writes into the folder it is given and returns the result; called on every rank.
             keep: keep the files ``build`` wrote; False leaves the result and the log alone.
-        """
-        if place not in self._finished:
-            self._finished[place] = self._look_up_or_build(place, inputs, build, keep)
-        return self._finished[place]
 
-    def _look_up_or_build(self, place, inputs, build, keep) -> dict:
-        name = str(place.relative_to(self.folder))
+        Raises:
+            CheckpointError: it would have to be built and may not.
+        """
         described = json.dumps({**self.common, **inputs}, sort_keys=True)
         digest = hashlib.sha256(described.encode()).hexdigest()
+        if self._digests.get(place) != digest:
+            self._finished[place] = self._look_up_or_build(place, digest, build, keep)
+            self._digests[place] = digest
+        return self._finished[place]
+
+    def _look_up_or_build(self, place, digest, build, keep) -> dict:
+        name = str(place.relative_to(self.folder))
         record = place / "stage.json"
         stored = json.loads(record.read_text()) if self.world.is_main and record.exists() else {}
         stored = self.world.agree(stored)
         if stored.get("inputs") == digest and (stored["kept"] or not keep):
             self.say(f"{name}: inputs unchanged, skipped")
             return stored["result"]
+        if not self.may_build:
+            state = "was built from other inputs" if stored else "is missing"
+            raise CheckpointError(f"{place}: {state}", "build it first: metakd run")
         self.say(f"{name}: running")
         building = place.with_name(f".tmp-{place.name}")
         if self.world.is_main:
