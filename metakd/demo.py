@@ -472,12 +472,13 @@ data:
   max_length: 64
 teacher:
   model: {encoder}
-  training: {{num_train_epochs: 2, learning_rate: 5.0e-5}}
+  training: {{num_train_epochs: 4, learning_rate: 5.0e-5}}
 student:
   layers: [1, 3]
   copy_from: encoder
 distill:
-  training: {{num_train_epochs: 8, learning_rate: 1.0e-4, per_device_train_batch_size: 16}}
+  terms: {{attention: 0.1, hard_label: 1.0}}  # raw attention scores are large beside the predictions
+  training: {{num_train_epochs: 6, learning_rate: 1.0e-4, per_device_train_batch_size: 16}}
 compare:
   rows:
     - {{method: finetune}}
