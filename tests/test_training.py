@@ -361,6 +361,11 @@ def test_compare_fills_the_table(make):
     assert result["summary"]["teacher: mix"]["hiking"]["std"] is None
     table = (run.folder / "compare.md").read_text()
     assert "| finetune |" in table and "±" in table and "metakd test" in table
+    assert set(result["terms"]["finetune"]) == {"hard_label"}
+    assert {"transfer", "expertise", "expertise_std"} <= set(
+        result["terms"]["meta-from-meta-gamma2-0.5"]
+    )
+    assert "| expertise_std |" in table
     assert len((run.folder / "compare.csv").read_text().splitlines()) == len(result["cells"]) + 1
     assert not list((run.folder / "students").rglob("model.safetensors"))
 

@@ -43,6 +43,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
     teacher_seeds = config.seeds[: config.teacher_seeds]
     split = "validation" if run.corpus.test is None else "test"
     cells: list[Cell] = []
+    places: dict[str, list[Path]] = {}
 
     for kind in dict.fromkeys(row.teacher for row in config.rows if row.teacher):
         for seed in teacher_seeds:
@@ -67,7 +68,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
             for domain in run.student_domains:
                 if not run.has_teacher(row.teacher, row.method, domain):
                     continue
-                _, result = run.student(
+                place, result = run.student(
                     domain,
                     distill,
                     row.teacher,
@@ -76,6 +77,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
                     keep=config.keep_students,
                     label=label,
                 )
+                places.setdefault(label, []).append(place)
                 scored = run.corpus.domains if domain == ALL_DOMAINS else [domain]
                 cells += [
                     Cell(label, name, seed, 100 * result[split][f"accuracy/{name}"])
@@ -88,6 +90,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
         "seeds": config.seeds,
         "teacher_seeds": teacher_seeds,
         "summary": summarise(cells),
+        "terms": {row: term_values(students) for row, students in places.items()},
         "cells": [vars(cell) for cell in cells],
     }
     if run.world.is_main:
@@ -127,6 +130,20 @@ def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, float]]]:
     return summary
 
 
+def term_values(students: Sequence[Path]) -> dict[str, float]:
+    """Mean weighted value of each term over the second half of training, and of lambda and its
+    standard deviation within a batch, from the students' ``log.jsonl``; empty where none was kept."""
+    seen: dict[str, list[float]] = {}
+    for log in filter(Path.exists, (place / "log.jsonl" for place in students)):
+        logged = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+        steps = [row for row in logged if row["split"] == "train"]
+        for row in steps[len(steps) // 2 :]:
+            for name, value in row.items():
+                if name.endswith("_weighted") or name.startswith("expertise"):
+                    seen.setdefault(name.removesuffix("_weighted"), []).append(value)
+    return {name: statistics.fmean(values) for name, values in seen.items()}
+
+
 def _spread(values: Sequence[float]) -> dict[str, float]:
     # One seed says nothing about spread; None keeps it from reading as "no spread".
     std = statistics.stdev(values) if len(values) > 1 else None
@@ -146,6 +163,16 @@ def markdown(result: dict) -> str:
     return "\n".join(lines)
 
 
+def terms_markdown(result: dict) -> str:
+    """What each term contributed to the loss, as Markdown."""
+    names = list(dict.fromkeys(name for row in result["terms"].values() for name in row))
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row, values in result["terms"].items():
+        shown = [f"{values[name]:.3g}" if name in values else "-" for name in names]
+        lines.append(f"| {row} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
 def _show(score: dict[str, float] | None) -> str:
     if score is None:
         return "-"
@@ -158,7 +185,12 @@ def _write(folder: Path, result: dict) -> None:
         f"over student seeds {result['seeds']}, teacher seeds {result['teacher_seeds']}.\n\n"
         f"Command: `{result['command']}`\n"
     )
-    (folder / "compare.md").write_text(f"{markdown(result)}\n\n{note}", encoding="utf-8")
+    terms = (
+        "Weighted value of each term (mean over the second half of training), and lambda "
+        f"(`expertise`) with its standard deviation within a batch:\n\n{terms_markdown(result)}\n"
+    )
+    page = f"{markdown(result)}\n\n{note}\n{terms}"
+    (folder / "compare.md").write_text(page, encoding="utf-8")
     (folder / "compare.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     table = io.StringIO()
     writer = csv.DictWriter(table, ["row", "domain", "seed", "accuracy"], lineterminator="\n")
