@@ -477,7 +477,7 @@ student:
   layers: [1, 3]
   copy_from: encoder
 distill:
-  terms: {{attention: 0.1, hard_label: 1.0}}  # raw attention scores are large beside the predictions
+  terms: {{attention: 0.1, hard_label: 1.0}}  # raw attention scores are large
   training: {{num_train_epochs: 6, learning_rate: 1.0e-4, per_device_train_batch_size: 16}}
 compare:
   rows:

@@ -132,7 +132,7 @@ def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, float]]]:
 
 def term_values(students: Sequence[Path]) -> dict[str, float]:
     """Mean weighted value of each term over the second half of training, and of lambda and its
-    standard deviation within a batch, from the students' ``log.jsonl``; empty where none was kept."""
+    standard deviation within a batch, from the students' ``log.jsonl``; empty where none is."""
     seen: dict[str, list[float]] = {}
     for log in filter(Path.exists, (place / "log.jsonl" for place in students)):
         logged = map(json.loads, log.read_text(encoding="utf-8").splitlines())
