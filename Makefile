@@ -7,18 +7,19 @@ PYTHON := .venv/bin/python
 READY := .venv/.stamp
 endif
 BASE_PYTHON ?= python3
-OUT ?= benchmarks/results
+OUT ?= benchmarks/results/gpu
 
-.PHONY: help quickstart test lint bench gpu-check clean
+.PHONY: help quickstart test lint bench mutants gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart  train prototypes, teacher and students on a synthetic corpus, print the table"
 	@echo "make test        run the tests"
 	@echo "make lint        check style (ruff)"
-	@echo "make bench       time the losses"
+	@echo "make bench       time the losses that CI can afford (python -m benchmarks.run --op OP: all of them)"
+	@echo "make mutants     break the losses in many ways and see that the tests notice (about 20 minutes)"
 	@echo "make models/minilm  fetch the encoder of the configurations (all-MiniLM-L6-v2, checksum verified)"
-	@echo "make gpu-check   run the tests that need a GPU, write their report to OUT ($(OUT))"
+	@echo "make gpu-check   on a GPU machine: build, tests, sanitizer, benchmarks; results in OUT ($(OUT))"
 	@echo "make clean       remove the environment and everything built"
 	@echo "PYTHON=...       use this environment instead of making .venv;  BASE_PYTHON=... makes .venv with it"
 
@@ -44,9 +45,11 @@ models/minilm: $(READY)
 bench: $(READY)
 	$(PYTHON) -m pytest benchmarks --benchmark-only
 
+mutants: $(READY)
+	$(PYTHON) tests/mutants.py
+
 gpu-check: $(READY)
-	mkdir -p $(OUT)
-	$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu-check.xml
+	$(PYTHON) -m benchmarks.gpu_check --out $(OUT)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks metakd/_C*.so

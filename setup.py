@@ -59,6 +59,8 @@ def extension() -> Extension:
     with_cuda = choice != "0" and not why_no_cuda()
 
     flags = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3"]
+    # at::parallel_for stays serial without it. No -march: csrc/cpu chooses its instructions at run time.
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
     kind = Extension if cpp_extension is None else cpp_extension.CppExtension
     files = sources(".", ".cpp") + sources("cpu", ".cpp")
     macros = []
@@ -72,7 +74,8 @@ def extension() -> Extension:
         include_dirs=[str((CSRC / "include").resolve())],
         define_macros=macros,
         depends=sorted(str(path) for path in (CSRC / "include").glob("*")),
-        extra_compile_args={"cxx": flags, "nvcc": flags} if cpp_extension else flags,
+        extra_compile_args={"cxx": flags + openmp, "nvcc": flags} if cpp_extension else flags,
+        extra_link_args=openmp,
     )
 
 

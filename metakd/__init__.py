@@ -13,6 +13,7 @@ _LOSSES = (
     "soft_kl",
     "soft_reverse_kl",
     "soft_jsd",
+    "linear_soft_kl",
     "hidden_mse",
     "masked_mean",
     "attention_score_mse",

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metakd.config import RunConfig, load_config
-from metakd.errors import ConfigError, MetakdError
+from metakd.errors import ConfigError, MetakdError, UnsupportedError
 
 app = typer.Typer(
     add_completion=False,
@@ -152,6 +152,58 @@ def quickstart(
     _show_comparison(run, run_compare(run))
     for place in run.distill():
         run.say(f"student is in {place}")
+
+
+@app.command()
+def verify(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False):
+    """Compare every compiled operation on this machine with float64, in each dtype and backend."""
+    import torch
+
+    from metakd.verify import verify as run_checks
+
+    report = run_checks(["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        console.print(_verification_table(report))
+    failed = [row for row in report if not row["passed"]]
+    if failed:
+        raise UnsupportedError(
+            f"{len(failed)} of {len(report)} checks failed, the first: {failed[0]}",
+            "use backend='reference' for these, and report it with `metakd doctor`",
+        )
+    if not report:
+        console.print("nothing to verify: no compiled backend runs here (see metakd doctor)")
+
+
+def _verification_table(report: list[dict]) -> Table:
+    """One line per operation, backend, device, dtype and kind of result: the worst of its cases."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in report:
+        kind = "rows" if row["result"] == "rows" else "gradients"
+        key = (row["op"], row["backend"], row["device"], row["dtype"], kind)
+        groups.setdefault(key, []).append(row)
+    table = Table(
+        title="error against float64, relative to the largest value (eager PyTorch's beside it)",
+        title_justify="left",
+    )
+    for name in ("op", "backend", "device", "dtype", "of"):
+        table.add_column(name)
+    for name in ("max", "eager max", "mean", "eager mean", "of budget"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for key, rows in groups.items():
+        worst = {
+            name: max(row[name] for row in rows)
+            for name in ("max_error", "eager_max_error", "mean_error", "eager_mean_error")
+        }
+        table.add_row(
+            *key,
+            *(f"{value:.1e}" for value in worst.values()),
+            f"{100 * max(row['of_budget'] for row in rows):.0f} %",
+            "pass" if all(row["passed"] for row in rows) else "FAIL",
+        )
+    return table
 
 
 @app.command()

@@ -16,21 +16,23 @@ example reaches every term. Common to all:
 - Nothing synchronises with the host: indices out of range raise for CPU tensors only, where looking
   is free.
 
-Imports torch, ``metakd.ops`` and the backends (``metakd.reference``). Sizes: N rows, C classes, B
+Imports torch, ``metakd.ops``, ``metakd.soft`` and ``metakd.reference``. Sizes: N rows, C classes, B
 batch, L length, H hidden size, A heads, D head size, K domains, M classes of the task.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from metakd import ops, reference
+from metakd import ops, reference, soft
 
 Pair = tuple[Tensor, Tensor]  # (query, key)
+
+REDUCTIONS = ("mean", "sum", "none")
 
 _BACKENDS = {"reference": reference}
 
@@ -38,26 +40,28 @@ _BACKENDS = {"reference": reference}
 # Checks and reduction shared by the losses
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: bool, message: Callable[[], str]) -> None:
+    """The message is made where it is needed only: it costs time, and sizes that `torch.compile`
+    leaves open cannot be printed."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message())
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    _require(value in choices, lambda: f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _check_fraction(name: str, value: float) -> None:
     _require(
         isinstance(value, (int, float)) and 0 <= value <= 1,
-        f"{name} must be in [0, 1], got {value!r}",
+        lambda: f"{name} must be in [0, 1], got {value!r}",
     )
 
 
 def _check_positive(name: str, value: float) -> None:
     _require(
         isinstance(value, (int, float)) and 0 < value < math.inf,
-        f"{name} must be a finite number above 0, got {value!r}",
+        lambda: f"{name} must be a finite number above 0, got {value!r}",
     )
 
 
@@ -77,16 +81,24 @@ def _check_tensor(
     kind: str = "floating point",
 ) -> None:
     """``shape`` holds a number where the size is known and a letter where it is free."""
-    want = f"[{', '.join(map(str, shape))}]"
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a tensor {want}, got {type(value).__name__}")
+
+    def want() -> str:
+        return f"[{', '.join(map(str, shape))}]"
+
+    _require(
+        isinstance(value, Tensor),
+        lambda: f"{name} must be a tensor {want()}, got {type(value).__name__}",
+    )
     fits = all(isinstance(size, str) or size == have for size, have in zip(shape, value.shape))
-    if value.dim() != len(shape) or not fits:
-        raise ValueError(f"{name} must have shape {want}, got {list(value.shape)}")
-    if not _KINDS[kind](value.dtype):
-        raise ValueError(f"{name} must be {kind}, got {value.dtype}")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on {device} like the rest, got {value.device}")
+    _require(
+        value.dim() == len(shape) and fits,
+        lambda: f"{name} must have shape {want()}, got {list(value.shape)}",
+    )
+    _require(_KINDS[kind](value.dtype), lambda: f"{name} must be {kind}, got {value.dtype}")
+    _require(
+        device is None or value.device == device,
+        lambda: f"{name} must be on {device} like the rest, got {value.device}",
+    )
 
 
 def _check_teacher(
@@ -95,7 +107,9 @@ def _check_teacher(
     _check_tensor(name, value, shape, device)
     _require(
         not value.requires_grad,
-        f"{name} requires grad (shape {list(value.shape)}): detach it or use torch.no_grad()",
+        lambda: (
+            f"{name} requires grad (shape {list(value.shape)}): detach it or use torch.no_grad()"
+        ),
     )
 
 
@@ -114,22 +128,27 @@ def _check_index(name: str, value: Tensor, rows: int, size: int, device: torch.d
         low, high = int(value.min()), int(value.max())
         _require(
             low >= 0 and high < size,
-            f"{name} must lie in 0..{size - 1}, got {low if low < 0 else high}",
+            lambda: f"{name} must lie in 0..{size - 1}, got {low if low < 0 else high}",
         )
 
 
-def _call(op: str, backend: str, device: torch.device, *args, **kwargs):
-    """Run ``op`` on the backend chosen for ``device``, in the dtypes given (no autocast)."""
-    compute = getattr(_BACKENDS[ops.select(op, backend, device)], op)
+def _without_autocast(device: torch.device, compute: Callable, *args, **kwargs):
+    """``compute`` in the dtypes given."""
     if not torch.amp.is_autocast_available(device.type):
         return compute(*args, **kwargs)
     with torch.autocast(device.type, enabled=False):
         return compute(*args, **kwargs)
 
 
+def _call(op: str, backend: str, device: torch.device, *args, **kwargs):
+    """Run ``op`` on the backend chosen for ``device``."""
+    compute = getattr(_BACKENDS[ops.select(op, backend, device)], op)
+    return _without_autocast(device, compute, *args, **kwargs)
+
+
 def _reduce(rows: Tensor, weight: Tensor | None, mask: Tensor | None, reduction: str) -> Tensor:
     """Weighted rows, reduced. Masked rows are replaced by 0, never multiplied by it."""
-    _check_choice("reduction", reduction, ("mean", "sum", "none"))
+    _check_choice("reduction", reduction, REDUCTIONS)
     if weight is not None:
         _check_tensor("weight", weight, rows.shape, rows.device)
         rows = rows * weight.to(rows.dtype)
@@ -145,38 +164,91 @@ def _reduce(rows: Tensor, weight: Tensor | None, mask: Tensor | None, reduction:
 # Logits
 
 
+def _soft_problem(
+    tokens: torch.Size,
+    widths: tuple[int, int],
+    device: torch.device,
+    *,
+    beta: float,
+    temperature: float,
+    scale_by_temperature: bool,
+    label: Tensor | None,
+    hard_weight: float,
+    ignore_index: int,
+    vocab_size: int | None,
+    mask: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, soft.Settings]:
+    """Checks what the logit losses share; gives the mask [...] with ignored labels in it, the
+    labels [...] and the settings."""
+    _check_positive("temperature", temperature)
+    _check_fraction("beta", beta)
+    if vocab_size is None:
+        vocab_size = widths[0]
+        _require(
+            widths[0] == widths[1],
+            lambda: (
+                f"vocab_size is needed where student and teacher differ in classes, got {widths}"
+            ),
+        )
+    _require(
+        1 <= vocab_size <= min(widths),
+        lambda: f"vocab_size must be in 1..{min(widths)}, got {vocab_size!r}",
+    )
+    mask = _as_mask("mask", mask, tokens, device)
+    if label is not None:
+        _require(
+            isinstance(hard_weight, (int, float)) and 0 <= hard_weight < math.inf,
+            lambda: f"hard_weight must be a finite number of at least 0, got {hard_weight!r}",
+        )
+        _check_tensor("label", label, tokens, device, "int64")
+        counted = label != ignore_index
+        mask = counted if mask is None else mask & counted
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_index("label", label[mask], int(mask.sum()), vocab_size, device)
+    scale = float(temperature) ** 2 if scale_by_temperature else 1.0
+    return (
+        mask,
+        label,
+        soft.Settings(vocab_size, float(temperature), scale, float(beta), hard_weight),
+    )
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.flatten()
+
+
 def _soft(
     op: str,
     student: Tensor,
     teacher: Tensor,
-    mask: Tensor | None,
     weight: Tensor | None,
     reduction: str,
     backend: str,
-    temperature: float,
     **options,
 ) -> Tensor:
     _require(
         isinstance(student, Tensor) and student.dim() >= 2 and student.shape[-1] >= 1,
-        f"student must be a tensor [..., C], C >= 1, got {getattr(student, 'shape', student)!r}",
+        lambda: (
+            f"student must be a tensor [..., C], C >= 1, got {getattr(student, 'shape', student)!r}"
+        ),
     )
     _check_tensor("student", student, student.shape)
-    _check_teacher("teacher", teacher, student.shape, student.device)
-    _check_positive("temperature", temperature)
-    mask = _as_mask("mask", mask, student.shape[:-1], student.device)
-    if mask is not None:
-        # The fill cuts the student's gradient, so the teacher's masked rows may hold anything.
-        student = student.masked_fill(~mask[..., None], 0.0)
-    rows = _call(
-        op,
-        backend,
-        student.device,
+    tokens, device = student.shape[:-1], student.device
+    _check_teacher("teacher", teacher, (*tokens, "C"), device)
+    widths = student.shape[-1], teacher.shape[-1]
+    mask, label, settings = _soft_problem(tokens, widths, device, **options)
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    rows = _without_autocast(
+        device,
+        soft.rows,
+        ops.select(op, backend, device, dtype),
         student.flatten(0, -2),
         teacher.flatten(0, -2),
-        temperature=temperature,
-        **options,
+        _flat(mask),
+        _flat(label),
+        settings,
     )
-    return _reduce(rows.unflatten(0, student.shape[:-1]), weight, mask, reduction)
+    return _reduce(rows.unflatten(0, tokens), weight, mask, reduction)
 
 
 def soft_kl(
@@ -185,22 +257,34 @@ def soft_kl(
     *,
     temperature: float = 1.0,
     scale_by_temperature: bool = True,
+    label: Tensor | None = None,
+    hard_weight: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Forward KL divergence of the student from the teacher, from logits.
+    """Forward KL divergence of the student from the teacher, from logits, and the cross-entropy of
+    hard labels in the same pass if there are any.
 
-    ``rows = T^2 * sum_c p_c * (log p_c - log q_c)``, with ``p = softmax(teacher / T)`` and ``q =
-    softmax(student / T)``. Its gradient is that of the soft cross-entropy, from which it differs by
-    the teacher's entropy. A class whose logit is ``-inf`` on both sides counts 0, the exact limit.
+    ``rows = T^2 * sum_c p_c * (log p_c - log q_c) + hard_weight * CE``, with ``p = softmax(teacher
+    / T)``, ``q = softmax(student / T)`` and ``CE = -log softmax(student)_label`` (temperature 1;
+    only with ``label``). The gradient of the first part is that of the soft cross-entropy, from
+    which it differs by the teacher's entropy. A class whose logit is ``-inf`` on both sides counts
+    0, the exact limit.
 
     Args:
         student: logits, [..., C].
         teacher: logits, [..., C], without grad.
         temperature: T, above 0.
         scale_by_temperature: multiply by T^2, so that gradients keep their size as T grows.
+        label: int64 [...], in 0..C-1 or ``ignore_index``.
+        hard_weight: factor of the cross-entropy; at 0 the labels only say which rows to ignore.
+        ignore_index: a row with this label is a masked row, for both parts.
+        vocab_size: use the first so many classes of both, where a vocabulary is padded (the two
+            may then differ in C); None: all, and C must agree.
         mask: [...], which rows count.
         weight: [...], factor of each row.
         reduction: ``mean`` (over the unmasked rows), ``sum``, or ``none`` (rows, [...]).
@@ -220,12 +304,17 @@ def soft_kl(
         "soft_kl",
         student,
         teacher,
-        mask,
         weight,
         reduction,
         backend,
-        temperature,
+        beta=0.0,
+        temperature=temperature,
         scale_by_temperature=scale_by_temperature,
+        label=label,
+        hard_weight=hard_weight,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        mask=mask,
     )
 
 
@@ -235,30 +324,19 @@ def soft_reverse_kl(
     *,
     temperature: float = 1.0,
     scale_by_temperature: bool = True,
+    label: Tensor | None = None,
+    hard_weight: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Reverse KL divergence: ``rows = T^2 * sum_c q_c * (log q_c - log p_c)``, p the teacher, q the
-    student.
+    """Reverse KL divergence: ``rows = T^2 * sum_c q_c * (log q_c - log p_c) + hard_weight * CE``, p
+    the teacher, q the student.
 
-    Args:
-        student: logits, [..., C].
-        teacher: logits, [..., C], without grad.
-        temperature: T, above 0.
-        scale_by_temperature: multiply by T^2.
-        mask: [...], which rows count.
-        weight: [...], factor of each row.
-        reduction: ``mean`` (over the unmasked rows), ``sum``, or ``none`` (rows, [...]).
-        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
-
-    Returns:
-        The reduced loss, or rows [...], float32 (float64 for doubles).
-
-    Raises:
-        ValueError: as for ``soft_kl``.
-        UnsupportedError: the backend asked for cannot run here.
+    Arguments, result and errors are those of ``soft_kl``.
 
     Source: Gu, Dong, Wei, Huang 2024, *MiniLLM* (arXiv 2306.08543), equation 1, on given logits.
     """
@@ -266,12 +344,17 @@ def soft_reverse_kl(
         "soft_reverse_kl",
         student,
         teacher,
-        mask,
         weight,
         reduction,
         backend,
-        temperature,
+        beta=1.0,
+        temperature=temperature,
         scale_by_temperature=scale_by_temperature,
+        label=label,
+        hard_weight=hard_weight,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        mask=mask,
     )
 
 
@@ -282,6 +365,10 @@ def soft_jsd(
     beta: float = 0.5,
     temperature: float = 1.0,
     scale_by_temperature: bool = True,
+    label: Tensor | None = None,
+    hard_weight: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -289,45 +376,148 @@ def soft_jsd(
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence between teacher p and student q.
 
-    ``rows = T^2 * (beta * KL(p || m) + (1 - beta) * KL(q || m))`` with ``m = beta * p + (1 - beta)
-    * q``. Divided by beta it tends to ``soft_kl`` as beta goes to 0, divided by 1 - beta to
-    ``soft_reverse_kl`` as beta goes to 1; at exactly 0 and 1, where the formula itself vanishes,
-    those limits are returned.
+    ``rows = T^2 * (beta * KL(p || m) + (1 - beta) * KL(q || m)) + hard_weight * CE`` with ``m =
+    beta * p + (1 - beta) * q``. Divided by beta it tends to ``soft_kl`` as beta goes to 0, divided
+    by 1 - beta to ``soft_reverse_kl`` as beta goes to 1; at exactly 0 and 1, where the formula
+    itself vanishes, those limits are returned.
 
     Args:
-        student: logits, [..., C].
-        teacher: logits, [..., C], without grad.
-        beta: weight of the teacher in the mixture, in [0, 1].
-        temperature: T, above 0.
-        scale_by_temperature: multiply by T^2.
-        mask: [...], which rows count.
-        weight: [...], factor of each row.
-        reduction: ``mean`` (over the unmasked rows), ``sum``, or ``none`` (rows, [...]).
-        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+        beta: weight of the teacher in the mixture, in [0, 1]. The other arguments, the result and
+            the errors are those of ``soft_kl``.
+
+    Source: Agarwal et al. 2024, *On-Policy Distillation of Language Models* (arXiv 2306.13649),
+    equation 1.
+    """
+    return _soft(
+        "soft_jsd",
+        student,
+        teacher,
+        weight,
+        reduction,
+        backend,
+        beta=beta,
+        temperature=temperature,
+        scale_by_temperature=scale_by_temperature,
+        label=label,
+        hard_weight=hard_weight,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        mask=mask,
+    )
+
+
+def linear_soft_kl(
+    student: Tensor,
+    head: Tensor,
+    teacher: Tensor,
+    teacher_head: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    divergence: str = "kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    scale_by_temperature: bool = True,
+    label: Tensor | None = None,
+    hard_weight: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    chunk_bytes: int = 1 << 28,
+    backend: str = "auto",
+) -> Tensor:
+    """``soft_kl``, ``soft_reverse_kl`` or ``soft_jsd`` of a language model's head, without ever
+    holding the logits of all tokens.
+
+    The same value and gradients as ``soft_kl(student @ head.T + bias, teacher @ teacher_head.T +
+    teacher_bias)``. Under ``mean`` and ``sum`` the gradients are computed on the way forward (8 N C
+    H flops at equal widths and no logits twice); with ``none`` the backward repeats the products of
+    the forward pass. Products run in the dtype of the hidden states, the gradients of head and bias
+    are summed over chunks in float32. Differentiable once. ``weight`` gets no gradient.
+
+    Args:
+        student: hidden states, [..., H_s].
+        head: [C, H_s] (``lm_head.weight``; under ZeRO-3 the gathered weight).
+        teacher: hidden states [..., H_t], or with ``teacher_head=None`` its logits or
+            log-probabilities [..., C]; without grad.
+        teacher_head: [C, H_t], without grad.
+        bias: [C], of the student's head.
+        teacher_bias: [C], without grad; only with ``teacher_head``.
+        divergence: ``kl``, ``reverse_kl`` or ``jsd``.
+        beta: weight of the teacher in the mixture of ``jsd``, in [0, 1].
+        chunk_bytes: bound on the logits of both models that are held at a time (at least one token
+            is). The sum of the head's gradient (C * H_s float32) and, with
+            ``backend="reference"``, several copies of a chunk come on top.
+        temperature, scale_by_temperature, label, hard_weight, ignore_index, vocab_size, mask,
+            weight, reduction, backend: as for ``soft_kl``.
 
     Returns:
         The reduced loss, or rows [...], float32 (float64 for doubles).
 
     Raises:
-        ValueError: as for ``soft_kl``; beta outside [0, 1].
+        ValueError: as for ``soft_kl``.
         UnsupportedError: the backend asked for cannot run here.
 
-    Source: Agarwal et al. 2024, *On-Policy Distillation of Language Models* (arXiv 2306.13649),
-    equation 1.
+    Source: as for the three divergences; chunks of tokens as in Hsu et al. 2024, *Liger Kernel*
+    (arXiv 2410.10989), section 3.2.
     """
-    _check_fraction("beta", beta)
-    return _soft(
-        "soft_jsd",
-        student,
-        teacher,
-        mask,
-        weight,
-        reduction,
-        backend,
-        temperature,
-        beta=beta,
-        scale_by_temperature=scale_by_temperature,
+    _check_choice("divergence", divergence, ("kl", "reverse_kl", "jsd"))
+    _check_choice("reduction", reduction, REDUCTIONS)
+    _require(
+        isinstance(student, Tensor) and student.dim() >= 2,
+        lambda: f"student must be a tensor [..., H_s], got {getattr(student, 'shape', student)!r}",
     )
+    _check_tensor("student", student, student.shape)
+    tokens, device = student.shape[:-1], student.device
+    _check_tensor("head", head, ("C", student.shape[-1]), device)
+    _check_teacher("teacher", teacher, (*tokens, "C" if teacher_head is None else "H_t"), device)
+    classes_t = teacher.shape[-1]
+    if teacher_head is not None:
+        _check_teacher("teacher_head", teacher_head, ("C", teacher.shape[-1]), device)
+        classes_t = len(teacher_head)
+    if bias is not None:
+        _check_tensor("bias", bias, (len(head),), device)
+    if teacher_bias is not None:
+        _require(teacher_head is not None, lambda: "teacher_bias needs a teacher_head, got None")
+        _check_teacher("teacher_bias", teacher_bias, (classes_t,), device)
+    _require(
+        isinstance(chunk_bytes, int) and chunk_bytes >= 1,
+        lambda: f"chunk_bytes must be an integer of at least 1, got {chunk_bytes!r}",
+    )
+    mask, label, settings = _soft_problem(
+        tokens,
+        (len(head), classes_t),
+        device,
+        beta={"kl": 0.0, "reverse_kl": 1.0, "jsd": beta}[divergence],
+        temperature=temperature,
+        scale_by_temperature=scale_by_temperature,
+        label=label,
+        hard_weight=hard_weight,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        mask=mask,
+    )
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    own = soft.Head(student.flatten(0, -2), head, bias)
+    rest = (
+        soft.Head(teacher.flatten(0, -2), teacher_head, teacher_bias),
+        _flat(mask),
+        _flat(label),
+        settings,
+        chunk_bytes,
+        ops.select("linear_soft_kl", backend, device, dtype),
+    )
+    if reduction == "none":
+        rows = _without_autocast(device, soft.linear_rows, own, *rest)
+        return _reduce(rows.unflatten(0, tokens), weight, mask, reduction)
+    # The reduction of constant rows is linear in them: its gradient is the factor of each row.
+    ones = student.new_ones(tokens, dtype=torch.promote_types(dtype, torch.float32))
+    factors = _reduce(ones, weight, mask, "none")
+    if reduction == "mean":
+        factors = factors / (max(ones.numel(), 1) if mask is None else mask.sum().clamp(min=1))
+    return _without_autocast(device, soft.linear_loss, own, factors.detach().flatten(), *rest)
 
 
 # Hidden states
@@ -341,7 +531,8 @@ def _as_layers(
         return None
     layers = [value] * count if isinstance(value, Tensor) else list(value)
     _require(
-        len(layers) == count, f"{name} must be one tensor or {count} of them, got {len(layers)}"
+        len(layers) == count,
+        lambda: f"{name} must be one tensor or {count} of them, got {len(layers)}",
     )
     return layers
 
@@ -386,10 +577,13 @@ def hidden_mse(
     """
     layers_s = [student] if isinstance(student, Tensor) else list(student)
     layers_t = [teacher] if isinstance(teacher, Tensor) else list(teacher)
-    _require(len(layers_s) >= 1, "student must hold at least one layer, got 0")
+    _require(len(layers_s) >= 1, lambda: "student must hold at least one layer, got 0")
     _require(
         len(layers_t) == len(layers_s),
-        f"teacher must hold as many layers as the student ({len(layers_s)}), got {len(layers_t)}",
+        lambda: (
+            f"teacher must hold as many layers as the student ({len(layers_s)}), "
+            f"got {len(layers_t)}"
+        ),
     )
     projections = _as_layers("projection", projection, len(layers_s))
     biases = _as_layers("bias", bias, len(layers_s))
@@ -406,7 +600,10 @@ def hidden_mse(
         else:
             _require(
                 widths[0] == widths[1],
-                f"projection is needed where widths differ, got None and {widths} in layer {layer}",
+                lambda: (
+                    "projection is needed where widths differ, "
+                    f"got None and {widths} in layer {layer}"
+                ),
             )
         if biases is not None:
             _check_tensor(f"bias[{layer}]", biases[layer], widths[1:], device)
@@ -450,7 +647,7 @@ def _check_pair(student: Pair, teacher: Pair) -> torch.device:
     for name, side in (("student", student), ("teacher", teacher)):
         _require(
             isinstance(side, (tuple, list)) and len(side) == 2,
-            f"{name} must be a pair (query, key), got {type(side).__name__}",
+            lambda: f"{name} must be a pair (query, key), got {type(side).__name__}",
         )
     (query_s, key_s), (query_t, key_t) = student, teacher
     _check_states("student query", query_s, "teacher query", query_t)
@@ -466,7 +663,7 @@ def _check_states(name_s: str, student: Tensor, name_t: str, teacher: Tensor) ->
     for name, states in ((name_s, student), (name_t, teacher)):
         _require(
             min(states.shape[1], states.shape[3]) >= 1,
-            f"{name} must have A >= 1 and D >= 1, got shape {list(states.shape)}",
+            lambda: f"{name} must have A >= 1 and D >= 1, got shape {list(states.shape)}",
         )
 
 
@@ -561,7 +758,8 @@ def attention_score_mse(
     """
     _check_choice("form", form, ("auto", "gram", "tiled"))
     _require(
-        not (causal and form == "gram"), "form must be auto or tiled with causal=True, got 'gram'"
+        not (causal and form == "gram"),
+        lambda: "form must be auto or tiled with causal=True, got 'gram'",
     )
     return _attention(
         "attention_score_mse",
@@ -730,13 +928,13 @@ def relation_kl(
     _check_states("student", student, "teacher", teacher)
     _require(
         isinstance(relation_heads, int) and relation_heads >= 1,
-        f"relation_heads must be an integer of at least 1, got {relation_heads!r}",
+        lambda: f"relation_heads must be an integer of at least 1, got {relation_heads!r}",
     )
     for name, states in (("student", student), ("teacher", teacher)):
         width = states.shape[1] * states.shape[3]
         _require(
             width % relation_heads == 0,
-            f"relation_heads must divide the {name}'s width {width}, got {relation_heads}",
+            lambda: f"relation_heads must divide the {name}'s width {width}, got {relation_heads}",
         )
     mask = _as_mask("mask", mask, (student.shape[0], student.shape[2]), student.device)
     rows = _call("relation_kl", backend, student.device, student, teacher, relation_heads, mask)
@@ -779,7 +977,7 @@ def class_prototypes(
     for name, size in (("num_domains", num_domains), ("num_classes", num_classes)):
         _require(
             isinstance(size, int) and size >= 1,
-            f"{name} must be an integer of at least 1, got {size!r}",
+            lambda: f"{name} must be an integer of at least 1, got {size!r}",
         )
     _check_tensor("embedding", embedding, ("N", "H"))
     device, rows = embedding.device, len(embedding)

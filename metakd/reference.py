@@ -104,6 +104,12 @@ def soft_jsd(
     return _from_logits(divergence, student, teacher, temperature, scale_by_temperature)
 
 
+def cross_entropy(student: Tensor, label: Tensor) -> Tensor:
+    """[N, C], [N] -> rows [N]."""
+    (student,) = _common(student)
+    return F.cross_entropy(student, label, reduction="none")
+
+
 # Hidden states
 
 

@@ -6,11 +6,12 @@ mask arguments, of shape [B, L] (``tokens``) or [N].
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 import metakd
+from metakd import ops
 
 ROWS, LENGTH = 3, 6
 
@@ -21,6 +22,7 @@ class Case:
     build: Callable  # (rand) -> student, teacher, options
     masks: tuple[str, ...] = ("mask",)
     tokens: bool = True
+    backend: str = "auto"
 
     def inputs(self, *, rows=ROWS, length=LENGTH, dtype=torch.float64, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -36,6 +38,7 @@ class Case:
 
     def run(self, student, teacher, options, mask=None, **extra):
         masks = {} if mask is None else dict.fromkeys(self.masks, mask)
+        extra = {"backend": self.backend, **extra}
         return getattr(metakd, self.loss)(student, teacher, **options, **masks, **extra)
 
 
@@ -53,7 +56,12 @@ def with_grad(student):
 
 
 def logits(loss, **options):
-    return Case(loss, lambda rand: (2 * rand("B", 5), 2 * rand("B", 5), options), tokens=False)
+    return Case(
+        loss,
+        lambda rand: (2 * rand("B", 5), 2 * rand("B", 5), options),
+        tokens=False,
+        backend="reference",
+    )
 
 
 def pair(rand, heads, size):
@@ -101,4 +109,10 @@ CASES = {
         "relation_kl",
         lambda rand: (rand("B", 2, "L", 3), rand("B", 4, "L", 3), {"relation_heads": 3}),
     ),
+}
+# The same again on the compiled backend that knows doubles, where it is built.
+CASES |= {
+    f"{name} cpp": replace(case, backend="cpp")
+    for name, case in CASES.items()
+    if ops.why_not(case.loss, "cpp", "cpu", torch.float64) is None
 }

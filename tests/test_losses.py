@@ -2,6 +2,7 @@
 hidden-state losses."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from losses import CASES, LENGTH, ROWS, leaves, like, with_grad
 from torch.nn import functional as F
 
 import metakd
-from metakd import ops, reference
+from metakd import ops
 from metakd.errors import UnsupportedError
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -45,7 +46,8 @@ def test_gradcheck(case):
         )
 
     assert torch.autograd.gradcheck(rows, inputs)
-    assert torch.autograd.gradgradcheck(rows, inputs, fast_mode=True)
+    if case.backend != "cpp":  # differentiable once
+        assert torch.autograd.gradgradcheck(rows, inputs, fast_mode=True)
 
 
 # Edges
@@ -200,6 +202,8 @@ def test_strides_do_not_matter(case):
 @every_case
 def test_nothing_synchronises_with_the_host(case):
     """Tensors on the meta device have no values: reading one on the host raises."""
+    if case.backend == "cpp":
+        pytest.skip("C++ has no kernels for the meta device")
 
     def meta(value):
         if isinstance(value, torch.Tensor):
@@ -216,23 +220,24 @@ def test_nothing_synchronises_with_the_host(case):
 @every_case
 def test_backends_are_never_replaced_silently(case):
     inputs = case.inputs()
-    assert torch.equal(case.run(*inputs, backend="reference"), case.run(*inputs))
-    for backend in ("cpp", "triton"):
-        with pytest.raises(UnsupportedError, match=f"'{backend}' does not implement {case.loss} "):
-            case.run(*inputs, backend=backend)
+    for backend in ops.IMPLEMENTS:
+        reason = ops.why_not(case.loss, backend, "cpu", torch.float64)
+        if reason is not None:
+            with pytest.raises(UnsupportedError, match=re.escape(reason)):
+                case.run(*inputs, backend=backend)
+        else:
+            torch.testing.assert_close(case.run(*inputs, backend=backend), case.run(*inputs))
     with pytest.raises(ValueError, match=r"backend .*'cuda'"):
         case.run(*inputs, backend="cuda")
 
 
 def test_backend_table():
-    assert ops.select("soft_kl", "auto", "cpu") == "reference"
-    assert ops.select("soft_kl", "auto", torch.device("cuda", 0)) == "reference"
     assert ops.select("soft_kl", "auto", "meta") == "reference"
     assert ops.why_not("soft_kl", "reference", "cpu") is None
+    assert "does not implement" in ops.why_not("masked_mean", "triton", "cuda")
     with pytest.raises(ValueError, match="'soft_k'"):
         ops.why_not("soft_k", "reference", "cpu")
     assert {*ops.OPS, "__version__"} == set(metakd.__all__)
-    assert all(callable(getattr(reference, op)) for op in ops.OPS)
 
 
 @every_case
@@ -359,7 +364,8 @@ def test_jsd_limits():
         ("soft_jsd", (2, 3), {"beta": 1.5}, r"beta .* 1\.5"),
         ("soft_kl", (3,), {}, r"student .*\[3\]"),
         ("soft_kl", (2, 0), {}, r"student .*\[2, 0\]"),
-        ("soft_kl", (2, 4), {}, r"teacher .*\[2, 4\].*\[2, 3\]"),
+        ("soft_kl", (2, 4), {}, r"vocab_size is needed .*\(4, 3\)"),
+        ("soft_kl", (3, 3), {}, r"teacher .*\[3, C\].*\[2, 3\]"),
     ],
 )
 def test_logit_refusals(loss, student, options, message):

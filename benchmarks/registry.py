@@ -1,0 +1,280 @@
+"""What is measured: one row per operation and shape, with what it must move and whom it meets.
+
+A row builds its ``Contest`` on a device: contenders (each one step, forward and backward) that must
+all give the same loss, the fewest bytes (or flops) the step needs, and the dtype. ``run.py`` times
+them and writes results, ``test_registry.py`` gives them to pytest-benchmark. Opponents are written
+as their users write them; a library that is not installed or refuses the device is left out with
+its reason.
+
+Legend: N rows, C classes, H hidden size, B batch, A heads, L length, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+import metakd
+from metakd import ops
+
+Step = Callable[[], torch.Tensor]  # runs forward and backward, gives the loss
+
+
+@dataclass
+class Contest:
+    contenders: dict[str, Step]
+    bytes: int = 0
+    flops: int = 0
+    absent: dict[str, str] = field(default_factory=dict)  # contender -> why not
+    tolerance: float = 1e-3  # relative difference of losses allowed
+
+
+@dataclass(frozen=True)
+class Row:
+    op: str
+    shape: str
+    dtype: torch.dtype
+    devices: tuple[str, ...]
+    build: Callable[[str], Contest]
+    quick: bool = False  # small enough for pytest-benchmark in CI
+
+
+def _step(loss: Callable[[], torch.Tensor], *learned: torch.Tensor) -> Step:
+    def step():
+        value = loss()
+        torch.autograd.grad(value, learned)
+        return value.detach()
+
+    return step
+
+
+def _ours(contest: Contest, op: str, device: str, dtype, make: Callable[[str], Step]) -> None:
+    for backend in ("cpp", "triton", "reference"):
+        reason = ops.why_not(op, backend, device, dtype)
+        if device == "cpu" and backend == "triton":
+            reason = "Triton has no CPU backend (its interpreter is not for timing)"
+        if reason is None:
+            contest.contenders[f"metakd {backend}"] = make(backend)
+        else:
+            contest.absent[f"metakd {backend}"] = reason
+
+
+def _try(contest: Contest, name: str, make: Callable[[], Step]) -> None:
+    """Adds a contender that works here, or the reason why it does not."""
+    try:
+        step = make()
+        step()
+    except Exception as error:  # whatever a foreign library raises is the answer
+        contest.absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    else:
+        contest.contenders[name] = step
+
+
+# Logits
+
+
+def _soft_opponents(beta: float, temperature: float) -> dict[str, Callable]:
+    """Losses ``(student, teacher) -> mean over rows, times T^2`` as people write them."""
+
+    def kl_probabilities(student, teacher):
+        target = F.softmax(teacher / temperature, -1)
+        loss = F.kl_div(F.log_softmax(student / temperature, -1), target, reduction="batchmean")
+        return loss * temperature**2
+
+    def kl_log_targets(student, teacher):
+        log_s = F.log_softmax(student / temperature, -1)
+        log_t = F.log_softmax(teacher / temperature, -1)
+        return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
+
+    def jsd(student, teacher):
+        log_s = F.log_softmax(student / temperature, -1)
+        log_t = F.log_softmax(teacher / temperature, -1)
+        weights = torch.tensor([1 - beta, beta], device=student.device).log().to(log_s)
+        log_m = torch.logsumexp(torch.stack([log_s + weights[0], log_t + weights[1]]), 0)
+        p_m = F.kl_div(log_m, log_t, reduction="batchmean", log_target=True)
+        q_m = F.kl_div(log_m, log_s, reduction="batchmean", log_target=True)
+        return (beta * p_m + (1 - beta) * q_m) * temperature**2
+
+    def reverse(student, teacher):
+        return kl_log_targets(teacher, student)
+
+    if beta == 0.0:
+        return {
+            "F.kl_div, probabilities": kl_probabilities,
+            "F.kl_div, log targets": kl_log_targets,
+        }
+    return {"F.kl_div, log targets": reverse} if beta == 1.0 else {"eager": jsd}
+
+
+def _liger_soft(beta: float, temperature: float):
+    if beta == 0.0:
+        from liger_kernel.transformers import LigerKLDIVLoss
+
+        inner = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    else:
+        from liger_kernel.transformers import LigerJSD
+
+        inner = LigerJSD(beta=beta)
+
+    def loss(student, teacher):
+        log_s = F.log_softmax(student / temperature, -1, dtype=torch.float32)
+        log_t = F.log_softmax(teacher / temperature, -1, dtype=torch.float32)
+        return inner(log_s, log_t) * temperature**2
+
+    return loss
+
+
+def _soft_row(op: str, N: int, C: int, dtype, devices, *, beta=0.0, temperature=2.0, quick=False):
+    def build(device: str) -> Contest:
+        student = (3 * torch.randn(N, C, device=device)).to(dtype).requires_grad_()
+        teacher = (3 * torch.randn(N, C, device=device)).to(dtype)
+        contest = Contest({}, bytes=5 * N * C * dtype.itemsize, tolerance=0.02)
+        extra = {"beta": beta} if op == "soft_jsd" else {}
+
+        def ours(backend):
+            compute = getattr(metakd, op)
+            return _step(
+                lambda: compute(
+                    student, teacher, temperature=temperature, backend=backend, **extra
+                ),
+                student,
+            )
+
+        _ours(contest, op, device, dtype, ours)
+        opponents = _soft_opponents(beta, temperature)
+        for name, loss in opponents.items():
+            contest.contenders[name] = _step(lambda f=loss: f(student, teacher), student)
+        fastest = list(opponents.values())[-1]
+        compiled = torch.compile(fastest, dynamic=False)
+        _try(contest, "torch.compile", lambda: _step(lambda: compiled(student, teacher), student))
+
+        def liger():
+            loss = _liger_soft(beta, temperature)
+            return _step(lambda: loss(student, teacher), student)
+
+        _try(contest, "Liger", liger)
+        return contest
+
+    return Row(op, f"[{N}, {C}]", dtype, devices, build, quick)
+
+
+# Heads of language models
+
+
+def _head_row(N: int, H: int, C: int, dtype, devices, *, beta: float, quick=False):
+    divergence = "kl" if beta == 0.0 else "jsd"
+
+    def build(device: str) -> Contest:
+        def rand(*shape, scale=1.0):
+            return (scale * torch.randn(shape, device=device)).to(dtype)
+
+        hidden, hidden_t = rand(N, H).requires_grad_(), rand(N, H)
+        head, head_t = rand(C, H, scale=H**-0.5).requires_grad_(), rand(C, H, scale=H**-0.5)
+        labels = torch.zeros(N, dtype=torch.int64, device=device)
+        contest = Contest({}, flops=8 * N * C * H, tolerance=0.02)
+
+        def ours(backend):
+            return _step(
+                lambda: metakd.linear_soft_kl(
+                    *(hidden, head, hidden_t, head_t),
+                    divergence=divergence,
+                    beta=beta,
+                    backend=backend,
+                ),
+                *(hidden, head),
+            )
+
+        _ours(contest, "linear_soft_kl", device, dtype, ours)
+        whole = list(_soft_opponents(beta, 1.0).values())[-1]
+
+        def eager():
+            return whole((hidden @ head.mT).float(), (hidden_t @ head_t.mT).float())
+
+        _try(contest, "eager, whole logits", lambda: _step(eager, hidden, head))
+        compiled = torch.compile(eager, dynamic=False)
+        _try(contest, "torch.compile, whole logits", lambda: _step(compiled, hidden, head))
+
+        def liger():
+            from liger_kernel.transformers import LigerFusedLinearJSD
+
+            inner = LigerFusedLinearJSD(jsd_beta=beta)
+            return _step(lambda: inner(hidden, head, hidden_t, head_t), hidden, head)
+
+        _try(contest, "Liger fused-linear JSD", liger)
+
+        def liger_chunked():
+            from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+            inner = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
+            return _step(lambda: inner(hidden, head, hidden_t, head_t, labels), hidden, head)
+
+        _try(contest, "Liger chunked JSD", liger_chunked)
+
+        def trl():
+            from trl.kernels.chunked_divergence import ChunkedDivergenceFunction as Chunked
+
+            return _step(
+                lambda: Chunked.apply(hidden, head, None, hidden_t, head_t, None, beta)[0].mean(),
+                *(hidden, head),
+            )
+
+        _try(contest, "TRL chunked divergence", trl)
+        return contest
+
+    shape = f"[{N}, {H}] x [{C}, {H}], {divergence}"
+    return Row("linear_soft_kl", shape, dtype, devices, build, quick)
+
+
+# Attention
+
+
+def _scores_row(B: int, A: int, L: int, D: int, D_t: int, dtype, devices, quick=False):
+    def build(device: str) -> Contest:
+        def pair(d):
+            return tuple(torch.randn(B, A, L, d, device=device).to(dtype) for _ in "qk")
+
+        student, teacher = pair(D), pair(D_t)
+        for tensor in student:
+            tensor.requires_grad_()
+        contest = Contest({}, bytes=(3 * 2 * D + 2 * D_t) * B * A * L * dtype.itemsize)
+
+        def maps():
+            scores = [(q @ k.mT).float() * q.shape[-1] ** -0.5 for q, k in (student, teacher)]
+            return F.mse_loss(*scores)
+
+        for form in ("gram", "tiled"):
+            contest.contenders[f"metakd reference, {form}"] = _step(
+                lambda form=form: metakd.attention_score_mse(
+                    student, teacher, form=form, backend="reference"
+                ),
+                *student,
+            )
+        contest.contenders["eager maps"] = _step(maps, *student)
+        return contest
+
+    shape = f"[{B}, {A}, {L}, {D}/{D_t}]"
+    return Row("attention_score_mse", shape, dtype, devices, build, quick)
+
+
+FP32, BF16, CPU, CUDA = torch.float32, torch.bfloat16, ("cpu",), ("cuda",)
+
+ROWS = [
+    # The method's own regime, a BERT vocabulary, and what CI can afford.
+    *(_soft_row("soft_kl", 8192, C, FP32, (*CPU, *CUDA), quick=C == 2) for C in (2, 3, 5)),
+    _soft_row("soft_kl", 256, 1024, FP32, CPU, quick=True),
+    _soft_row("soft_kl", 256, 30522, FP32, CPU),
+    _soft_row("soft_kl", 256, 30522, BF16, CPU),
+    *(_soft_row("soft_kl", 8192, C, BF16, CUDA) for C in (30522, 50257, 128256, 151936)),
+    _soft_row("soft_kl", 4096, 128256, FP32, CUDA),
+    _soft_row("soft_reverse_kl", 256, 30522, FP32, CPU, beta=1.0),
+    _soft_row("soft_jsd", 256, 30522, FP32, CPU, beta=0.5),
+    *(_soft_row("soft_jsd", 8192, C, BF16, CUDA, beta=0.5) for C in (30522, 128256)),
+    _head_row(512, 384, 30522, FP32, CPU, beta=0.0),
+    _head_row(512, 384, 30522, FP32, CPU, beta=0.5),
+    _head_row(8192, 4096, 128256, BF16, CUDA, beta=0.0),
+    _head_row(8192, 4096, 128256, BF16, CUDA, beta=0.5),
+    *(_scores_row(4, 12, L, 26, 64, FP32, CPU, quick=L == 128) for L in (128, 512, 2048)),
+]

@@ -1,0 +1,270 @@
+"""Times one operation against its opponents: ``python -m benchmarks.run --op soft_kl``.
+
+First the operation's tests: a red test has no speed. Then every contender's loss is compared with
+ours, then they are timed: on CUDA by ``triton.testing.do_bench`` (events, L2 flushed), on a CPU
+interleaved, A B A B, with a fixed number of threads, so that a drift of the machine hits all alike.
+Reported are the median and the 20 and 80 % quantiles, the ratio to the first contender, peak extra
+memory (CUDA) and the share of the machine's limit that was measured in the same run: a large copy
+(bytes read plus bytes written) or a large matrix product. Losing rows stay. Writes
+``results/<device>/<op>.json`` and prints the table, which it also writes beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from benchmarks.registry import ROWS, Contest, Row
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+# Tests of an operation that has no file of its own name.
+TESTS = {
+    "soft_reverse_kl": ROOT / "tests" / "test_soft_kl.py",
+    "soft_jsd": ROOT / "tests" / "test_soft_kl.py",
+    "attention_score_mse": ROOT / "tests" / "test_attention_losses.py",
+}
+
+
+def environment(device: str, threads: int) -> dict:
+    versions = {}
+    for package in ("metakd", "torch", "triton", "liger-kernel", "trl"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip() or None,
+        "versions": versions,
+        "python": platform.python_version(),
+    }
+    if device == "cuda":
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+        )
+        name = torch.cuda.get_device_name()
+        return {
+            "device": name,
+            "driver": driver.stdout.strip(),
+            "cuda": torch.version.cuda,
+            **found,
+        }
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": f"CPU, {platform.machine()}, {capability}",
+        "threads": threads,
+        **found,
+    }
+
+
+def interleaved(contenders: dict, budget_s: float, most: int = 60) -> dict[str, list[float]]:
+    """Seconds of each run, contenders in turn, for about ``budget_s`` seconds (5 rounds at
+    least)."""
+    for step in contenders.values():  # warm: caches, lazily compiled code
+        step()
+        step()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    end = time.perf_counter() + budget_s
+    for round_ in range(most):
+        if round_ >= 5 and time.perf_counter() > end:
+            break
+        for name, step in contenders.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def quantiles(contenders: dict, device: str, budget_s: float) -> dict[str, tuple[float, ...]]:
+    """Median, 20 % and 80 % quantile in milliseconds of each contender."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return {
+            name: tuple(do_bench(step, quantiles=[0.5, 0.2, 0.8]))
+            for name, step in contenders.items()
+        }
+    found = {}
+    for name, seconds in interleaved(contenders, budget_s).items():
+        cuts = statistics.quantiles(seconds, n=10)
+        found[name] = tuple(1e3 * x for x in (statistics.median(seconds), cuts[1], cuts[7]))
+    return found
+
+
+def copy_rate(device: str, budget_s: float = 1.0) -> float:
+    """Bytes read plus bytes written per second of a large copy."""
+    source = torch.randn(2**28 if device == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    times = quantiles({"copy": lambda: target.copy_(source)}, device, budget_s)
+    return 2 * source.nbytes / (1e-3 * times["copy"][0])
+
+
+def matmul_rate(device: str, dtype: torch.dtype, budget_s: float = 1.0) -> float:
+    """Flops per second of a large square matrix product."""
+    size = 8192 if device == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
+    times = quantiles({"product": lambda: left @ right}, device, budget_s)
+    return 2 * size**3 / (1e-3 * times["product"][0])
+
+
+def peak_memory(step) -> int:
+    """Bytes that one step needs beyond what is there before it."""
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(row: Row, device: str, budget_s: float, rates: dict) -> dict:
+    contest: Contest = row.build(device)
+    names = list(contest.contenders)
+    ours = contest.contenders[names[0]]().double().item()
+    for name, step in contest.contenders.items():
+        other = step().double().item()
+        if abs(other - ours) > contest.tolerance * abs(ours):
+            raise SystemExit(f"{row.op} {row.shape}: {name} gives {other}, {names[0]} {ours}")
+    times = quantiles(contest.contenders, device, budget_s)
+    limit = None
+    if contest.bytes:
+        limit = contest.bytes / rates["copy"]
+    elif contest.flops:
+        key = f"matmul {row.dtype}"
+        rates.setdefault(key, matmul_rate(device, row.dtype))
+        limit = contest.flops / rates[key]
+    result = {
+        "op": row.op,
+        "shape": row.shape,
+        "dtype": str(row.dtype).removeprefix("torch."),
+        "least_bytes": contest.bytes,
+        "least_flops": contest.flops,
+        "loss": ours,
+        "absent": contest.absent,
+        "contenders": {},
+    }
+    for name, (median, low, high) in times.items():
+        entry = {"median_ms": median, "p20_ms": low, "p80_ms": high}
+        entry["times_ours"] = median / times[names[0]][0]
+        if limit is not None:
+            entry["share_of_limit"] = 1e3 * limit / median
+        if device == "cuda":
+            entry["peak_extra_bytes"] = peak_memory(contest.contenders[name])
+        result["contenders"][name] = entry
+    return result
+
+
+def markdown(report: dict) -> str:
+    """The report as tables for people."""
+    head = report["environment"]
+    lines = [
+        f"# {report['op']}",
+        "",
+        f"{head['device']}; " + ", ".join(f"{k} {v}" for k, v in head["versions"].items() if v),
+        f"{head['date']}, commit {head['commit']}"
+        + (f", {head['threads']} threads" if "threads" in head else f", driver {head['driver']}"),
+        "Limits measured in the same run: "
+        + ", ".join(
+            f"{name.replace('torch.', '')} {rate / 1e9:.0f} G{'B' if name == 'copy' else 'flop'}/s"
+            for name, rate in report["rates"].items()
+        ),
+    ]
+    for row in report["rows"]:
+        lines += [
+            "",
+            f"## {row['shape']}, {row['dtype']}, forward and backward",
+            "",
+            "| | median ms | 20-80 % | times ours | of the limit | extra MiB |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for name, entry in row["contenders"].items():
+            share, memory = entry.get("share_of_limit"), entry.get("peak_extra_bytes")
+            cells = (
+                name,
+                f"{entry['median_ms']:.3f}",
+                f"{entry['p20_ms']:.3f}-{entry['p80_ms']:.3f}",
+                f"{entry['times_ours']:.2f}",
+                "-" if share is None else f"{share:.0%}",
+                "-" if memory is None else f"{memory / 2**20:.0f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += [f"\nNot here: {name} ({why})" for name, why in row["absent"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = report["rows"]
+    figure, axes = pyplot.subplots(len(rows), 1, figsize=(8, 2 * len(rows)), squeeze=False)
+    for axis, row in zip(axes[:, 0], rows):
+        names = list(row["contenders"])
+        axis.barh(names, [row["contenders"][name]["median_ms"] for name in names])
+        axis.invert_yaxis()
+        axis.set_title(f"{row['op']} {row['shape']} {row['dtype']}, ms", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", required=True, choices=sorted({row.op for row in ROWS}))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--seconds", type=float, default=20.0, help="per row, on a CPU")
+    parser.add_argument("--out", type=Path, help="results folder")
+    parser.add_argument("--no-tests", action="store_true", help="they have just passed")
+    parser.add_argument("--plot", action="store_true", help="bars beside the JSON (matplotlib)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tests = TESTS.get(options.op, ROOT / "tests" / f"test_{options.op}.py")
+    checks = [sys.executable, "-m", "pytest", "-q", str(tests)]
+    if not options.no_tests and subprocess.run(checks, cwd=ROOT).returncode:
+        raise SystemExit(f"{tests.name} is red: nothing is timed")
+    device = options.device
+    report = {
+        "op": options.op,
+        "environment": environment(device, options.threads),
+        "rates": {"copy": copy_rate(device)},
+        "rows": [],
+    }
+    for row in ROWS:
+        if row.op == options.op and device in row.devices:
+            report["rows"].append(measure(row, device, options.seconds, report["rates"]))
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    slug = "cpu"
+    if device == "cuda":
+        slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    folder = options.out or RESULTS / slug
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{options.op}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / f"{options.op}.md").write_text(markdown(report))
+    if options.plot:
+        plot(report, folder / f"{options.op}.png")
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+// soft_kl on the CPU: what metakd/ops.py declares, over the rows of soft_kl_rows.h.
+//
+// The rows are compiled for every instruction set below in this one file, each between pragmas; which
+// of them runs is PyTorch's own choice for this processor (ATEN_CPU_CAPABILITY overrides it). So a
+// build holds no instruction that its machine lacks, wherever it was made.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+enum class Op { forward, backward, both };
+enum class Kind { forward, reverse, mixture };  // KL(p || q), KL(q || p), Jensen-Shannon
+enum class Type { float64, float32, bfloat16, float16 };
+
+// Most classes for which lanes are rows.
+constexpr int64_t NARROW = 24;
+
+template <class Pointer>
+constexpr bool is_half = std::is_same_v<Pointer, c10::Half*>;
+
+// What one call works on. Strides in elements; N = rows, V = classes, C_s = width.
+struct Job {
+  const void *student, *teacher;
+  void *gradient, *values, *stats;
+  const void* drows;
+  const bool* mask;
+  const int64_t* label;
+  int64_t student_stride, teacher_stride, gradient_stride, drows_stride, mask_stride, label_stride;
+  int64_t rows, classes, width;
+  Type student_type, teacher_type;
+  double temperature, scale, beta, hard_weight;
+
+  bool is_masked(int64_t row) const { return mask && !mask[row * mask_stride]; }
+};
+
+// Rows [begin, end) of a job; scratch: two rows of the type that is computed in.
+using Rows = void(const Job&, Op, int64_t begin, int64_t end, void* scratch);
+
+#define METAKD_ISA base
+#define METAKD_BYTES 16
+#include "soft_kl_rows.h"
+#undef METAKD_ISA
+#undef METAKD_BYTES
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define METAKD_ISA avx2
+#define METAKD_BYTES 32
+#include "soft_kl_rows.h"
+#undef METAKD_ISA
+#undef METAKD_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#endif
+#define METAKD_ISA avx512
+#define METAKD_BYTES 64
+#include "soft_kl_rows.h"
+#undef METAKD_ISA
+#undef METAKD_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
+
+auto* finder() {
+#if defined(__x86_64__)
+  static auto* const found = [] {
+    const std::string level = at::get_cpu_capability();
+    return level == "AVX512" ? avx512::find : level == "AVX2" ? avx2::find : base::find;
+  }();
+  return found;
+#else
+  return base::find;
+#endif
+}
+
+Type type_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kDouble: return Type::float64;
+    case at::kFloat: return Type::float32;
+    case at::kBFloat16: return Type::bfloat16;
+    case at::kHalf: return Type::float16;
+    default: TORCH_CHECK(false, "soft_kl: floating logits expected, got ", x.scalar_type());
+  }
+}
+
+at::Tensor with_contiguous_columns(const at::Tensor& x) {
+  return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous();
+}
+
+struct Call {
+  at::Tensor student, teacher;
+  at::TensorOptions options;  // of rows and statistics
+  Job job{};
+  bool is_double;
+  Kind kind;
+
+  Call(const at::Tensor& student_, const at::Tensor& teacher_, const std::optional<at::Tensor>& mask,
+       const std::optional<at::Tensor>& label, int64_t vocab_size, double temperature, double scale,
+       double beta, double hard_weight)
+      : student(with_contiguous_columns(student_)), teacher(with_contiguous_columns(teacher_)) {
+    job.rows = student.size(0);
+    job.classes = vocab_size;
+    job.width = student.size(1);
+    TORCH_CHECK(teacher.size(0) == job.rows, "soft_kl: rows of student and teacher differ");
+    TORCH_CHECK(0 < vocab_size && vocab_size <= job.width && vocab_size <= teacher.size(1),
+                "soft_kl: vocab_size ", vocab_size, " does not fit the logits");
+    job.student = student.const_data_ptr();
+    job.teacher = teacher.const_data_ptr();
+    job.student_stride = student.stride(0);
+    job.teacher_stride = teacher.stride(0);
+    job.student_type = type_of(student);
+    job.teacher_type = type_of(teacher);
+    if (mask) {
+      TORCH_CHECK(mask->scalar_type() == at::kBool && mask->numel() == job.rows, "soft_kl: mask");
+      job.mask = mask->const_data_ptr<bool>();
+      job.mask_stride = mask->stride(0);
+    }
+    if (label) {
+      TORCH_CHECK(label->scalar_type() == at::kLong && label->numel() == job.rows, "soft_kl: label");
+      job.label = label->const_data_ptr<int64_t>();
+      job.label_stride = label->stride(0);
+    }
+    job.temperature = temperature;
+    job.scale = scale;
+    job.beta = beta;
+    job.hard_weight = hard_weight;
+    is_double = student.scalar_type() == at::kDouble || teacher.scalar_type() == at::kDouble;
+    options = student.options().dtype(is_double ? at::kDouble : at::kFloat);
+    kind = beta == 0 ? Kind::forward : beta == 1 ? Kind::reverse : Kind::mixture;
+  }
+
+  void take_drows(const at::Tensor& drows) {
+    TORCH_CHECK(drows.scalar_type() == options.dtype().toScalarType() && drows.numel() == job.rows,
+                "soft_kl: drows");
+    job.drows = drows.const_data_ptr();
+    job.drows_stride = drows.stride(0);
+  }
+
+  void run(Op op) const {
+    // A thread is worth waking for this many pairs of logits.
+    constexpr int64_t WORTH = 16384;
+    Rows* rows = finder()(is_double, kind, job.label != nullptr);
+    const int64_t grain = std::max<int64_t>(1, WORTH / job.classes);
+    at::parallel_for(0, job.rows, grain, [&](int64_t begin, int64_t end) {
+      std::unique_ptr<char[]> scratch;
+      const bool converts = student.scalar_type() != options.dtype().toScalarType() ||
+          teacher.scalar_type() != options.dtype().toScalarType();
+      if (converts && job.classes > NARROW)
+        scratch.reset(new char[2 * job.classes * (is_double ? sizeof(double) : sizeof(float))]);
+      rows(job, op, begin, end, scratch.get());
+    });
+  }
+};
+
+// From 32 MiB on malloc maps new memory every time, and its page faults may take longer than the
+// gradient that is written there: huge pages have 512 times fewer of them. Only advice, may be refused.
+void prefer_huge_pages([[maybe_unused]] const at::Tensor& x) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t PAGE = 4096, LARGE = 32 << 20;
+  const auto from = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  const uintptr_t begin = (from + PAGE - 1) / PAGE * PAGE, end = (from + x.nbytes()) / PAGE * PAGE;
+  if (x.nbytes() >= LARGE) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+std::tuple<at::Tensor, at::Tensor> soft_kl_fwd(
+    const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& mask,
+    const std::optional<at::Tensor>& label, int64_t vocab_size, double temperature, double scale,
+    double beta, double hard_weight) {
+  Call call(student, teacher, mask, label, vocab_size, temperature, scale, beta, hard_weight);
+  at::Tensor rows = at::empty({call.job.rows}, call.options);  // [N]
+  at::Tensor stats = at::empty({6, call.job.rows}, call.options);  // [6, N], see STATS in metakd/ops.py
+  call.job.values = rows.mutable_data_ptr();
+  call.job.stats = stats.mutable_data_ptr();
+  call.run(Op::forward);
+  return {rows, stats};
+}
+
+at::Tensor soft_kl_bwd(
+    const at::Tensor& drows, const at::Tensor& student, const at::Tensor& teacher,
+    const at::Tensor& stats, const std::optional<at::Tensor>& mask,
+    const std::optional<at::Tensor>& label, int64_t vocab_size, double temperature, double scale,
+    double beta, double hard_weight) {
+  Call call(student, teacher, mask, label, vocab_size, temperature, scale, beta, hard_weight);
+  const at::Tensor stats_rows = stats.contiguous();
+  at::Tensor dstudent = at::empty({call.job.rows, call.job.width}, student.options());  // [N, C_s]
+  prefer_huge_pages(dstudent);
+  call.take_drows(drows);
+  call.job.stats = const_cast<void*>(stats_rows.const_data_ptr());
+  call.job.gradient = dstudent.mutable_data_ptr();
+  call.job.gradient_stride = call.job.width;
+  call.run(Op::backward);
+  return dstudent;
+}
+
+at::Tensor soft_kl_fwd_bwd_(
+    at::Tensor& student, const at::Tensor& teacher, const at::Tensor& drows,
+    const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& label,
+    int64_t vocab_size, double temperature, double scale, double beta, double hard_weight) {
+  Call call(student, teacher, mask, label, vocab_size, temperature, scale, beta, hard_weight);
+  at::Tensor rows = at::empty({call.job.rows}, call.options);  // [N]
+  call.take_drows(drows);
+  call.job.values = rows.mutable_data_ptr();
+  call.job.gradient = call.student.mutable_data_ptr();
+  call.job.gradient_stride = call.job.student_stride;
+  call.run(Op::both);
+  if (call.student.is_same(student)) student.unsafeGetTensorImpl()->bump_version();  // autograd must see it
+  else student.copy_(call.student);
+  return rows;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(metakd, CPU, m) {
+  m.impl("soft_kl_fwd", &soft_kl_fwd);
+  m.impl("soft_kl_bwd", &soft_kl_bwd);
+  m.impl("soft_kl_fwd_bwd_", &soft_kl_fwd_bwd_);
+}

@@ -1,0 +1,252 @@
+"""Is a backend right? Every operation against float64, from the same quantised inputs.
+
+The exact value is the reference's in float64. The yardstick is the reference's in the dtype under
+test, because an error that eager PyTorch makes too is the dtype's and not the kernel's: each row
+(and each row of a gradient) may be off by twice what eager is off, plus one rounding of the result
+and a few of the operation's own magnitude. No tolerance is tuned by hand. ``metakd verify`` runs
+``CASES``, and the tests many more, through the same ``check``. Imports torch, ``metakd.functional``
+and ``metakd.ops``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from metakd import functional, ops
+
+ACCUMULATED_ROUNDINGS = 4  # float32 roundings of the operation's magnitude that any order may add
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a loss.
+
+    ``tensors`` holds the floating arguments of the door by name, ``learned`` the names among them
+    that get gradients, ``fixed`` arguments that are never quantised (masks, labels, weights), and
+    ``magnitude`` the size of the numbers that are summed to a row.
+    """
+
+    op: str
+    tensors: dict[str, Tensor]
+    learned: tuple[str, ...]
+    options: dict = field(default_factory=dict)
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+    magnitude: float = 1.0
+
+    def quantised(self, dtype: torch.dtype) -> Case:
+        tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+        return Case(self.op, tensors, self.learned, self.options, self.fixed, self.magnitude)
+
+    def moved(self, device: str) -> Case:
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        fixed = {name: tensor.to(device) for name, tensor in self.fixed.items()}
+        return Case(self.op, tensors, self.learned, self.options, fixed, self.magnitude)
+
+    def results(self, backend: str, seed: int = 0) -> dict[str, Tensor]:
+        """Rows, and the gradient of each learned tensor for a random upstream gradient."""
+        tensors = {
+            name: tensor.detach().requires_grad_(name in self.learned)
+            for name, tensor in self.tensors.items()
+        }
+        rows = getattr(functional, self.op)(
+            **tensors, **self.fixed, **self.options, reduction="none", backend=backend
+        )
+        generator = torch.Generator().manual_seed(seed)
+        upstream = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+        leaves = [tensors[name] for name in self.learned]
+        gradients = torch.autograd.grad(rows, leaves, upstream.to(rows))
+        named = {f"d {name}": gradient for name, gradient in zip(self.learned, gradients)}
+        return {"rows": rows.detach(), **named}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What ``check`` saw of one result: errors against float64 relative to the largest exact
+    value, and the worst ratio of error to budget (at most 1 where all is well)."""
+
+    result: str
+    max_error: float
+    mean_error: float
+    eager_max_error: float
+    eager_mean_error: float
+    of_budget: float
+
+    @property
+    def passed(self) -> bool:
+        return self.of_budget <= 1  # a NaN does not pass
+
+
+def judge(name: str, actual: Tensor, eager: Tensor, exact: Tensor, magnitude: float) -> Finding:
+    """Compares one result, row by row. Infinities and NaN must be where the exact value has them.
+
+    Args:
+        actual: [N, ...], of the backend.
+        eager: [N, ...], of the reference in the dtype under test.
+        exact: [N, ...], of the reference in float64.
+        magnitude: size of the numbers that were summed.
+    """
+    if not len(exact):
+        return Finding(name, 0.0, 0.0, 0.0, 0.0, 0.0 if actual.shape == exact.shape else math.inf)
+    rounding = torch.finfo(actual.dtype).eps / 2
+    smallest = torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
+    working = torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps
+    exact = exact.double()
+    # A finite number beyond the dtype's range is infinite in it.
+    exact = (
+        exact.to(actual.dtype).double().where(exact.abs() > torch.finfo(actual.dtype).max, exact)
+    )
+    real = exact.isfinite()
+    if actual.shape != exact.shape or not _same_elsewhere(actual.double(), exact, real):
+        return Finding(name, math.inf, math.inf, math.nan, math.nan, math.inf)
+
+    def errors(value: Tensor) -> Tensor:
+        return (value.double() - exact).where(real, 0.0).abs().reshape(len(exact), -1)
+
+    exact_rows, own, others = (
+        exact.where(real, 0.0).reshape(len(exact), -1).abs(),
+        errors(actual),
+        errors(eager),
+    )
+    others = others.nan_to_num(0.0, 0.0, 0.0)  # eager may overflow where the backend does not
+    budget = (
+        2 * (others.amax(1) + others.amax(1).mean())
+        + exact_rows.amax(1) * rounding
+        + ACCUMULATED_ROUNDINGS * working * (exact_rows.amax(1) + magnitude)
+        + smallest
+    )
+    size = exact_rows.amax().clamp(min=torch.finfo(torch.float64).tiny)
+    return Finding(
+        name,
+        *(float(x / size) for x in (own.amax(), own.mean(), others.amax(), others.mean())),
+        of_budget=float((own.amax(1) / budget).amax()),
+    )
+
+
+def _same_elsewhere(actual: Tensor, exact: Tensor, real: Tensor) -> bool:
+    alike = (actual == exact) | (actual.isnan() & exact.isnan())
+    return bool((real & actual.isfinite() | ~real & alike).all())
+
+
+def check(case: Case, backend: str, dtype: torch.dtype) -> list[Finding]:
+    """Rows and gradients of ``backend`` in ``dtype`` against float64."""
+    quantised = case.quantised(dtype)
+    actual = quantised.results(backend)
+    eager, exact = _eager_and_exact(quantised)
+    if dtype == torch.float64:
+        # Nothing more precise is at hand, and what is taken for exact has eager's own error: that of
+        # float32 scaled down, with room for the 10 to 20 times by which it was seen to be larger (logits
+        # [16, 30522] against 80-bit numbers; C++ was within twice the scaled error there).
+        rough, fine = _eager_and_exact(case.quantised(torch.float32))
+        scale = 32 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        eager = {name: exact[name] + scale * (rough[name] - fine[name]) for name in exact}
+    return [judge(name, actual[name], eager[name], exact[name], case.magnitude) for name in exact]
+
+
+def _eager_and_exact(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return case.results("reference"), case.quantised(torch.float64).results("reference")
+
+
+# What `metakd verify` runs
+
+
+def logit_case(
+    op: str,
+    shape: tuple[int, ...],
+    temperature: float = 2.0,
+    spread: float = 3.0,
+    labels: bool = True,
+    seed: int = 0,
+    **options,
+) -> Case:
+    """Logits of student and teacher that agree in part, with outliers: random uniform ones have
+    nothing to get wrong."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    common = rand(*shape)
+    student, teacher = (spread * (common + 0.5 * rand(*shape)) for _ in "st")
+    place = torch.randint(shape[-1], shape[:-1], generator=generator)[..., None]
+    student = student.scatter_add(-1, place, torch.full_like(student, 5 * spread))
+    teacher = teacher.scatter_add(-1, place.flip(0), torch.full_like(teacher, 5 * spread))
+    fixed = {"mask": torch.rand(shape[:-1], generator=generator) < 0.9}
+    if labels:
+        fixed["label"] = torch.randint(shape[-1], shape[:-1], generator=generator)
+        options = {"hard_weight": 0.5, **options}
+    scaled = options.get("scale_by_temperature", True)
+    return Case(
+        op,
+        {"student": student, "teacher": teacher},
+        ("student",),
+        {"temperature": temperature, **options},
+        fixed,
+        magnitude=temperature**2 if scaled else 1.0,
+    )
+
+
+def head_case(divergence: str, rows: int, hidden: int, classes: int, **options) -> Case:
+    generator = torch.Generator().manual_seed(rows)
+
+    def rand(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    return Case(
+        "linear_soft_kl",
+        {
+            "student": rand(rows, hidden),
+            "head": rand(classes, hidden) / hidden**0.5,
+            "bias": rand(classes),
+            "teacher": 3 * rand(rows, classes),
+        },
+        ("student", "head", "bias"),
+        # Three chunks or so in any dtype.
+        {"divergence": divergence, "chunk_bytes": rows * classes, **options},
+        {"mask": torch.rand(rows, generator=generator) < 0.9},
+    )
+
+
+def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
+    """(name, builder) of every case."""
+    for op, options in (("soft_kl", {}), ("soft_reverse_kl", {}), ("soft_jsd", {"beta": 0.3})):
+        for rows, classes in ((512, 3), (64, 1000), (16, 30522)):
+            for temperature in (0.5, 4.0):
+
+                def build(op=op, shape=(rows, classes), temperature=temperature, options=options):
+                    return logit_case(op, shape, temperature, **options)
+
+                yield f"{rows} x {classes}, T {temperature}", build
+    for divergence in ("kl", "reverse_kl", "jsd"):
+        yield f"{divergence}, 64 x 32 x 500", lambda d=divergence: head_case(d, 64, 32, 500)
+
+
+def verify(devices: list[str], backends: tuple[str, ...] = ("cpp", "triton")) -> list[dict]:
+    """Runs every case on each compiled backend, dtype and device that can run it.
+
+    Returns:
+        One dictionary per case and result: op, case, backend, device, dtype, and the fields of
+        ``Finding`` with ``passed``.
+    """
+    report = []
+    for device in devices:
+        for name, build in cases():
+            case = build().moved(device)
+            for backend in backends:
+                for dtype in ops.DTYPES[backend]:
+                    if ops.why_not(case.op, backend, device, dtype) is not None:
+                        continue
+                    head = {
+                        "op": case.op,
+                        "case": name,
+                        "backend": backend,
+                        "device": device,
+                        "dtype": str(dtype).removeprefix("torch."),
+                    }
+                    for finding in check(case, backend, dtype):
+                        report.append({**head, **vars(finding), "passed": finding.passed})
+    return report

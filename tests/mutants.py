@@ -1,0 +1,355 @@
+"""Breaks the softened-logit losses one line at a time and sees that the tests notice.
+
+``make mutants`` (or ``python tests/mutants.py [NAME...]``) copies the tree, applies each mutant to
+the copy, rebuilds the extension where C++ changed, and runs the tests of the losses. A mutant that
+no test fails for survives, and the exit code is the number of survivors. ``--list`` shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ["tests/test_soft_kl.py", "tests/test_linear_soft_kl.py", "tests/test_losses.py"]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    old: str  # occurs once in the file
+    new: str
+    only: str = ""  # pytest -k: the tests of the part that changed, to be quick
+
+    @property
+    def compiled(self) -> bool:
+        return self.file.startswith("csrc/")
+
+
+REFERENCE, SOFT, DOOR = "metakd/reference.py", "metakd/soft.py", "metakd/functional.py"
+TRITON, ROWS, CPP = (
+    "metakd/kernels/soft_kl.py",
+    "csrc/include/soft_kl_rows.h",
+    "csrc/cpu/soft_kl.cpp",
+)
+
+MUTANTS = [
+    Mutant(
+        "reference: T^2 dropped",
+        SOFT,
+        "    value = value * settings.scale\n",
+        "",
+    ),
+    Mutant(
+        "reference: student and teacher swapped",
+        REFERENCE,
+        "lambda log_s, log_t: _divergence(log_t, log_s),",
+        "lambda log_s, log_t: _divergence(log_s, log_t),",
+    ),
+    Mutant(
+        "reference: massless classes not skipped",
+        REFERENCE,
+        "(log_p - log_q).masked_fill(p == 0, 0.0)",
+        "(log_p - log_q)",
+    ),
+    Mutant(
+        "reference: mixture weights swapped",
+        REFERENCE,
+        "beta * _divergence(log_t, log_m) + (1.0 - beta) * _divergence(log_s, log_m)",
+        "(1.0 - beta) * _divergence(log_t, log_m) + beta * _divergence(log_s, log_m)",
+    ),
+    Mutant(
+        "reference: temperature ignored",
+        REFERENCE,
+        "F.log_softmax(logits / temperature, -1)",
+        "F.log_softmax(logits, -1)",
+    ),
+    Mutant(
+        "reference: hard weight dropped",
+        SOFT,
+        "value = value + settings.hard_weight * reference",
+        "value = value + reference",
+    ),
+    Mutant(
+        "reference: masked rows not cut off",
+        SOFT,
+        "        student = student.masked_fill(~mask[:, None], 0.0)\n",
+        "",
+    ),
+    Mutant(
+        "head: masked hidden states reach the weight",
+        SOFT,
+        "hidden = hidden.masked_fill(~part[0][:, None], 0.0)",
+        "hidden = hidden",
+        "linear",
+    ),
+    Mutant(
+        "head: last token of a chunk dropped",
+        SOFT,
+        "slice(start, min(start + size, total))",
+        "slice(start, min(start + size, total - 1))",
+        "linear or chunk",
+    ),
+    Mutant(
+        "head: upstream gradient ignored",
+        SOFT,
+        "x * dloss for x in gradients",
+        "x for x in gradients",
+        "linear",
+    ),
+    Mutant(
+        "head: only the last chunk's bias gradient",
+        SOFT,
+        "dbias += dlogits.sum(0, dtype=wide)",
+        "dbias = dlogits.sum(0, dtype=wide)",
+        "linear",
+    ),
+    Mutant(
+        "door: weights dropped from the chunked mean",
+        DOOR,
+        'factors = _reduce(ones, weight, mask, "none")',
+        'factors = _reduce(ones, None, mask, "none")',
+    ),
+    Mutant(
+        "door: mean over masked rows too",
+        DOOR,
+        "return rows.sum() / (max(rows.numel(), 1) if mask is None else mask.sum().clamp(min=1))",
+        "return rows.sum() / max(rows.numel(), 1)",
+    ),
+    Mutant(
+        "door: ignored labels not masked",
+        DOOR,
+        "mask = counted if mask is None else mask & counted",
+        "mask = counted if mask is None else mask",
+    ),
+    Mutant(
+        "door: T in place of T^2",
+        DOOR,
+        "float(temperature) ** 2 if scale_by_temperature",
+        "float(temperature) if scale_by_temperature",
+    ),
+    Mutant(
+        "Triton: sign of the gradient",
+        TRITON,
+        "        return q - p\n",
+        "        return p - q\n",
+        "triton",
+    ),
+    Mutant(
+        "Triton: reverse KL without its mean",
+        TRITON,
+        "q * (-r - inner))",
+        "q * (-r))",
+        "triton",
+    ),
+    Mutant(
+        "Triton: mean of the mixture unweighted",
+        TRITON,
+        "inner = (1.0 - beta) * by_q",
+        "inner = by_q",
+        "triton",
+    ),
+    Mutant(
+        "Triton: last element of a row dropped",
+        TRITON,
+        "tl.cdiv(lead + V, SIZE) - (last - first)",
+        "tl.cdiv(lead + V - 1, SIZE) - (last - first)",
+        "triton",
+    ),
+    Mutant(
+        "Triton: long rows unscaled",
+        TRITON,
+        "    loss = scale * divergence\n    if LABEL:",
+        "    loss = divergence\n    if LABEL:",
+        "triton",
+    ),
+    Mutant(
+        "Triton: label's logit not relative to the maximum",
+        TRITON,
+        "hard_weight * (lsum_1 - (s_label - max_s))",
+        "hard_weight * (lsum_1 - s_label)",
+        "triton",
+    ),
+    Mutant(
+        "Triton: the label's -1 missing in long rows",
+        TRITON,
+        "hard * (q_1 - 1.0)",
+        "hard * q_1",
+        "triton",
+    ),
+    Mutant(
+        "Triton: masked long rows cleared up to V only",
+        TRITON,
+        "            _clear(dstudent + row * C, 0, C, LANES * PER)\n            return",
+        "            _clear(dstudent + row * C, 0, V, LANES * PER)\n            return",
+        "triton",
+    ),
+    Mutant(
+        "Triton: padding of long rows left as it was",
+        TRITON,
+        "    _clear(dstudent + lead, V, C, LANES * PER)\n",
+        "",
+        "triton",
+    ),
+    Mutant(
+        "Triton: an old lane sum not rescaled",
+        TRITON,
+        "sum_s = keep_s * sum_s + tl.sum(e_s, 1)",
+        "sum_s = sum_s + tl.sum(e_s, 1)",
+        "triton",
+    ),
+    Mutant(
+        "Triton: upstream gradient's stride",
+        TRITON,
+        "args += [drows.stride(0), student.stride(0)",
+        "args += [1, student.stride(0)",
+        "triton",
+    ),
+    Mutant(
+        "C++: sign of the teacher's part",
+        ROWS,
+        "d = es * at.weight_s - soft(dt) * at.weight_t;",
+        "d = es * at.weight_s + soft(dt) * at.weight_t;",
+        "cpp",
+    ),
+    Mutant(
+        "C++: reverse KL without its mean",
+        ROWS,
+        "* at.inv_t - at.inner);",
+        "* at.inv_t);",
+        "cpp",
+    ),
+    Mutant(
+        "C++: shift of the reverse KL left in",
+        ROWS,
+        "row.value = row.inner - row.shift * inv_t + between;",
+        "row.value = row.inner + between;",
+        "cpp",
+    ),
+    Mutant(
+        "C++: label's logit not relative to the maximum",
+        ROWS,
+        "(row.lsum_1 - (picked - row.max_s))",
+        "(row.lsum_1 - picked)",
+        "cpp",
+    ),
+    Mutant(
+        "C++: mixture weights swapped",
+        ROWS,
+        "const V larger = teacher ? beta : rest, smaller = teacher ? rest : beta;",
+        "const V larger = teacher ? rest : beta, smaller = teacher ? beta : rest;",
+        "cpp",
+    ),
+    Mutant(
+        "C++: massless classes not skipped",
+        ROWS,
+        "sums.cross += et == zero ? zero : et * (dt - ds);",
+        "sums.cross += et * (dt - ds);",
+        "cpp",
+    ),
+    Mutant(
+        "C++: divergence unscaled",
+        ROWS,
+        "    row.value = row.value * scalar<X>(job.scale);\n",
+        "",
+        "cpp",
+    ),
+    Mutant(
+        "C++: mask inverted",
+        CPP,
+        "mask && !mask[row * mask_stride]",
+        "mask && mask[row * mask_stride]",
+        "cpp",
+    ),
+    Mutant(
+        "C++: upstream gradient's stride",
+        CPP,
+        "job.drows_stride = drows.stride(0);",
+        "job.drows_stride = 1;",
+        "cpp",
+    ),
+]
+
+
+def copy_tree(target: Path) -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name in listed:
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def run(tree: Path, command: list[str], log: Path) -> int:
+    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    with log.open("w") as stream:
+        return subprocess.run(
+            command, cwd=tree, env=environment, stdout=stream, stderr=subprocess.STDOUT
+        ).returncode
+
+
+def build(tree: Path, log: Path) -> None:
+    if run(tree, [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], log):
+        raise SystemExit(f"the extension does not build:\n{log.read_text()[-3000:]}")
+    if "installs without" in log.read_text():
+        raise SystemExit(f"the extension does not compile:\n{log.read_text()[-3000:]}")
+
+
+def tests(tree: Path, log: Path, only: str = "") -> int:
+    chosen = ["-k", only] if only else []
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    return run(tree, [*command, *TESTS, *chosen], log)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="only these")
+    parser.add_argument("--list", action="store_true")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if not options.names or m.name in options.names]
+    if options.list:
+        print(*(f"{mutant.file}: {mutant.name}" for mutant in chosen), sep="\n")
+        return
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree, log = Path(folder) / "tree", Path(folder) / "log"
+        copy_tree(tree)
+        build(tree, log)
+        if tests(tree, log):
+            raise SystemExit(f"the tests fail without a mutant:\n{log.read_text()[-3000:]}")
+        # Compiled ones last: each build mends the mutant before it.
+        for mutant in sorted(chosen, key=lambda mutant: mutant.compiled):
+            path = tree / mutant.file
+            source = path.read_text()
+            if source.count(mutant.old) != 1:
+                raise SystemExit(f"{mutant.name}: {mutant.file} holds its line not once")
+            start = time.perf_counter()
+            path.write_text(source.replace(mutant.old, mutant.new))
+            if mutant.compiled:
+                build(tree, log)
+            status = tests(tree, log, mutant.only)
+            verdict = {0: "SURVIVED", 1: "killed"}.get(status, f"no verdict (pytest {status})")
+            if status != 1:
+                survivors.append(mutant)
+            path.write_text(source)
+            seconds = time.perf_counter() - start
+            print(f"{verdict:10} {mutant.file}: {mutant.name} ({seconds:.0f} s)", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants killed")
+    sys.exit(len(survivors))
+
+
+if __name__ == "__main__":
+    main()
