@@ -59,7 +59,7 @@ def extension() -> Extension:
     with_cuda = choice != "0" and not why_no_cuda()
 
     flags = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3"]
-    # at::parallel_for stays serial without it. No -march: csrc/cpu chooses its instructions at run time.
+    # at::parallel_for stays serial without it. No -march: csrc/cpu chooses instructions as it runs.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     kind = Extension if cpp_extension is None else cpp_extension.CppExtension
     files = sources(".", ".cpp") + sources("cpu", ".cpp")

@@ -145,18 +145,18 @@ def measure(row: Row, device: str, budget_s: float, rates: dict) -> dict:
             raise SystemExit(f"{row.op} {row.shape}: {name} gives {other}, {names[0]} {ours}")
     times = quantiles(contest.contenders, device, budget_s)
     limit = None
-    if contest.bytes:
-        limit = contest.bytes / rates["copy"]
-    elif contest.flops:
+    if row.bytes:
+        limit = row.bytes / rates["copy"]
+    elif row.flops:
         key = f"matmul {row.dtype}"
         rates.setdefault(key, matmul_rate(device, row.dtype))
-        limit = contest.flops / rates[key]
+        limit = row.flops / rates[key]
     result = {
         "op": row.op,
         "shape": row.shape,
         "dtype": str(row.dtype).removeprefix("torch."),
-        "least_bytes": contest.bytes,
-        "least_flops": contest.flops,
+        "least_bytes": row.bytes,
+        "least_flops": row.flops,
         "loss": ours,
         "absent": contest.absent,
         "contenders": {},

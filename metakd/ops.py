@@ -161,7 +161,9 @@ STATS = (
     "lsum_s",  # log sum_c exp((s_c - max_s) / T)
     "max_t",
     "lsum_t",
-    "inner",  # sum_c q_c g_c, see metakd.kernels.soft_kl; 0 for the forward KL
+    # sum_c q_c g_c, see metakd.kernels.soft_kl; 0 for the forward KL. g is counted from a point of
+    # each backend's own choice, so that g - inner loses no digits: only its own backward reads it.
+    "inner",
     "lsum_1",  # log sum_c exp(s_c - max_s), for the cross-entropy; anything without a label
 )
 

@@ -138,9 +138,9 @@ def check(case: Case, backend: str, dtype: torch.dtype) -> list[Finding]:
     actual = quantised.results(backend)
     eager, exact = _eager_and_exact(quantised)
     if dtype == torch.float64:
-        # Nothing more precise is at hand, and what is taken for exact has eager's own error: that of
-        # float32 scaled down, with room for the 10 to 20 times by which it was seen to be larger (logits
-        # [16, 30522] against 80-bit numbers; C++ was within twice the scaled error there).
+        # Nothing more precise is at hand, and what is taken for exact has eager's own error: that
+        # of float32 scaled down, with room for the 10 to 20 times by which it was seen to be larger
+        # (logits [16, 30522] against 80-bit numbers; C++ was within twice the scaled error there).
         rough, fine = _eager_and_exact(case.quantised(torch.float32))
         scale = 32 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         eager = {name: exact[name] + scale * (rough[name] - fine[name]) for name in exact}

@@ -766,7 +766,12 @@ struct Narrow {
     block.count = end - r < W ? static_cast<int>(end - r) : W;
     int64_t rows[W];
     A real[W];
-    for (int lane = 0; lane < W; ++lane) {
+    const bool all = !job.mask && block.count == W;
+    for (int lane = 0; all && lane < W; ++lane) {
+      real[lane] = A(1);
+      rows[lane] = r + lane;
+    }
+    for (int lane = 0; !all && lane < W; ++lane) {
       const bool is_real = lane < block.count && !job.is_masked(r + lane);
       real[lane] = is_real ? A(1) : A(0);
       rows[lane] = is_real ? r + lane : lane > 0 ? rows[lane - 1] : r;
@@ -774,20 +779,20 @@ struct Narrow {
     block.real = load(real) != V{};
     gather(job.student, job.student_type, job.student_stride, rows, job.classes, block.s);
     gather(job.teacher, job.teacher_type, job.teacher_stride, rows, job.classes, block.t);
-    for (int lane = 0; lane < W; ++lane) {
-      const int64_t label = labelled && real[lane] != 0 ? job.label[rows[lane] * job.label_stride] : 0;
+    for (int lane = 0; labelled && lane < W; ++lane) {
+      const int64_t label = real[lane] != 0 ? job.label[rows[lane] * job.label_stride] : 0;
       block.label[lane] = static_cast<A>(label);
       block.at_label[lane] = block.s[label * W + lane];
-      block.drow[lane] =
-          op == Op::forward ? A(0) : static_cast<const A*>(job.drows)[rows[lane] * job.drows_stride];
     }
+    for (int lane = 0; op != Op::forward && lane < W; ++lane)
+      block.drow[lane] = static_cast<const A*>(job.drows)[rows[lane] * job.drows_stride];
   }
 
   static METAKD_INLINE void run(const Job& job, Op op, int64_t begin, int64_t end) {
     const M math(job);
     A* const values = static_cast<A*>(job.values);
     A* const stats = static_cast<A*>(job.stats);
-    Block block;
+    Block block{};
     Row<V> row;
     for (int64_t r = begin; r < end; r += W) {
       fill(job, op, r, end, block);

@@ -4,46 +4,48 @@ divergence between logits, with an optional cross-entropy against labels.
 Launchers: ``soft_kl_fwd``, ``soft_kl_bwd``, ``soft_kl_fwd_bwd_``, with the names and signatures of
 ``metakd.ops.SCHEMAS``. Imports torch, triton and ``metakd.errors``.
 
-Gradients. With s' = (s - max s) / T, lsum_s = log sum_c exp s'_c, log q = s' - lsum_s, the teacher's
-t', lsum_t and log p likewise, and r = log p - log q = (t' - s') - (lsum_t - lsum_s),
+Gradients. With s' = (s - max s) / T, lsum_s = log sum_c exp s'_c, log q = s' - lsum_s, of the
+teacher t', lsum_t and log p likewise, and r = log p - log q = (t' - s') - (lsum_t - lsum_s):
 d log q_c / d s_k = ([c = k] - q_k) / T. Hence
 
 - forward KL: D = sum p r, so dD/ds_k = -sum_c p_c ([c = k] - q_k) / T = (q_k - p_k) / T.
 - reverse KL: D = sum q g, g = -r. As dq_c/ds_k = q_c ([c = k] - q_k) / T,
   dD/ds_k = q_k (g_k - sum_c q_c g_c) / T + sum_c q_c d g_c / ds_k, and the last term is
   sum_c dq_c/ds_k = 0. So dD/ds_k = q_k (g_k - inner) / T with inner = sum q g = D.
-- Jensen-Shannon: m = beta p + (1 - beta) q, D = beta KL(p || m) + (1 - beta) KL(q || m). By m's own
-  variation D changes by -sum_c (beta p_c + (1 - beta) q_c) / m_c dm_c = -sum_c dm_c = 0, and that of
-  log q under the sum is 0 as above. What is left is (1 - beta) sum_c dq_c (log q_c - log m_c), which
-  is q_k (g_k - inner) / T with g = (1 - beta) (log q - log m) and inner = sum q g. With
-  z = exp(-|r|), the larger of p and q as l and its weight in m as w: m = l (w + (1 - w) z). So
-  log p - log m and log q - log m are sums of small numbers where p and q are close.
+- Jensen-Shannon: m = beta p + (1 - beta) q, D = beta KL(p || m) + (1 - beta) KL(q || m). Through
+  log m, D changes by -sum_c (beta p_c + (1 - beta) q_c) / m_c dm_c = -sum_c dm_c = 0, and through
+  log q by 0, as above. What is left is (1 - beta) sum_c dq_c (log q_c - log m_c), which is
+  q_k (g_k - inner) / T with g = (1 - beta) (log q - log m) and inner = sum q g.
+  With z = exp(-|r|) and w the weight of the larger of p and q, m is the larger times
+  w + (1 - w) z: so log q - log m and log p - log m stay small numbers where p and q are close.
 - cross-entropy (temperature 1): softmax(s)_k - [k = label].
 
 A class without mass on the side that weighs it counts exactly 0, written ``p == 0`` so that a NaN
 fails the test and stays visible.
 
 Rows of up to ``TILE_CLASSES`` classes fit a tile and are read once. Longer ones are walked by one
-program each. Every lane (a thread's 16 bytes) keeps its own running maxima, so that the loop has no
-barrier and rescales once per lane and block: 2 + 2 / 8 exp2 a pair in half precision, against 4 with
-a maximum per element. The walk back, over a row that was just read, starts where the first ended:
-that part is still in the L2. Rows whose pitch is no multiple of 16 bytes (30522 and 50257 classes)
-are cut at aligned addresses instead of at their first class, so that all but the first and last
-block are read in 16-byte loads without masks.
+program each. Every lane (16 bytes of a thread) keeps its own running maxima, so the loop has no
+barrier and rescales once per lane and block: 2 + 2 / 8 exp2 a pair in half precision, against 4
+with a maximum per element. The walk over a row that was just read goes backwards, because its end
+is still in the L2. Rows whose pitch is no multiple of 16 bytes (30522 and 50257 classes) are cut at
+aligned addresses instead of at their first class, so that all but the lanes at their ends are read
+and written 16 bytes at a time.
 
-Bytes moved (b per element, N rows, C classes), from memory unless the L2 has them still:
+Bytes moved (b per element, N rows, C classes), reads that the L2 answers included:
 
-============================  ========  ==============================================
-soft_kl_fwd, KL               2NCb      a row that needs a second look reads 4Cb (rare)
-soft_kl_fwd, JSD              4NCb      2NCb in a tile: m needs p and q normalised
-soft_kl_bwd                   3NCb      reads both, writes one
-KL, JSD together              5, 7NCb   5NCb both in a tile
-soft_kl_fwd_bwd_, KL          5NCb      3NCb in a tile, and nearly so where the L2 holds the
-                                        rows under way
-soft_kl_fwd_bwd_, JSD         7NCb      3NCb in a tile
-============================  ========  ==============================================
+=======================  ===========  =========  ===============================================
+.                        long rows    in a tile  .
+=======================  ===========  =========  ===============================================
+soft_kl_fwd, KL          2NCb         2NCb       a long row is read twice if its divergence is
+                                                 infinite, and in float32, reverse KL, if half
+                                                 of q is on one class
+soft_kl_fwd, JSD         4NCb         2NCb       m needs p and q normalised
+soft_kl_bwd              3NCb         3NCb       reads both, writes one
+fwd and bwd, KL or JSD   5 or 7NCb    5NCb
+soft_kl_fwd_bwd_         5 or 7NCb    3NCb       long rows: 3NCb if the L2 holds all under way
+=======================  ===========  =========  ===============================================
 
-Legend: N rows, C classes in memory, V <= C classes that count, ROWS rows per program, LANES lanes of
+Legend: N rows, C classes in memory, V <= C classes that count, ROWS rows a program, LANES lanes of
 PER classes; ``_s`` student, ``_t`` teacher; rate = log2(e) / T, cool = 1 / T; soft, hard: what the
 derivatives of divergence and cross-entropy are multiplied by.
 """
@@ -137,8 +139,8 @@ def _log(x):
 
 @triton.jit
 def _log_sums(sum_s, sum_t):
-    """lsum_s, lsum_t, and log (sum_s / sum_t) - (lsum_s - lsum_t), which logarithms lose to rounding.
-    NaN for a row whose classes are all -inf, as log_softmax has it."""
+    """lsum_s, lsum_t, and log (sum_s / sum_t) - (lsum_s - lsum_t), which their rounding lost. NaN
+    for a row whose classes are all -inf, as log_softmax has it."""
     lsum_s = tl.where(sum_s == 0, float("nan"), _log(sum_s))
     lsum_t = tl.where(sum_t == 0, float("nan"), _log(sum_t))
     return lsum_s, lsum_t, _log(sum_s / sum_t) - (lsum_s - lsum_t)
@@ -277,8 +279,8 @@ def _soft_kl_bwd_tile_kernel(
         tl.store(dstudent + start, tl.zeros_like(slope), mask=beyond)
 
 
-# Long rows: one row a program, walked in blocks [LANES, PER]. Places are counted from the cut before
-# the row, ``lead`` elements ahead of its first class.
+# Long rows: one row a program, walked in blocks [LANES, PER]. Places are counted from the cut that
+# is ``lead`` elements ahead of the row's first class.
 
 
 @triton.jit
@@ -304,25 +306,28 @@ def _extent(lead, V, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _places(block, LANES: tl.constexpr, PER: tl.constexpr):
-    """[LANES, PER]"""
-    within = tl.arange(0, LANES)[:, None] * PER + tl.arange(0, PER)[None, :]
-    return block * (LANES * PER) + within
+def _places(SHARED_CUT: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr):
+    """The first block's places [LANES, PER]. Neighbours are in one lane if it can be read at once,
+    else in neighbouring lanes, so that a warp reads them in one piece."""
+    lane, within = tl.arange(0, LANES)[:, None], tl.arange(0, PER)[None, :]
+    if SHARED_CUT:
+        return lane * PER + within
+    else:
+        return within * LANES + lane
 
 
 @triton.jit
 def _inside(place, lead, V):
-    """Which of a block's places are classes, but for those in lanes that are so throughout; and which
-    lanes are."""
+    """Which lanes of a block hold nothing but classes; and which other places are classes."""
     inside = (place >= lead) & (place < lead + V)
     whole = tl.min(inside.to(tl.int32), 1)[:, None] > 0
-    return inside & ~whole, whole
+    return whole, inside & ~whole
 
 
 @triton.jit
 def _read(pointer, place, lead, V, EDGE: tl.constexpr):
     if EDGE:
-        some, whole = _inside(place, lead, V)
+        whole, some = _inside(place, lead, V)
         ends = tl.load(pointer + place, mask=some, other=-INFINITY)
         x = tl.where(whole, tl.load(pointer + place, mask=whole, other=0.0), ends)
     else:
@@ -332,14 +337,13 @@ def _read(pointer, place, lead, V, EDGE: tl.constexpr):
 
 @triton.jit
 def _fold(
-    student, teacher, block, lead, V,
+    student, teacher, places, block, lead, V,
     max_s, sum_s, max_t, sum_t, gap, sum_1, rate,
     KIND: tl.constexpr, LABEL: tl.constexpr, EDGE: tl.constexpr,
-    LANES: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
     """A block into the lanes' running maxima, sums of exponentials and (KL) mean gap
     sum e ((t - max_t) - (s - max_s)) over the side that weighs."""
-    place = _places(block, LANES, PER)
+    place = block * places.numel + places
     s = _read(student, place, lead, V, EDGE)
     t = _read(teacher, place, lead, V, EDGE)
     new_s, new_t = tl.maximum(max_s, tl.max(s, 1)), tl.maximum(max_t, tl.max(t, 1))
@@ -363,11 +367,11 @@ def _fold(
 
 @triton.jit
 def _block_shares(
-    student, teacher, block, lead, V,
+    student, teacher, places, block, lead, V,
     max_s, sum_s, lsum_s, max_t, sum_t, lsum_t, rate, cool, beta,
-    KIND: tl.constexpr, EDGE: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr,
+    KIND: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    place = _places(block, LANES, PER)
+    place = block * places.numel + places
     from_s = _read(student, place, lead, V, EDGE) - max_s
     from_t = _read(teacher, place, lead, V, EDGE) - max_t
     q = tl.exp2(from_s * rate) * (1.0 / sum_s)
@@ -379,25 +383,25 @@ def _block_shares(
 
 @triton.jit
 def _look_back(
-    student, teacher, lead, V,
+    student, teacher, places, lead, V,
     max_s, sum_s, lsum_s, max_t, sum_t, lsum_t, slip, rate, cool, beta,
-    KIND: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """Divergence and inner of a row whose maxima and sums are known."""
-    first, last, incomplete = _extent(lead, V, LANES * PER)
-    by_q = tl.zeros([LANES], tl.float32)
-    by_p = tl.zeros([LANES], tl.float32)
+    first, last, incomplete = _extent(lead, V, places.numel)
+    by_q = tl.zeros([places.shape[0]], tl.float32)
+    by_p = tl.zeros([places.shape[0]], tl.float32)
     for back in range(first, last):
         more_q, more_p = _block_shares(
-            student, teacher, last - 1 - (back - first), lead, V,
-            max_s, sum_s, lsum_s, max_t, sum_t, lsum_t, rate, cool, beta, KIND, False, LANES, PER,
+            student, teacher, places, last - 1 - (back - first), lead, V,
+            max_s, sum_s, lsum_s, max_t, sum_t, lsum_t, rate, cool, beta, KIND, False,
         )  # fmt: skip
         by_q += more_q
         by_p += more_p
     for edge in range(incomplete):
         more_q, more_p = _block_shares(
-            student, teacher, tl.where(edge < first, 0, last + edge - first), lead, V,
-            max_s, sum_s, lsum_s, max_t, sum_t, lsum_t, rate, cool, beta, KIND, True, LANES, PER,
+            student, teacher, places, tl.where(edge < first, 0, last + edge - first), lead, V,
+            max_s, sum_s, lsum_s, max_t, sum_t, lsum_t, rate, cool, beta, KIND, True,
         )  # fmt: skip
         by_q += more_q
         by_p += more_p
@@ -406,26 +410,26 @@ def _look_back(
 
 @triton.jit
 def _row_statistics(
-    student, teacher, lead, V, rate, cool, beta,
-    KIND: tl.constexpr, LABEL: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr,
+    student, teacher, places, lead, V, rate, cool, beta,
+    KIND: tl.constexpr, LABEL: tl.constexpr,
 ):  # fmt: skip
     """max_s, lsum_s, max_t, lsum_t, inner, lsum_1 and the divergence of a row."""
-    first, last, incomplete = _extent(lead, V, LANES * PER)
-    max_s = tl.full([LANES], LOWEST, tl.float32)
-    max_t = tl.full([LANES], LOWEST, tl.float32)
-    sum_s = tl.zeros([LANES], tl.float32)
-    sum_t = tl.zeros([LANES], tl.float32)
-    gap = tl.zeros([LANES], tl.float32)
-    sum_1 = tl.zeros([LANES], tl.float32)
+    first, last, incomplete = _extent(lead, V, places.numel)
+    max_s = tl.full([places.shape[0]], LOWEST, tl.float32)
+    max_t = tl.full([places.shape[0]], LOWEST, tl.float32)
+    sum_s = tl.zeros([places.shape[0]], tl.float32)
+    sum_t = tl.zeros([places.shape[0]], tl.float32)
+    gap = tl.zeros([places.shape[0]], tl.float32)
+    sum_1 = tl.zeros([places.shape[0]], tl.float32)
     for edge in range(incomplete):
         max_s, sum_s, max_t, sum_t, gap, sum_1 = _fold(
-            student, teacher, tl.where(edge < first, 0, last + edge - first), lead, V,
-            max_s, sum_s, max_t, sum_t, gap, sum_1, rate, KIND, LABEL, True, LANES, PER,
+            student, teacher, places, tl.where(edge < first, 0, last + edge - first), lead, V,
+            max_s, sum_s, max_t, sum_t, gap, sum_1, rate, KIND, LABEL, True,
         )  # fmt: skip
     for block in range(first, last):
         max_s, sum_s, max_t, sum_t, gap, sum_1 = _fold(
-            student, teacher, block, lead, V,
-            max_s, sum_s, max_t, sum_t, gap, sum_1, rate, KIND, LABEL, False, LANES, PER,
+            student, teacher, places, block, lead, V,
+            max_s, sum_s, max_t, sum_t, gap, sum_1, rate, KIND, LABEL, False,
         )  # fmt: skip
 
     row_s, row_t = tl.max(max_s, 0), tl.max(max_t, 0)
@@ -446,29 +450,28 @@ def _row_statistics(
         divergence, inner = _divergence(-r, -r, slip, beta, KIND)
     else:
         divergence, inner = slip * 0.0, slip * 0.0
-    # A gap of infinity counts only if its class has mass in the end, which a lane could not know when
-    # it met it. And where one class has most of q, its g - inner is nearly 0: in float32 the lanes'
-    # changes of reference would be all that is left of it.
+    # A gap of infinity counts only if its class has mass in the end, which a lane could not know
+    # when it met it. And where one class has most of q, its g - inner is nearly 0: in float32 the
+    # rounding of the lanes' changes of reference would be all that is left of it.
     again = not (tl.abs(divergence) < INFINITY)
     if KIND == REVERSE and student.dtype.element_ty == tl.float32:
         again = again or total_s < 2.0
     if KIND == JSD or again:
         divergence, inner = _look_back(
-            student, teacher, lead, V,
+            student, teacher, places, lead, V,
             row_s, total_s, lsum_s, row_t, total_t, lsum_t, slip, rate, cool, beta,
-            KIND, LANES, PER,
+            KIND,
         )  # fmt: skip
     return row_s, lsum_s, row_t, lsum_t, inner, _log(total_1), divergence
 
 
 @triton.jit
 def _block_gradient(
-    dstudent, student, teacher, block, lead, V,
+    dstudent, student, teacher, places, block, lead, V,
     max_s, lsum_s, max_t, lsum_t, inner, lsum_1, rate, cool, beta, soft, hard,
     KIND: tl.constexpr, LABEL: tl.constexpr, EDGE: tl.constexpr,
-    LANES: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
-    place = _places(block, LANES, PER)
+    place = block * places.numel + places
     s = _read(student, place, lead, V, EDGE)
     t = _read(teacher, place, lead, V, EDGE)
     q, p, r = _recall(s, t, max_s, lsum_s, max_t, lsum_t, rate, cool)
@@ -477,7 +480,7 @@ def _block_gradient(
         slope += hard * tl.exp2((s - max_s) * LOG2_E - lsum_1 * LOG2_E)
     slope = _narrow(slope, dstudent.dtype.element_ty)
     if EDGE:
-        some, whole = _inside(place, lead, V)
+        whole, some = _inside(place, lead, V)
         tl.store(dstudent + place, slope, mask=some)
         tl.store(dstudent + place, slope, mask=whole)
     else:
@@ -486,23 +489,24 @@ def _block_gradient(
 
 @triton.jit
 def _row_gradient(
-    dstudent, student, teacher, lead, V, label, s_label, t_label,
+    dstudent, student, teacher, places, lead, V, label, s_label, t_label,
     max_s, lsum_s, max_t, lsum_t, inner, lsum_1, rate, cool, beta, soft, hard,
-    KIND: tl.constexpr, LABEL: tl.constexpr, LANES: tl.constexpr, PER: tl.constexpr,
+    KIND: tl.constexpr, LABEL: tl.constexpr,
 ):  # fmt: skip
     """Backwards through the row. dstudent may be student: an element is read by who writes it."""
-    first, last, incomplete = _extent(lead, V, LANES * PER)
+    first, last, incomplete = _extent(lead, V, places.numel)
     for back in range(first, last):
         _block_gradient(
-            dstudent, student, teacher, last - 1 - (back - first), lead, V,
+            dstudent, student, teacher, places, last - 1 - (back - first), lead, V,
             max_s, lsum_s, max_t, lsum_t, inner, lsum_1, rate, cool, beta, soft, hard,
-            KIND, LABEL, False, LANES, PER,
+            KIND, LABEL, False,
         )  # fmt: skip
     for edge in range(incomplete):
         _block_gradient(
-            dstudent, student, teacher, tl.where(edge < first, 0, last + edge - first), lead, V,
+            dstudent, student, teacher, places,
+            tl.where(edge < first, 0, last + edge - first), lead, V,
             max_s, lsum_s, max_t, lsum_t, inner, lsum_1, rate, cool, beta, soft, hard,
-            KIND, LABEL, True, LANES, PER,
+            KIND, LABEL, True,
         )  # fmt: skip
     if LABEL and label >= 0:
         # Once more with its -1: cheaper than looking for it in every block.
@@ -537,8 +541,8 @@ def _soft_kl_row_kernel(
     """rows; and, IN_PLACE, the gradient over the student's logits, or else stats."""
     row = tl.program_id(0).to(tl.int64)
     size = N.to(tl.int64)
-    if mask is not None:
-        if tl.load(mask + row * stride_mask) == 0:  # noqa: SIM102 (one of them at compile time)
+    if mask is not None:  # noqa: SIM102 (at compile time)
+        if tl.load(mask + row * stride_mask) == 0:
             tl.store(rows + row, 0.0)
             if IN_PLACE:
                 _clear(student + row * stride_s, 0, C, LANES * PER)
@@ -549,6 +553,7 @@ def _soft_kl_row_kernel(
     lead = _lead(row, stride_s, SHARED_CUT)
     student = _from_cut(student, row, stride_s, lead, SHARED_CUT)
     teacher = _from_cut(teacher, row, stride_t, lead, SHARED_CUT)
+    places = _places(SHARED_CUT, LANES, PER)
     LABEL: tl.constexpr = label is not None
     at, s_label, t_label = 0, 0.0, 0.0
     if LABEL:
@@ -556,7 +561,7 @@ def _soft_kl_row_kernel(
         # Before the reductions, whose barriers keep it ahead of the writing in place.
         s_label, t_label = _logit(student + lead, at), _logit(teacher + lead, at)
     max_s, lsum_s, max_t, lsum_t, inner, lsum_1, divergence = _row_statistics(
-        student, teacher, lead, V, rate, cool, beta, KIND, LABEL, LANES, PER
+        student, teacher, places, lead, V, rate, cool, beta, KIND, LABEL
     )
     loss = scale * divergence
     if LABEL:
@@ -565,10 +570,10 @@ def _soft_kl_row_kernel(
     if IN_PLACE:
         weight = tl.load(drows + row * stride_drows)
         _row_gradient(
-            student, student, teacher, lead, V, at, s_label, t_label,
+            student, student, teacher, places, lead, V, at, s_label, t_label,
             max_s, lsum_s, max_t, lsum_t, inner, lsum_1,
             rate, cool, beta, weight * scale * cool, weight * hard_weight,
-            KIND, LABEL, LANES, PER,
+            KIND, LABEL,
         )  # fmt: skip
         _clear(student + lead, V, C, LANES * PER)
     else:
@@ -590,14 +595,15 @@ def _soft_kl_bwd_row_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     size = N.to(tl.int64)
-    if mask is not None:
-        if tl.load(mask + row * stride_mask) == 0:  # noqa: SIM102 (one of them at compile time)
+    if mask is not None:  # noqa: SIM102 (at compile time)
+        if tl.load(mask + row * stride_mask) == 0:
             _clear(dstudent + row * C, 0, C, LANES * PER)
             return
     lead = _lead(row, stride_s, SHARED_CUT)
     student = _from_cut(student, row, stride_s, lead, SHARED_CUT)
     teacher = _from_cut(teacher, row, stride_t, lead, SHARED_CUT)
     dstudent = _from_cut(dstudent, row, C, lead, SHARED_CUT)
+    places = _places(SHARED_CUT, LANES, PER)
     LABEL: tl.constexpr = label is not None
     at, s_label, t_label = 0, 0.0, 0.0
     if LABEL:
@@ -606,11 +612,11 @@ def _soft_kl_bwd_row_kernel(
     stats += row
     weight = tl.load(drows + row * stride_drows)
     _row_gradient(
-        dstudent, student, teacher, lead, V, at, s_label, t_label,
+        dstudent, student, teacher, places, lead, V, at, s_label, t_label,
         tl.load(stats), tl.load(stats + size), tl.load(stats + 2 * size),
         tl.load(stats + 3 * size), tl.load(stats + 4 * size), tl.load(stats + 5 * size),
         rate, cool, beta, weight * scale * cool, weight * hard_weight,
-        KIND, LABEL, LANES, PER,
+        KIND, LABEL,
     )  # fmt: skip
     _clear(dstudent + lead, V, C, LANES * PER)
 
@@ -621,8 +627,8 @@ def _soft_kl_bwd_row_kernel(
 COMPILE = {"enable_fp_fusion": True}
 
 
-# Shapes of blocks, warps and, where ptxas would spill rather than take more or take more than it
-# needs, registers. No variant spills on sm_80, sm_90 and sm_100 (tests/compile_triton.py --all).
+# Shapes of blocks, warps and, where ptxas spills rather than take more or takes more than it needs,
+# registers. Nothing spills on sm_80, sm_90 and sm_100 (python tests/compile_triton.py --all).
 
 
 def tile_shape(V: int) -> dict[str, int]:
@@ -643,22 +649,30 @@ def cluster_shape(V: int) -> dict[str, int]:
     return {"ROWS": 1, "BLOCK": block, "num_warps": block // 2048, "num_ctas": 8}
 
 
-def row_shape(operator: str, kind: int, itemsize: int, major: int) -> dict[str, int]:
-    """LANES and PER of a block of a long row, by operator (fwd, bwd, fwd_bwd), KIND, bytes of the
-    wider dtype and major compute capability.
+def row_shape(
+    operator: str, kind: int, itemsize: int, major: int, shared_cut: bool
+) -> dict[str, int | bool]:
+    """SHARED_CUT, LANES and PER of a block of a long row, by operator (fwd, bwd, fwd_bwd), KIND,
+    bytes of the wider dtype and major compute capability (0 in the interpreter).
 
     A lane is 16 bytes of the wider dtype, a thread has two: 16 elements in half precision, 8 in
-    float32. With 64 registers, which the forward KL can keep to, 64 KB of loads are under way in an
-    SM; with 80 it is 48 KB. fwd_bwd in half precision, and fwd on Blackwell, would spill: they have
-    one lane and 40 to 59 registers."""
-    warps, lanes, shape = 8, 2, {}
-    if operator == "fwd" and itemsize == 2 and major < 10:
-        shape = {"maxnreg": 64 if kind == FORWARD.value else 80}
-    elif operator != "bwd" and itemsize == 2:
-        lanes = 1
+    float32. In half precision all but bwd and, held to 64 registers, fwd of the forward KL would
+    spill or take too many: they have one lane and 40 to 59 registers. Loads under way in an SM, if
+    all its warps are at that point: 64 KB with two lanes and 64 registers, 41 with one and 48.
+    Without a shared cut a thread has one lane of 8 elements that are apart."""
+    warps, lanes, per, shape = 8, 2, 16 // itemsize, {}
+    if not shared_cut:
+        lanes, per = 1, 8
+        shape = {} if operator == "fwd" else {"maxnreg": 96}
+    elif itemsize == 2 and operator != "bwd":
+        if operator == "fwd" and kind == FORWARD.value and major < 10:
+            shape = {"maxnreg": 64}
+        else:
+            lanes = 1
     elif operator == "fwd_bwd":
         shape = {"maxnreg": 80}
-    return {"LANES": lanes * 32 * warps, "PER": 16 // itemsize, "num_warps": warps} | shape
+    shape |= {"SHARED_CUT": shared_cut, "LANES": lanes * 32 * warps, "PER": per}
+    return shape | {"num_warps": warps}
 
 
 def _major(x: Tensor) -> int:
@@ -714,9 +728,10 @@ def _forward(student, teacher, mask, label, drows, rows, stats, vocab_size, *set
             _soft_kl_tile_kernel[(N,)](*args, **options, **cluster_shape(vocab_size))
         else:
             operator = "fwd_bwd" if stats is None else "fwd"
-            shape = row_shape(operator, kind, max(student.itemsize, teacher.itemsize), major)
+            itemsize = max(student.itemsize, teacher.itemsize)
             cut = _shared_cut(student.stride(0), teacher.stride(0))
-            _soft_kl_row_kernel[(N,)](*args, SHARED_CUT=cut, **options, **shape)
+            shape = row_shape(operator, kind, itemsize, major, cut)
+            _soft_kl_row_kernel[(N,)](*args, **options, **shape)
 
 
 def soft_kl_fwd(
@@ -769,9 +784,9 @@ def soft_kl_bwd(
             _soft_kl_bwd_tile_kernel[grid](*args, KIND=kind, **shape, **COMPILE)
         else:
             itemsize = max(student.itemsize, teacher.itemsize)
-            shape = row_shape("bwd", kind, itemsize, _major(student))
             cut = _shared_cut(student.stride(0), teacher.stride(0), C)
-            _soft_kl_bwd_row_kernel[(N,)](*args, KIND=kind, SHARED_CUT=cut, **shape, **COMPILE)
+            shape = row_shape("bwd", kind, itemsize, _major(student), cut)
+            _soft_kl_bwd_row_kernel[(N,)](*args, KIND=kind, **shape, **COMPILE)
     return dstudent
 
 

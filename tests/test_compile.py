@@ -1,0 +1,32 @@
+"""The GPU kernels compile for GPUs that are not here, within their registers. Triton's are compiled
+in a process of their own, without the interpreter that conftest.py sets; the CUDA sources are
+compiled in test_compile_cuda.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_triton_kernels_fit_registers():
+    pytest.importorskip("triton")
+    from triton import knobs
+
+    for tool in ("ptxas", "ptxas_blackwell", "cuobjdump"):
+        try:
+            path = getattr(knobs.nvidia, tool).path
+        except (AttributeError, RuntimeError) as error:
+            pytest.skip(f"triton has no {tool} here ({error})")
+        if not os.access(path, os.X_OK):
+            pytest.skip(f"triton's {tool} does not run here ({path})")
+    command = [sys.executable, Path(__file__).with_name("compile_triton.py"), "--json"]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith("["), done.stderr[-3000:]
+    variants = json.loads(done.stdout)
+    assert {"row", "tile", "cluster"} == {row["variant"].split("_")[0] for row in variants}
+    assert [row for row in variants if row["spills"]] == []
+    assert done.returncode == 0, done.stderr[-3000:]
