@@ -231,6 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", required=True, choices=sorted({row.op for row in ROWS}))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", default="", help="only rows whose shape begins so")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
     parser.add_argument("--seconds", type=float, default=20.0, help="per row, on a CPU")
     parser.add_argument("--out", type=Path, help="results folder")
@@ -250,7 +251,8 @@ def main() -> None:
         "rows": [],
     }
     for row in ROWS:
-        if row.op == options.op and device in row.devices:
+        chosen = row.op == options.op and row.shape.startswith(options.shape)
+        if chosen and device in row.devices:
             report["rows"].append(measure(row, device, options.seconds, report["rates"]))
             if device == "cuda":
                 torch.cuda.empty_cache()

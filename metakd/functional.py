@@ -134,9 +134,10 @@ def _check_index(name: str, value: Tensor, rows: int, size: int, device: torch.d
 
 def _without_autocast(device: torch.device, compute: Callable, *args, **kwargs):
     """``compute`` in the dtypes given."""
-    if not torch.amp.is_autocast_available(device.type):
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return compute(*args, **kwargs)
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(kind, enabled=False):
         return compute(*args, **kwargs)
 
 
@@ -158,7 +159,9 @@ def _reduce(rows: Tensor, weight: Tensor | None, mask: Tensor | None, reduction:
         return rows
     if reduction == "sum":
         return rows.sum()
-    return rows.sum() / (max(rows.numel(), 1) if mask is None else mask.sum().clamp(min=1))
+    if mask is None and rows.numel():
+        return rows.mean()
+    return rows.sum() / (1 if mask is None else mask.sum().clamp(min=1))
 
 
 # Logits
@@ -248,7 +251,9 @@ def _soft(
         _flat(label),
         settings,
     )
-    return _reduce(rows.unflatten(0, tokens), weight, mask, reduction)
+    if len(tokens) > 1:
+        rows = rows.unflatten(0, tokens)
+    return _reduce(rows, weight, mask, reduction)
 
 
 def soft_kl(

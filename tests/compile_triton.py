@@ -25,7 +25,7 @@ KINDS = {"kl": 0, "reverse": 1, "jsd": 2}
 CLUSTERS = (30522, 50257)
 TILES = (2, 16, 256, 1000, 2048)
 # Compiled by default, (kernel, V, dtype, kind, label): each kernel and kind, the widest tiles, what
-# is near the limit of registers.
+# is near the limit of registers. Uneven: rows without a shared cut.
 SELECTION = [
     ("row_fwd", 30522, "bf16", "kl", False),
     ("row_fwd", 30522, "fp32", "reverse", True),
@@ -33,6 +33,7 @@ SELECTION = [
     ("row_fwd_bwd", 30522, "bf16", "jsd", True),
     ("row_bwd", 30522, "bf16", "kl", True),
     ("row_bwd", 30522, "fp32", "jsd", True),
+    ("uneven_bwd", 30522, "bf16", "reverse", True),
     ("tile_fwd_bwd", 2048, "bf16", "jsd", True),
     ("tile_fwd_bwd", 1024, "fp32", "jsd", True),
     ("tile_fwd", 2, "bf16", "kl", True),

@@ -122,7 +122,7 @@ def run_python(code: str) -> None:
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr
 
 
 BLOCK = """
@@ -171,6 +171,20 @@ import torch
 for name in metakd.__all__:
     getattr(metakd, name)
 metakd.soft_kl(torch.randn(3, 5), torch.randn(3, 5))
+"""
+    )
+    run_python(code)
+
+
+def test_losses_hold_without_the_extension():
+    code = (
+        BLOCK.format(names=["metakd._C"])
+        + """
+import pytest
+from metakd import ops
+assert ops.why_not("soft_kl", "cpp", "cpu") is not None
+files = ["tests/test_losses.py", "tests/test_linear_soft_kl.py"]
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *files]))
 """
     )
     run_python(code)

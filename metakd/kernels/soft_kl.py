@@ -454,7 +454,9 @@ def _row_statistics(
     # when it met it. And where one class has most of q, its g - inner is nearly 0: in float32 the
     # rounding of the lanes' changes of reference would be all that is left of it.
     again = not (tl.abs(divergence) < INFINITY)
-    if KIND == REVERSE and student.dtype.element_ty == tl.float32:
+    type_s: tl.constexpr = student.dtype.element_ty
+    type_t: tl.constexpr = teacher.dtype.element_ty
+    if KIND == REVERSE and (type_s == tl.float32 or type_t == tl.float32):
         again = again or total_s < 2.0
     if KIND == JSD or again:
         divergence, inner = _look_back(
