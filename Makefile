@@ -9,7 +9,7 @@ endif
 BASE_PYTHON ?= python3
 OUT ?= benchmarks/results/gpu
 
-.PHONY: help quickstart test lint bench mutants gpu-check clean
+.PHONY: help quickstart test lint bench mutants offline-gpu gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make bench       time the losses that CI can afford (python -m benchmarks.run --op OP: all of them)"
 	@echo "make mutants     break the losses in many ways and see that the tests notice (about 20 minutes)"
 	@echo "make models/minilm  fetch the encoder of the configurations (all-MiniLM-L6-v2, checksum verified)"
+	@echo "make offline-gpu compile the GPU kernels without a GPU, show registers and spills"
 	@echo "make gpu-check   on a GPU machine: build, tests, sanitizer, benchmarks; results in OUT ($(OUT))"
 	@echo "make clean       remove the environment and everything built"
 	@echo "PYTHON=...       use this environment instead of making .venv;  BASE_PYTHON=... makes .venv with it"
@@ -47,6 +48,10 @@ bench: $(READY)
 
 mutants: $(READY)
 	$(PYTHON) tests/mutants.py
+
+offline-gpu: $(READY)
+	$(PYTHON) tests/compile_triton.py
+	$(PYTHON) tests/compile_cuda.py
 
 gpu-check: $(READY)
 	$(PYTHON) -m benchmarks.gpu_check --out $(OUT)
