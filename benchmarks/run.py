@@ -2,7 +2,8 @@
 
 First the operation's tests: a red test has no speed. Then every contender's loss is compared with
 ours, then they are timed: on CUDA by ``triton.testing.do_bench`` (events, L2 flushed), on a CPU
-interleaved, A B A B, with a fixed number of threads, so that a drift of the machine hits all alike.
+in short turns, A B A B, with a fixed number of threads, so that a drift of the machine hits all
+alike.
 Reported are the median and the 20 and 80 % quantiles, the ratio to the first contender, peak extra
 memory (CUDA) and the share of the machine's limit that was measured in the same run: a large copy
 (bytes read plus bytes written) or a large matrix product. Losing rows stay. Writes
@@ -74,12 +75,20 @@ def environment(device: str, threads: int) -> dict:
     }
 
 
+TURN_S = 0.05
+
+
 def interleaved(contenders: dict, budget_s: float, most: int = 60) -> dict[str, list[float]]:
-    """Seconds of each run, contenders in turn, for about ``budget_s`` seconds (5 rounds at
-    least)."""
-    for step in contenders.values():  # warm: caches, lazily compiled code
+    """Seconds a step, contenders in turn, for about ``budget_s`` seconds (5 rounds at least).
+
+    A turn is as many steps as fit ``TURN_S``, so that a step of microseconds is timed as a training
+    loop would find it and not with the caches that another contender left."""
+    steps = {}
+    for name, step in contenders.items():
+        step()  # warm: caches, lazily compiled code
+        start = time.perf_counter()
         step()
-        step()
+        steps[name] = max(1, round(TURN_S / (time.perf_counter() - start)))
     times: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + budget_s
     for round_ in range(most):
@@ -87,8 +96,9 @@ def interleaved(contenders: dict, budget_s: float, most: int = 60) -> dict[str, 
             break
         for name, step in contenders.items():
             start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(steps[name]):
+                step()
+            times[name].append((time.perf_counter() - start) / steps[name])
     return times
 
 

@@ -220,6 +220,8 @@ def _once(*_):
 def _differentiate_soft_kl(namespace: str) -> None:
     def setup_context(ctx, inputs, output):
         student, teacher, mask, label, *ctx.settings = inputs
+        # Otherwise each backward would fill zeros for the gradient of the statistics.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, output[1], mask, label)
 
     def backward(ctx, drows, _):
