@@ -172,8 +172,8 @@ struct Call {
   }
 
   void run(Op op) const {
-    // A thread is worth waking for this many pairs of logits.
-    constexpr int64_t WORTH = 16384;
+    // A thread is worth waking for this many pairs of logits (tens of microseconds, asleep or not).
+    constexpr int64_t WORTH = 65536;
     Rows* rows = finder()(is_double, kind, job.label != nullptr);
     const int64_t grain = std::max<int64_t>(1, WORTH / job.classes);
     at::parallel_for(0, job.rows, grain, [&](int64_t begin, int64_t end) {
