@@ -50,9 +50,8 @@ IMPLEMENTS: dict[str, frozenset[str]] = {
     "triton": _SOFT,
 }
 
-# What "auto" tries, best first; any other device takes the reference. CPU: measured, see
-# benchmarks/results/cpu (C++ wins every row). CUDA: not measured yet; Triton first, because it
-# needs no build.
+# What "auto" tries, best first; any other device takes the reference. CPU: measured, C++ wins every
+# row of benchmarks/results/cpu. CUDA: not measured yet; Triton first, because it needs no build.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp", "reference"),
     "cuda": ("triton", "cpp", "reference"),
