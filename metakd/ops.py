@@ -224,9 +224,11 @@ def _differentiate_soft_kl(namespace: str) -> None:
         ctx.save_for_backward(student, teacher, output[1], mask, label)
 
     def backward(ctx, drows, _):
-        student, teacher, stats, mask, label = ctx.saved_tensors
-        operator = getattr(torch.ops, namespace).soft_kl_bwd
-        dstudent = operator(drows, student, teacher, stats, mask, label, *ctx.settings)
+        dstudent = None
+        if drows is not None:  # None: nothing depends on the rows
+            student, teacher, stats, mask, label = ctx.saved_tensors
+            operator = getattr(torch.ops, namespace).soft_kl_bwd
+            dstudent = operator(drows, student, teacher, stats, mask, label, *ctx.settings)
         return dstudent, *[None] * (3 + len(ctx.settings))
 
     torch.library.register_autograd(
