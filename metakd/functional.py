@@ -161,7 +161,12 @@ def _reduce(rows: Tensor, weight: Tensor | None, mask: Tensor | None, reduction:
         return rows.sum()
     if mask is None and rows.numel():
         return rows.mean()
-    return rows.sum() / (1 if mask is None else mask.sum().clamp(min=1))
+    return rows.sum() / _count(rows, mask)
+
+
+def _count(rows: Tensor, mask: Tensor | None) -> Tensor | int:
+    """What a mean over rows divides by."""
+    return max(rows.numel(), 1) if mask is None else mask.sum().clamp(min=1)
 
 
 # Logits
@@ -521,7 +526,7 @@ def linear_soft_kl(
     ones = student.new_ones(tokens, dtype=torch.promote_types(dtype, torch.float32))
     factors = _reduce(ones, weight, mask, "none")
     if reduction == "mean":
-        factors = factors / (max(ones.numel(), 1) if mask is None else mask.sum().clamp(min=1))
+        factors = factors / _count(ones, mask)
     return _without_autocast(device, soft.linear_loss, own, factors.detach().flatten(), *rest)
 
 

@@ -148,8 +148,8 @@ def _sweep(
     """
     found = []
     dhidden = dweight = dbias = None
+    wide = torch.promote_types(student.hidden.dtype, torch.float32)
     if drows is not None:
-        wide = torch.promote_types(student.hidden.dtype, torch.float32)
         dhidden = torch.empty_like(student.hidden) if wanted[0] else None
         dweight = torch.zeros_like(student.weight, dtype=wide) if wanted[1] else None
         dbias = torch.zeros_like(student.bias, dtype=wide) if wanted[2] else None
@@ -170,10 +170,8 @@ def _sweep(
             _add_product_(dweight, dlogits.mT, hidden)
         if dbias is not None:
             dbias += dlogits.sum(0, dtype=wide)
-    empty = student.hidden.new_empty(
-        0, dtype=torch.promote_types(student.hidden.dtype, torch.float32)
-    )
-    return torch.cat(found) if found else empty, (dhidden, dweight, dbias)
+    rows_found = torch.cat(found) if found else student.hidden.new_empty(0, dtype=wide)
+    return rows_found, (dhidden, dweight, dbias)
 
 
 class _LinearRows(torch.autograd.Function):

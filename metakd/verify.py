@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,12 +40,12 @@ class Case:
 
     def quantised(self, dtype: torch.dtype) -> Case:
         tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
-        return Case(self.op, tensors, self.learned, self.options, self.fixed, self.magnitude)
+        return replace(self, tensors=tensors)
 
     def moved(self, device: str) -> Case:
         tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         fixed = {name: tensor.to(device) for name, tensor in self.fixed.items()}
-        return Case(self.op, tensors, self.learned, self.options, fixed, self.magnitude)
+        return replace(self, tensors=tensors, fixed=fixed)
 
     def results(self, backend: str, seed: int = 0) -> dict[str, Tensor]:
         """Rows, and the gradient of each learned tensor for a random upstream gradient."""

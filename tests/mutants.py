@@ -121,8 +121,8 @@ MUTANTS = [
     Mutant(
         "door: mean over masked rows too",
         DOOR,
-        "return rows.sum() / (max(rows.numel(), 1) if mask is None else mask.sum().clamp(min=1))",
-        "return rows.sum() / max(rows.numel(), 1)",
+        "return max(rows.numel(), 1) if mask is None else mask.sum().clamp(min=1)",
+        "return max(rows.numel(), 1)",
     ),
     Mutant(
         "door: ignored labels not masked",
