@@ -19,10 +19,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
+import re
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metakd.errors import UnsupportedError
 
@@ -42,12 +45,22 @@ OPS = (
     "domain_expertise",
 )
 
-_SOFT = frozenset({"soft_kl", "soft_reverse_kl", "soft_jsd", "linear_soft_kl"})
-
+# What each backend computes, and what of that it leaves out on a kind of device.
 IMPLEMENTS: dict[str, frozenset[str]] = {
-    "reference": frozenset(OPS),
-    "cpp": _SOFT,
-    "triton": _SOFT,
+    name: frozenset(OPS) for name in ("reference", "cpp", "triton")
+}
+ABSENT: dict[tuple[str, str], frozenset[str]] = {
+    ("cpp", "cuda"): frozenset(
+        {
+            "masked_mean",
+            "attention_kl",
+            "attention_prob_mse",
+            "relation_kl",
+            "class_prototypes",
+            "prototype_score",
+            "domain_expertise",
+        }
+    ),
 }
 
 # What "auto" tries, best first; any other device takes the reference. CPU: measured, C++ wins every
@@ -110,7 +123,7 @@ def why_not(
     if backend not in IMPLEMENTS:
         raise ValueError(f"backend must be one of auto, {', '.join(IMPLEMENTS)}, got {backend!r}")
     kind = torch.device(device).type
-    if op not in IMPLEMENTS[backend]:
+    if op not in IMPLEMENTS[backend] or op in ABSENT.get((backend, kind), ()):
         return f"backend {backend!r} does not implement {op} in this version (device {kind})"
     if backend == "reference":
         return None
@@ -148,7 +161,8 @@ def select(
 
 
 # Compiled operators. Legend: N rows, C classes (student C_s and teacher C_t wide, the first
-# vocab_size of both are used).
+# vocab_size of both are used), n layer pairs, B batch, A heads, L length, D head size, W = D_s +
+# D_t, H hidden size, K domains, M classes of the task.
 
 NAMESPACES = {"cpp": "metakd", "triton": "metakd_triton"}
 
@@ -171,6 +185,13 @@ _SOFT_ARGS = (
     "float hard_weight"
 )
 
+# n layers of queries and keys [B, A, L, D]; one dtype, shape and device per side. Masks: bool [B,
+# L], True = real (None: all).
+_ATTENTION_ARGS = (
+    "Tensor[] query_s, Tensor[] key_s, Tensor[] query_t, Tensor[] key_t, Tensor? query_mask, "
+    "Tensor? key_mask, bool causal, float scale_s, float scale_t"
+)
+
 # mask: bool [N], True = real (None: all). label: int64 [N] (None: no cross-entropy). beta: 0 is the
 # forward KL, 1 the reverse, between them Jensen-Shannon. rows = scale * divergence(student / T,
 # teacher / T) + hard_weight * cross_entropy(student, label). Masked rows are 0 and their label is
@@ -185,6 +206,45 @@ SCHEMAS = {
     # rows [N] are returned.
     "soft_kl_fwd_bwd_": f"(Tensor(a!) student, Tensor teacher, Tensor drows, {_SOFT_ARGS})"
     " -> Tensor",
+    # -> heads [n, B, A]: sum over real queries and keys of the squared difference of scaled
+    # scores. Gram form: gram [n, B, A, 2, W, D_s] holds X^T X and Y^T Y, the student's columns, of
+    # X = [scale_s Q_s | -scale_t Q_t] and Y = [K_s | K_t] with masked rows 0. A head whose value is
+    # below guard * (|S_s|^2 + |S_t|^2) is computed from tiles of scores instead: tiled, bool [n, B,
+    # A]. guard = inf: all of them, and W = 0 in gram; causal needs that. norm_t [n, B, A]: |S_t|^2
+    # where it is known, which saves the Gram form the teacher's own products.
+    "attention_score_mse_fwd": f"({_ATTENTION_ARGS}, Tensor? norm_t, float guard)"
+    " -> (Tensor, Tensor, Tensor)",
+    # dheads [n, B, A] -> dquery_s of n layers, then dkey_s of n layers
+    "attention_score_mse_bwd": f"(Tensor dheads, {_ATTENTION_ARGS}, Tensor gram, Tensor tiled, "
+    "float guard) -> Tensor[]",
+    # -> heads [n, B, A]: sum over real queries that see a key of KL(P_t || P_s), or with squared
+    # of sum_j (P_s - P_t)^2; stats [n, B, A, 3, L]: lse_s, lse_t, and with squared inner = sum_j
+    # P_s (P_s - P_t). same: the keys are the queries (relations).
+    "attention_map_fwd": f"({_ATTENTION_ARGS}, bool squared, bool same) -> (Tensor, Tensor)",
+    # dheads [n, B, A] -> dquery_s of n layers, then dkey_s of n layers; with same n sums of the two
+    "attention_map_bwd": f"(Tensor dheads, {_ATTENTION_ARGS}, Tensor stats, bool squared, "
+    "bool same) -> Tensor[]",
+    # n layers [B, L, H], mask bool [B, L] -> rows [n, B]: mean over real tokens and features
+    "hidden_mse_fwd": "(Tensor[] student, Tensor[] teacher, Tensor? mask) -> Tensor",
+    "hidden_mse_bwd": "(Tensor drows, Tensor[] student, Tensor[] teacher, Tensor? mask)"
+    " -> Tensor[]",
+    # [B, L, H], bool [B, L] -> [B, H] in the dtype of hidden
+    "masked_mean_fwd": "(Tensor hidden, Tensor mask) -> Tensor",
+    "masked_mean_bwd": "(Tensor dmean, Tensor mask) -> Tensor",
+    # Weights of instances: constants to a loss, hence without gradient.
+    "class_prototypes": "(Tensor embedding, Tensor domain, Tensor label, int num_domains, "
+    "int num_classes) -> (Tensor, Tensor)",
+    "prototype_score": "(Tensor embedding, Tensor prototypes, Tensor counts, Tensor domain, "
+    "Tensor label, float alpha, Tensor? center) -> Tensor",
+    "domain_expertise": "(Tensor teacher_logits, Tensor label, Tensor t) -> Tensor",
+}
+
+# Where the Triton launcher of an operator lives, if not in the module of its own name.
+_MODULES = {
+    "masked_mean": "prototypes",
+    "class_prototypes": "prototypes",
+    "prototype_score": "prototypes",
+    "domain_expertise": "prototypes",
 }
 
 
@@ -210,39 +270,160 @@ def _fake_soft_kl_fwd_bwd_(student, teacher, *_):
     return student.new_empty(student.shape[0], dtype=_accumulator(student, teacher))
 
 
+def _per_head(query_s: Tensor, others: list[Tensor], layers: int, *shape, dtype=None) -> Tensor:
+    """[n, B, A, *shape], in the dtype of results unless told."""
+    return query_s.new_empty(
+        layers, *query_s.shape[:2], *shape, dtype=dtype or _accumulator(query_s, *others)
+    )
+
+
+def _fake_attention_score_mse_fwd(query_s, key_s, query_t, key_t, *rest):
+    guard, layers = rest[-1], len(query_s)
+    own, other = query_s[0], query_t[0]
+    width = 0 if guard == math.inf else own.shape[3] + other.shape[3]
+    return (
+        _per_head(own, query_t, layers),
+        _per_head(own, query_t, layers, 2, width, own.shape[3]),
+        _per_head(own, query_t, layers, dtype=torch.bool),
+    )
+
+
+def _fake_attention_score_mse_bwd(dheads, query_s, key_s, *_):
+    return [torch.empty_like(x) for x in (*query_s, *key_s)]
+
+
+def _fake_attention_map_fwd(query_s, key_s, query_t, *_):
+    own, layers = query_s[0], len(query_s)
+    return (
+        _per_head(own, query_t, layers),
+        _per_head(own, query_t, layers, 3, own.shape[2]),
+    )
+
+
+def _fake_attention_map_bwd(dheads, query_s, key_s, *rest):
+    same = rest[-1]
+    return [torch.empty_like(x) for x in (query_s if same else (*query_s, *key_s))]
+
+
+def _fake_hidden_mse_fwd(student, teacher, mask):
+    own = student[0]
+    return own.new_empty(len(student), own.shape[0], dtype=_accumulator(own, teacher[0]))
+
+
+def _fake_hidden_mse_bwd(drows, student, *_):
+    return [torch.empty_like(x) for x in student]
+
+
+def _fake_masked_mean_fwd(hidden, mask):
+    return hidden.new_empty(hidden.shape[0], hidden.shape[2])
+
+
+def _fake_masked_mean_bwd(dmean, mask):
+    return dmean.new_empty(*mask.shape, dmean.shape[1])
+
+
+def _fake_class_prototypes(embedding, domain, label, num_domains, num_classes):
+    cells = num_domains, num_classes
+    return (
+        embedding.new_empty(*cells, embedding.shape[1], dtype=_accumulator(embedding)),
+        embedding.new_empty(cells, dtype=torch.int64),
+    )
+
+
+def _fake_prototype_score(embedding, prototypes, counts, domain, label, alpha, center):
+    given = (embedding, prototypes) if center is None else (embedding, prototypes, center)
+    return embedding.new_empty(embedding.shape[0], dtype=_accumulator(*given))
+
+
+def _fake_domain_expertise(teacher_logits, label, t):
+    return t.new_empty(t.shape, dtype=_accumulator(teacher_logits, t))
+
+
+# Gradients: of each forward operator what to keep of (inputs, outputs), and the gradients of its
+# inputs from that of its first output. Other outputs are statistics: nothing depends on them.
+
+
+def _keep_soft_kl(inputs, outputs):
+    return (*inputs[:2], outputs[1], *inputs[2:])
+
+
+def _soft_kl_gradients(bwd, drows, kept):
+    return bwd(drows, *kept), *[None] * 8
+
+
+def _keep_attention_score_mse(inputs, outputs):
+    *pairs, _norm_t, guard = inputs
+    return (*pairs, *outputs[1:], guard)
+
+
+def _keep_attention_map(inputs, outputs):
+    *pairs, squared, same = inputs
+    return (*pairs, outputs[1], squared, same)
+
+
+def _attention_gradients(count):
+    def gradients(bwd, dheads, kept):
+        found, layers = bwd(dheads, *kept), len(kept[0])
+        # With the keys being the queries there is one list, the sum of both.
+        return found[:layers], found[layers:] or None, *[None] * (count - 2)
+
+    return gradients
+
+
+def _keep_inputs(inputs, outputs):
+    return tuple(inputs)
+
+
+_GRADIENTS = {
+    "soft_kl": (_keep_soft_kl, _soft_kl_gradients),
+    "attention_score_mse": (_keep_attention_score_mse, _attention_gradients(11)),
+    "attention_map": (_keep_attention_map, _attention_gradients(11)),
+    "hidden_mse": (_keep_inputs, lambda bwd, drows, kept: (bwd(drows, *kept), None, None)),
+    "masked_mean": (
+        lambda inputs, outputs: (inputs[1],),
+        lambda bwd, dmean, kept: (bwd(dmean, *kept), None),
+    ),
+}
+
+
 def _once(*_):
     raise RuntimeError(
         "compiled losses are differentiable once; for a second derivative use backend='reference'"
     )
 
 
-def _differentiate_soft_kl(namespace: str) -> None:
+def _differentiate(namespace: str, op: str) -> None:
+    keep, gradients = _GRADIENTS[op]
+
     def setup_context(ctx, inputs, output):
-        student, teacher, mask, label, *ctx.settings = inputs
         # Otherwise each backward would fill zeros for the gradient of the statistics.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(student, teacher, output[1], mask, label)
+        kept = keep(inputs, output if isinstance(output, tuple) else (output,))
+        tensors, ctx.layout = tree_flatten(kept)
+        ctx.others = [None if isinstance(x, Tensor) else (x,) for x in tensors]
+        ctx.save_for_backward(*(x for x in tensors if isinstance(x, Tensor)))
+        ctx.count = len(inputs)
 
-    def backward(ctx, drows, _):
-        dstudent = None
-        if drows is not None:  # None: nothing depends on the rows
-            student, teacher, stats, mask, label = ctx.saved_tensors
-            operator = getattr(torch.ops, namespace).soft_kl_bwd
-            dstudent = operator(drows, student, teacher, stats, mask, label, *ctx.settings)
-        return dstudent, *[None] * (3 + len(ctx.settings))
+    def backward(ctx, dvalue, *_):
+        if dvalue is None:  # nothing depends on the value
+            return (None,) * ctx.count
+        saved = iter(ctx.saved_tensors)
+        flat = [next(saved) if other is None else other[0] for other in ctx.others]
+        operator = getattr(getattr(torch.ops, namespace), f"{op}_bwd")
+        return gradients(operator, dvalue, tree_unflatten(flat, ctx.layout))
 
-    torch.library.register_autograd(
-        f"{namespace}::soft_kl_fwd", backward, setup_context=setup_context
-    )
+    torch.library.register_autograd(f"{namespace}::{op}_fwd", backward, setup_context=setup_context)
     # Without this a second derivative would silently be zero.
-    torch.library.register_autograd(f"{namespace}::soft_kl_bwd", _once)
+    torch.library.register_autograd(f"{namespace}::{op}_bwd", _once)
 
 
-def _launcher(module: str, operator: str):
+def _launcher(operator: str):
     """The Triton launcher of ``operator``, imported when it is first called."""
+    stem = re.sub("_(fwd|bwd|fwd_bwd_)$", "", operator)
+    module = f"metakd.kernels.{_MODULES.get(stem, stem)}"
 
     def launch(*args):
-        return getattr(importlib.import_module(f"metakd.kernels.{module}"), operator)(*args)
+        return getattr(importlib.import_module(module), operator)(*args)
 
     return launch
 
@@ -253,10 +434,11 @@ def _define() -> None:
             name = f"{namespace}::{operator}"
             torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
             torch.library.register_fake(name, globals()[f"_fake_{operator}"])
-        _differentiate_soft_kl(namespace)
+        for op in _GRADIENTS:
+            _differentiate(namespace, op)
     for operator in SCHEMAS:
         name = f"{NAMESPACES['triton']}::{operator}"
-        torch.library.impl(name, ("cpu", "cuda"), _launcher("soft_kl", operator))
+        torch.library.impl(name, ("cpu", "cuda"), _launcher(operator))
 
 
 _define()
