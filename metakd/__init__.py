@@ -17,6 +17,7 @@ _LOSSES = (
     "hidden_mse",
     "masked_mean",
     "attention_score_mse",
+    "attention_score_norm",
     "attention_kl",
     "attention_prob_mse",
     "relation_kl",

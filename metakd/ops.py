@@ -76,6 +76,9 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
 
+# The widest head that the attention kernels of a backend hold.
+WIDEST_HEAD = {("triton", "cpu"): 128, ("triton", "cuda"): 128, ("cpp", "cuda"): 128}
+
 
 def _missing() -> dict[tuple[str, str], str]:
     """Why a backend cannot run on a kind of device at all, found once, so that a traced function
@@ -105,7 +108,11 @@ _MISSING = _missing()
 
 
 def why_not(
-    op: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None
+    op: str,
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    head: int | None = None,
 ) -> str | None:
     """Why ``backend`` cannot compute ``op`` on ``device``, or None if it can.
 
@@ -114,6 +121,7 @@ def why_not(
         backend: ``reference``, ``cpp`` or ``triton``.
         device: where the tensors are.
         dtype: the widest floating dtype of the tensors; None asks about the device only.
+        head: D of the wider side, where the operation has heads.
 
     Raises:
         ValueError: unknown ``op`` or ``backend``.
@@ -133,11 +141,20 @@ def why_not(
         return f"backend {backend!r} cannot run {op} on {kind}: {_MISSING[backend, kind]}"
     if dtype is not None and dtype not in DTYPES[backend]:
         return f"backend {backend!r} does not compute {op} in {dtype}"
+    widest = WIDEST_HEAD.get((backend, kind))
+    if head is not None and widest is not None and head > widest:
+        return (
+            f"backend {backend!r} computes {op} of heads up to {widest} wide on {kind}, not {head}"
+        )
     return None
 
 
 def select(
-    op: str, backend: str, device: torch.device | str, dtype: torch.dtype | None = None
+    op: str,
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    head: int | None = None,
 ) -> str:
     """The backend that computes ``op`` on ``device``.
 
@@ -146,6 +163,7 @@ def select(
         backend: ``auto`` may choose; a name runs as asked or raises, it is never replaced silently.
         device: where the tensors are.
         dtype: the widest floating dtype of the tensors.
+        head: D of the wider side, where the operation has heads.
 
     Raises:
         ValueError: unknown ``op`` or ``backend``.
@@ -153,8 +171,8 @@ def select(
     """
     if backend == "auto":
         order = AUTO_ORDER.get(torch.device(device).type, ("reference",))
-        return next(name for name in order if why_not(op, name, device, dtype) is None)
-    reason = why_not(op, backend, device, dtype)
+        return next(name for name in order if why_not(op, name, device, dtype, head) is None)
+    reason = why_not(op, backend, device, dtype, head)
     if reason is not None:
         raise UnsupportedError(reason, "use backend='auto' or backend='reference'")
     return backend

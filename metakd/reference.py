@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 # Queries per tile of the attention losses: the largest score map alive is [B, A, QUERY_TILE, L].
 QUERY_TILE = 256
-# Where the Gram form of attention_score_mse starts to win over tiles (see _prefers_gram).
+# Where the Gram form of attention_score_mse starts to win over tiles (see prefers_gram).
 GRAM_FROM_LENGTH = 256
 
 Pair = tuple[Tensor, Tensor]
@@ -114,29 +114,17 @@ def cross_entropy(student: Tensor, label: Tensor) -> Tensor:
 
 
 def hidden_mse(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    projection: Sequence[Tensor] | None = None,
-    bias: Sequence[Tensor] | None = None,
-    mask: Tensor | None = None,
+    student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None
 ) -> Tensor:
-    """Layers of [B, L, Hs] and [B, L, Ht], projections [Hs, Ht], biases [Ht], mask [B, L] -> rows
-    [B]."""
+    """Layers of [B, L, H] on both sides, mask [B, L] -> rows [B]."""
     batch, length, _ = student[0].shape
     if mask is None:
         mask = torch.ones(batch, length, dtype=torch.bool, device=student[0].device)
-    hidden = ~mask[:, :, None]
     tokens = mask.sum(1).clamp(min=1)
     rows = []
-    for layer, (layer_s, layer_t) in enumerate(zip(student, teacher)):
-        extra = [parameter[layer] for parameter in (projection, bias) if parameter is not None]
-        layer_s, layer_t, *extra = _common(layer_s, layer_t, *extra)
-        layer_s = layer_s.masked_fill(hidden, 0.0)
-        if projection is not None:
-            layer_s = layer_s @ extra[0]
-        if bias is not None:
-            layer_s = layer_s + extra[-1]
-        residual = (layer_s - layer_t).masked_fill(hidden, 0.0)
+    for layer_s, layer_t in zip(student, teacher):
+        layer_s, layer_t = _common(layer_s, layer_t)
+        residual = (layer_s - layer_t).masked_fill(~mask[:, :, None], 0.0)
         rows.append(residual.square().sum((1, 2)) / (tokens * residual.shape[2]))
     return sum(rows)
 
@@ -174,10 +162,41 @@ def _attention_inputs(
     return side(*tensors[:2]), side(*tensors[2:]), query_mask, key_mask
 
 
-def _visible_keys(query_mask: Tensor, key_mask: Tensor, causal: bool) -> Tensor:
-    """How many keys each real query sees, 0 for a masked query: [B, L]."""
+def _visible_keys(
+    length: int, query_mask: Tensor | None, key_mask: Tensor | None, causal: bool
+) -> Tensor | None:
+    """How many keys each real query sees, 0 for a masked query: [B, L]; None where all see all that
+    causality lets them."""
+    if query_mask is None and key_mask is None:
+        return None
+    query_mask, key_mask = (
+        torch.ones_like(other) if mask is None else mask
+        for mask, other in ((query_mask, key_mask), (key_mask, query_mask))
+    )
     seen = key_mask.cumsum(1) if causal else key_mask.sum(1, keepdim=True)
     return seen * query_mask
+
+
+def count_pairs(
+    length: int, query_mask: Tensor | None, key_mask: Tensor | None, causal: bool, mean_over: str
+) -> Tensor | int:
+    """What a mean over (query, key) divides by, by example [B] or for all alike; at least 1."""
+    visible = _visible_keys(length, query_mask, key_mask, causal)
+    if mean_over == "all":
+        return max(length, 1) ** 2
+    if visible is None:
+        return max(length * (length + 1) // 2 if causal else length**2, 1)
+    return visible.sum(1).clamp(min=1)
+
+
+def count_queries(
+    length: int, query_mask: Tensor | None, key_mask: Tensor | None, causal: bool, mean_over: str
+) -> Tensor | int:
+    """What a mean over queries divides by, by example [B] or for all alike; at least 1."""
+    visible = _visible_keys(length, query_mask, key_mask, causal)
+    if mean_over == "all" or visible is None:
+        return max(length, 1)
+    return (visible > 0).sum(1).clamp(min=1)
 
 
 def _over_tiles(
@@ -209,7 +228,7 @@ def _over_tiles(
     return sum(checkpoint(tile, start, *student, *teacher, **kept) for start in starts)
 
 
-def _prefers_gram(length: int, width: int) -> bool:
+def prefers_gram(length: int, width: int) -> bool:
     """Whether Gram matrices (work L * width^2) beat score maps (L^2 * width); width is D_s + D_t.
 
     Measured forward and backward, float32, CPU time of one thread, tiles over Gram at L = 128, 256,
@@ -239,7 +258,7 @@ def attention_score_mse(
 
     if form == "auto":
         width = query_s.shape[-1] + query_t.shape[-1]
-        form = "gram" if _prefers_gram(length, width) and not causal else "tiled"
+        form = "gram" if prefers_gram(length, width) and not causal else "tiled"
     if form == "gram":
         left = torch.cat([query_s, -query_t], -1)  # [B, A, L, D_s + D_t]
         right = torch.cat([key_s, key_t], -1)
@@ -247,8 +266,19 @@ def attention_score_mse(
     else:
         total = _over_tiles(_squared_score_gap, student, teacher, query_mask, key_mask, causal)
 
-    pairs = _visible_keys(query_mask, key_mask, causal).sum(1).clamp(min=1)
-    return total / (heads * (pairs if mean_over == "real" else max(length, 1) ** 2))
+    return total / (heads * count_pairs(length, query_mask, key_mask, causal, mean_over))
+
+
+def score_norm(
+    query: Tensor,
+    key: Tensor,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """[B, A, L, D] twice -> sum of squared scores [B, A]."""
+    (query, key), *_ = _attention_inputs((query, key), (query, key), query_mask, key_mask, scale)
+    return ((query.mT @ query) * (key.mT @ key)).sum((2, 3))
 
 
 def _mean_of_heads(side: Pair) -> Pair:
@@ -307,9 +337,8 @@ def attention_kl(
         student, teacher, query_mask, key_mask, scale
     )
     total = _over_tiles(_map_divergence, student, teacher, query_mask, key_mask, causal)
-    queries = (_visible_keys(query_mask, key_mask, causal) > 0).sum(1).clamp(min=1)
-    length = max(query_mask.shape[1], 1)
-    return total / (_map_heads(student, teacher) * (queries if mean_over == "real" else length))
+    count = count_queries(query_mask.shape[1], query_mask, key_mask, causal, mean_over)
+    return total / (_map_heads(student, teacher) * count)
 
 
 def attention_prob_mse(
@@ -326,25 +355,22 @@ def attention_prob_mse(
         student, teacher, query_mask, key_mask, scale
     )
     total = _over_tiles(_squared_map_gap, student, teacher, query_mask, key_mask, causal)
-    pairs = _visible_keys(query_mask, key_mask, causal).sum(1).clamp(min=1)
-    length = max(query_mask.shape[1], 1)
-    return total / (_map_heads(student, teacher) * (pairs if mean_over == "real" else length**2))
+    count = count_pairs(query_mask.shape[1], query_mask, key_mask, causal, mean_over)
+    return total / (_map_heads(student, teacher) * count)
+
+
+def regroup(states: Tensor, relation_heads: int) -> Tensor:
+    """Heads side by side, cut into R: [B, A, L, D] -> [B, R, L, A * D / R]."""
+    return states.transpose(1, 2).flatten(2).unflatten(2, (relation_heads, -1)).transpose(1, 2)
 
 
 def relation_kl(
     student: Tensor, teacher: Tensor, relation_heads: int, mask: Tensor | None = None
 ) -> Tensor:
     """[B, A, L, D] of both sides (queries, keys or values) -> rows [B]."""
-
-    def regroup(states: Tensor) -> Pair:
-        states = (
-            states.transpose(1, 2).flatten(2).unflatten(2, (relation_heads, -1)).transpose(1, 2)
-        )
-        return states, states  # [B, R, L, A * D / R]
-
     # Before a tensor becomes query and key at once, so that a half's gradient is summed in float32.
-    student, teacher = _common(student, teacher)
-    return attention_kl(regroup(student), regroup(teacher), query_mask=mask, key_mask=mask)
+    sides = [regroup(states, relation_heads) for states in _common(student, teacher)]
+    return attention_kl(*((states, states) for states in sides), query_mask=mask, key_mask=mask)
 
 
 # Prototypes and instance weights

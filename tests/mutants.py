@@ -34,7 +34,8 @@ class Mutant:
         return self.file.startswith("csrc/")
 
 
-REFERENCE, SOFT, DOOR = "metakd/reference.py", "metakd/soft.py", "metakd/functional.py"
+REFERENCE, SOFT = "metakd/reference.py", "metakd/soft.py"
+CHECKS, LOGITS = "metakd/functional/checks.py", "metakd/functional/logits.py"
 TRITON, ROWS, CPP = (
     "metakd/kernels/soft_kl.py",
     "csrc/include/soft_kl_rows.h",
@@ -114,25 +115,25 @@ MUTANTS = [
     ),
     Mutant(
         "door: weights dropped from the chunked mean",
-        DOOR,
-        'factors = _reduce(ones, weight, mask, "none")',
-        'factors = _reduce(ones, None, mask, "none")',
+        LOGITS,
+        'factors = reduce_rows(ones, weight, mask, "none")',
+        'factors = reduce_rows(ones, None, mask, "none")',
     ),
     Mutant(
         "door: mean over masked rows too",
-        DOOR,
+        CHECKS,
         "return max(rows.numel(), 1) if mask is None else mask.sum().clamp(min=1)",
         "return max(rows.numel(), 1)",
     ),
     Mutant(
         "door: ignored labels not masked",
-        DOOR,
+        LOGITS,
         "mask = counted if mask is None else mask & counted",
         "mask = counted if mask is None else mask",
     ),
     Mutant(
         "door: T in place of T^2",
-        DOOR,
+        LOGITS,
         "float(temperature) ** 2 if scale_by_temperature",
         "float(temperature) if scale_by_temperature",
     ),

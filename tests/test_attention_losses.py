@@ -127,7 +127,7 @@ def test_tiles_keep_no_whole_map(loss, monkeypatch):
     ("length", "width", "expected"), [(255, 64, False), (256, 90, True), (512, 1080, False)]
 )
 def test_form_follows_the_length(length, width, expected):
-    assert reference._prefers_gram(length, width) is expected
+    assert reference.prefers_gram(length, width) is expected
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (2, 3)], ids=["head to head", "mean of heads"])

@@ -111,10 +111,8 @@ class AttentionTerm(Term):
             options["mean_over"] = "all"
         else:
             options["query_mask"] = student.mask
-        pairs = zip(student.query, student.key, self.layers, strict=True)
-        return sum(
-            compare((q, k), (teacher.query[g], teacher.key[g]), **options) for q, k, g in pairs
-        )
+        matched = [(teacher.query[layer], teacher.key[layer]) for layer in self.layers]
+        return compare(list(zip(student.query, student.key)), matched, **options)
 
 
 @dataclass(frozen=True)
@@ -128,15 +126,9 @@ class RelationTerm(Term):
     needs = frozenset({"query", "key", "value"})
 
     def rows(self, student, teacher, batch, projection):
-        return sum(
-            loss.relation_kl(
-                own[-1], taught[-1], relation_heads=self.heads, mask=student.mask, reduction="none"
-            )
-            for own, taught in (
-                (student.query, teacher.query),
-                (student.key, teacher.key),
-                (student.value, teacher.value),
-            )
+        last = [(seen.query[-1], seen.key[-1], seen.value[-1]) for seen in (student, teacher)]
+        return loss.relation_kl(
+            *last, relation_heads=self.heads, mask=student.mask, reduction="none"
         )
 
 

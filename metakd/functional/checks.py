@@ -1,0 +1,142 @@
+"""What every loss shares: checks of arguments, no autocast inside, weights and reduction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def require(condition: bool, message: Callable[[], str]) -> None:
+    """The message is made where it is needed only: it costs time, and sizes that `torch.compile`
+    leaves open cannot be printed."""
+    if not condition:
+        raise ValueError(message())
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    require(value in choices, lambda: f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    require(
+        isinstance(value, (int, float)) and 0 <= value <= 1,
+        lambda: f"{name} must be in [0, 1], got {value!r}",
+    )
+
+
+def check_positive(name: str, value: float) -> None:
+    require(
+        isinstance(value, (int, float)) and 0 < value < math.inf,
+        lambda: f"{name} must be a finite number above 0, got {value!r}",
+    )
+
+
+_KINDS = {
+    "floating point": lambda dtype: dtype.is_floating_point,
+    "int64": lambda dtype: dtype == torch.int64,
+    # Floats are refused as masks, because additive masks mean the opposite.
+    "boolean or integer": lambda dtype: not (dtype.is_floating_point or dtype.is_complex),
+}
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    shape: Sequence[int | str],
+    device: torch.device | None = None,
+    kind: str = "floating point",
+) -> None:
+    """``shape`` holds a number where the size is known and a letter where it is free."""
+
+    def want() -> str:
+        return f"[{', '.join(map(str, shape))}]"
+
+    require(
+        isinstance(value, Tensor),
+        lambda: f"{name} must be a tensor {want()}, got {type(value).__name__}",
+    )
+    fits = all(isinstance(size, str) or size == have for size, have in zip(shape, value.shape))
+    require(
+        value.dim() == len(shape) and fits,
+        lambda: f"{name} must have shape {want()}, got {list(value.shape)}",
+    )
+    require(_KINDS[kind](value.dtype), lambda: f"{name} must be {kind}, got {value.dtype}")
+    require(
+        device is None or value.device == device,
+        lambda: f"{name} must be on {device} like the rest, got {value.device}",
+    )
+
+
+def check_teacher(
+    name: str, value: object, shape: Sequence[int | str], device: torch.device | None = None
+) -> None:
+    check_tensor(name, value, shape, device)
+    require(
+        not value.requires_grad,
+        lambda: (
+            f"{name} requires grad (shape {list(value.shape)}): detach it or use torch.no_grad()"
+        ),
+    )
+
+
+def as_mask(
+    name: str, mask: Tensor | None, shape: Sequence[int], device: torch.device
+) -> Tensor | None:
+    if mask is None:
+        return None
+    check_tensor(name, mask, shape, device, "boolean or integer")
+    return mask != 0
+
+
+def check_index(name: str, value: Tensor, rows: int, size: int, device: torch.device) -> None:
+    check_tensor(name, value, (rows,), device, "int64")
+    if value.device.type == "cpu" and rows:
+        low, high = int(value.min()), int(value.max())
+        require(
+            low >= 0 and high < size,
+            lambda: f"{name} must lie in 0..{size - 1}, got {low if low < 0 else high}",
+        )
+
+
+def widest(*tensors: Tensor) -> torch.dtype:
+    """The dtype that holds all of them."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def without_autocast(device: torch.device, compute: Callable, *args, **kwargs):
+    """``compute`` in the dtypes given."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return compute(*args, **kwargs)
+    with torch.autocast(kind, enabled=False):
+        return compute(*args, **kwargs)
+
+
+def reduce_rows(rows: Tensor, weight: Tensor | None, mask: Tensor | None, reduction: str) -> Tensor:
+    """Weighted rows, reduced. Masked rows are replaced by 0, never multiplied by it."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    if weight is not None:
+        check_tensor("weight", weight, rows.shape, rows.device)
+        rows = rows * weight.to(rows.dtype)
+    if mask is not None:
+        rows = rows.masked_fill(~mask, 0.0)
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    if mask is None and rows.numel():
+        return rows.mean()
+    return rows.sum() / count_rows(rows, mask)
+
+
+def count_rows(rows: Tensor, mask: Tensor | None) -> Tensor | int:
+    """What a mean over rows divides by."""
+    return max(rows.numel(), 1) if mask is None else mask.sum().clamp(min=1)
