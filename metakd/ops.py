@@ -379,24 +379,21 @@ def _keep_attention_map(inputs, outputs):
     return (*pairs, outputs[1], squared, same)
 
 
-def _attention_gradients(count):
-    def gradients(bwd, dheads, kept):
-        found, layers = bwd(dheads, *kept), len(kept[0])
-        # With the keys being the queries there is one list, the sum of both.
-        return found[:layers], found[layers:] or None, *[None] * (count - 2)
-
-    return gradients
-
-
-def _keep_inputs(inputs, outputs):
-    return tuple(inputs)
+def _attention_gradients(bwd, dheads, kept):
+    found, nothing = bwd(dheads, *kept), [None] * len(kept[0])
+    # Where the keys are the queries, there is one list: the sum of both gradients.
+    lists = found[: len(nothing)], found[len(nothing) :] or nothing
+    return *lists, nothing, nothing, *[None] * 7
 
 
 _GRADIENTS = {
     "soft_kl": (_keep_soft_kl, _soft_kl_gradients),
-    "attention_score_mse": (_keep_attention_score_mse, _attention_gradients(11)),
-    "attention_map": (_keep_attention_map, _attention_gradients(11)),
-    "hidden_mse": (_keep_inputs, lambda bwd, drows, kept: (bwd(drows, *kept), None, None)),
+    "attention_score_mse": (_keep_attention_score_mse, _attention_gradients),
+    "attention_map": (_keep_attention_map, _attention_gradients),
+    "hidden_mse": (
+        lambda inputs, outputs: inputs,
+        lambda bwd, drows, kept: (bwd(drows, *kept), [None] * len(kept[1]), None),
+    ),
     "masked_mean": (
         lambda inputs, outputs: (inputs[1],),
         lambda bwd, dmean, kept: (bwd(dmean, *kept), None),
@@ -420,11 +417,13 @@ def _differentiate(namespace: str, op: str) -> None:
         tensors, ctx.layout = tree_flatten(kept)
         ctx.others = [None if isinstance(x, Tensor) else (x,) for x in tensors]
         ctx.save_for_backward(*(x for x in tensors if isinstance(x, Tensor)))
-        ctx.count = len(inputs)
+        ctx.nothing = tuple(
+            [None] * len(given) if isinstance(given, list) else None for given in inputs
+        )
 
     def backward(ctx, dvalue, *_):
         if dvalue is None:  # nothing depends on the value
-            return (None,) * ctx.count
+            return ctx.nothing
         saved = iter(ctx.saved_tensors)
         flat = [next(saved) if other is None else other[0] for other in ctx.others]
         operator = getattr(getattr(torch.ops, namespace), f"{op}_bwd")

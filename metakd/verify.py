@@ -22,13 +22,17 @@ from metakd import functional, ops
 ACCUMULATED_ROUNDINGS = 4  # float32 roundings of the operation's magnitude that any order may add
 
 
+WITHOUT_REDUCTION = ("masked_mean", "class_prototypes", "prototype_score", "domain_expertise")
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of a loss.
 
-    ``tensors`` holds the floating arguments of the door by name, ``learned`` the names among them
-    that get gradients, ``fixed`` arguments that are never quantised (masks, labels, weights), and
-    ``magnitude`` the size of the numbers that are summed to a row.
+    ``tensors`` holds floating tensors by name, which ``arrange`` makes the door's arguments of
+    (None: they are), ``learned`` the names among them that get gradients, ``fixed`` arguments that
+    are never quantised (masks, labels, weights), ``magnitude`` the size of the numbers that are
+    summed to a row, and ``magnitude_d`` that of a gradient (None: the same).
     """
 
     op: str
@@ -37,6 +41,12 @@ class Case:
     options: dict = field(default_factory=dict)
     fixed: dict[str, Tensor] = field(default_factory=dict)
     magnitude: float = 1.0
+    magnitude_d: float | None = None
+    arrange: Callable[[dict[str, Tensor]], dict] | None = None
+
+    def magnitude_of(self, result: str) -> float:
+        is_rows = result == "rows" or self.magnitude_d is None
+        return self.magnitude if is_rows else self.magnitude_d
 
     def quantised(self, dtype: torch.dtype) -> Case:
         tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
@@ -48,14 +58,20 @@ class Case:
         return replace(self, tensors=tensors, fixed=fixed)
 
     def results(self, backend: str, seed: int = 0) -> dict[str, Tensor]:
-        """Rows, and the gradient of each learned tensor for a random upstream gradient."""
+        """Rows, and the gradient of each learned tensor for a random upstream gradient. Of an
+        operation that returns several tensors the first is its rows."""
         tensors = {
             name: tensor.detach().requires_grad_(name in self.learned)
             for name, tensor in self.tensors.items()
         }
-        rows = getattr(functional, self.op)(
-            **tensors, **self.fixed, **self.options, reduction="none", backend=backend
-        )
+        options = {**self.options, "backend": backend}
+        if self.op not in WITHOUT_REDUCTION:
+            options["reduction"] = "none"
+        arguments = tensors if self.arrange is None else self.arrange(tensors)
+        rows = getattr(functional, self.op)(**arguments, **self.fixed, **options)
+        rows = rows[0] if isinstance(rows, tuple) else rows
+        if not self.learned:
+            return {"rows": rows}
         generator = torch.Generator().manual_seed(seed)
         upstream = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
         leaves = [tensors[name] for name in self.learned]
@@ -144,7 +160,10 @@ def check(case: Case, backend: str, dtype: torch.dtype) -> list[Finding]:
         rough, fine = _eager_and_exact(case.quantised(torch.float32))
         scale = 32 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         eager = {name: exact[name] + scale * (rough[name] - fine[name]) for name in exact}
-    return [judge(name, actual[name], eager[name], exact[name], case.magnitude) for name in exact]
+    return [
+        judge(name, actual[name], eager[name], exact[name], case.magnitude_of(name))
+        for name in exact
+    ]
 
 
 def _eager_and_exact(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -211,6 +230,188 @@ def head_case(divergence: str, rows: int, hidden: int, classes: int, **options) 
     )
 
 
+def attention_case(
+    op: str,
+    shape: tuple[int, int, int],
+    sizes: tuple[int, int] = (26, 64),
+    layers: int = 1,
+    nearness: float = 0.5,
+    masked: bool = True,
+    seed: int = 0,
+    **options,
+) -> Case:
+    """Queries and keys [B, A, L, D] of models that agree in part, with padding and an outlier.
+
+    ``nearness`` is how far the student is from the teacher where their head sizes agree.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    (batch, heads, length), (own, taught) = shape, sizes
+
+    def rand(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    tensors = {}
+    for layer in range(layers):
+        for kind in ("query", "key"):
+            # As models hold them: the heads of a token side by side.
+            states = rand(batch, length, heads, taught)
+            states[:, :1, :, 0] += 4  # a token that all others look at
+            tensors[f"{kind} {layer} of teacher"] = states.transpose(1, 2)
+            shared = torch.nn.functional.pad(states, (0, own - taught))  # cuts where own is smaller
+            tensors[f"{kind} {layer}"] = (
+                shared + nearness * rand(batch, length, heads, own)
+            ).transpose(1, 2)
+
+    def arrange(given: dict[str, Tensor]) -> dict:
+        sides = [
+            [
+                (given[f"query {layer}{side}"], given[f"key {layer}{side}"])
+                for layer in range(layers)
+            ]
+            for side in ("", " of teacher")
+        ]
+        return dict(zip(("student", "teacher"), sides))
+
+    fixed = {}
+    if masked:
+        lengths = torch.randint(1, length + 1, (batch,), generator=generator)
+        lengths[:1] = length
+        real = torch.arange(length) < lengths[:, None]
+        fixed = {"query_mask": real, "key_mask": real}
+    magnitude = float(layers)
+    if op == "attention_prob_mse":  # rows of a map sum to 1 and are averaged over all pairs
+        magnitude /= max(length, 1)
+    if op == "attention_score_mse":  # the Gram form takes the difference of both sides' squares
+        magnitude = 0.0
+        for name in ("", " of teacher"):
+            query, key = tensors[f"query 0{name}"], tensors[f"key 0{name}"]
+            scores = (query @ key.mT) * query.shape[-1] ** -0.5
+            magnitude += layers * float(scores.square().mean())
+    learned = tuple(name for name in tensors if not name.endswith("teacher"))
+    return Case(
+        op,
+        tensors,
+        learned,
+        options,
+        fixed,
+        magnitude,
+        magnitude_d=2 * magnitude / max(heads * length, 1),
+        arrange=arrange,
+    )
+
+
+def relation_case(
+    shape: tuple[int, int, int], size: int, heads: int, layers: int = 1, seed: int = 0
+) -> Case:
+    """States [B, A, L, D], regrouped into ``heads`` relation heads."""
+    given = attention_case("relation_kl", shape, (size, size), layers, 0.5, False, seed)
+    tensors = {name: x for name, x in given.tensors.items() if name.startswith("query")}
+
+    def arrange(tensors: dict[str, Tensor]) -> dict:
+        own = [tensors[f"query {layer}"] for layer in range(layers)]
+        return {
+            "student": own,
+            "teacher": [tensors[f"query {layer} of teacher"] for layer in range(layers)],
+        }
+
+    batch, _, length = shape
+    mask = torch.arange(length) < torch.arange(length, length - batch, -1)[:, None].clamp(min=1)
+    return Case(
+        "relation_kl",
+        tensors,
+        tuple(name for name in tensors if not name.endswith("teacher")),
+        {"relation_heads": heads},
+        {"mask": mask},
+        magnitude_d=1 / max(shape[1] * length, 1),
+        arrange=arrange,
+    )
+
+
+def hidden_case(
+    shape: tuple[int, int, int], layers: int = 2, projected: int = 0, seed: int = 0
+) -> Case:
+    """Layers [B, L, H]; ``projected``: the student's width, 0 for none."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, length, width = shape
+
+    def rand(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    tensors = {}
+    for layer in range(layers):
+        tensors[f"student {layer}"] = rand(batch, length, projected or width)
+        tensors[f"teacher {layer}"] = rand(batch, length, width)
+        tensors[f"teacher {layer}"][:, :1] *= 10
+    learned = [f"student {layer}" for layer in range(layers)]
+    if projected:
+        tensors["projection"] = rand(projected, width) / projected**0.5
+        learned.append("projection")
+
+    def arrange(given: dict[str, Tensor]) -> dict:
+        found = {
+            side: [given[f"{side} {layer}"] for layer in range(layers)]
+            for side in ("student", "teacher")
+        }
+        return found | ({"projection": given["projection"]} if projected else {})
+
+    mask = torch.rand(batch, length, generator=generator) < 0.8
+    return Case(
+        "hidden_mse",
+        tensors,
+        tuple(learned),
+        {},
+        {"mask": mask},
+        magnitude=2.0 * layers,
+        magnitude_d=2 / max(length * width, 1),
+        arrange=arrange,
+    )
+
+
+def mean_case(shape: tuple[int, int, int], seed: int = 0) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    batch, length, _ = shape
+    hidden = torch.randn(shape, generator=generator, dtype=torch.float64)
+    mask = torch.rand(batch, length, generator=generator) < 0.7
+    return Case("masked_mean", {"hidden": hidden}, ("hidden",), {}, {"mask": mask})
+
+
+def weight_cases(
+    rows: int, hidden: int, domains: int, classes: int, seed: int = 0
+) -> dict[str, Case]:
+    """Prototypes, scores and expertise of one corpus, by operation."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    common = rand(hidden)  # embeddings share a large component
+    embedding = rand(rows, hidden) + common
+    index = {
+        name: torch.randint(size, (rows,), generator=generator)
+        for name, size in (("domain", domains), ("label", classes))
+    }
+    counts = torch.randint(3, (domains, classes), generator=generator)  # some cells are empty
+    prototypes = rand(domains, classes, hidden) + common
+    logits = {"teacher_logits": 3 * rand(rows, classes), "t": rand(rows).tanh()}
+    return {
+        "class_prototypes": Case(
+            "class_prototypes",
+            {"embedding": embedding},
+            (),
+            {"num_domains": domains, "num_classes": classes},
+            index,
+        ),
+        "prototype_score": Case(
+            "prototype_score",
+            {"embedding": embedding, "prototypes": prototypes, "center": common},
+            (),
+            {"alpha": 0.3},
+            {**index, "counts": counts},
+        ),
+        "domain_expertise": Case("domain_expertise", logits, (), {}, {"label": index["label"]}),
+    }
+
+
 def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
     """(name, builder) of every case."""
     for op, options in (("soft_kl", {}), ("soft_reverse_kl", {}), ("soft_jsd", {"beta": 0.3})):
@@ -223,6 +424,25 @@ def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
                 yield f"{rows} x {classes}, T {temperature}", build
     for divergence in ("kl", "reverse_kl", "jsd"):
         yield f"{divergence}, 64 x 32 x 500", lambda d=divergence: head_case(d, 64, 32, 500)
+    for length in (65, 300):
+        for form in ("gram", "tiled"):
+            yield (
+                f"{form}, 2 x 3 x {length} x 26/64",
+                lambda shape=(2, 3, length), form=form: attention_case(
+                    "attention_score_mse", shape, layers=2, form=form
+                ),
+            )
+        for op in ("attention_kl", "attention_prob_mse"):
+            yield (
+                f"2 x 3 x {length} x 26/64",
+                lambda op=op, shape=(2, 3, length): attention_case(op, shape, layers=2),
+            )
+    yield "2 x 4 x 65 x 24, 3 relation heads", lambda: relation_case((2, 4, 65), 24, 3, 3)
+    yield "5 layers, 4 x 60 x 384", lambda: hidden_case((4, 60, 384), 5)
+    yield "2 layers, 4 x 60 x 312 to 384", lambda: hidden_case((4, 60, 384), 2, 312)
+    yield "8 x 60 x 384", lambda: mean_case((8, 60, 384))
+    for op in ("class_prototypes", "prototype_score", "domain_expertise"):
+        yield "200 x 384, 4 domains x 3 classes", lambda op=op: weight_cases(200, 384, 4, 3)[op]
 
 
 def verify(devices: list[str], backends: tuple[str, ...] = ("cpp", "triton")) -> list[dict]:

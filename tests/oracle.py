@@ -48,7 +48,7 @@ def assert_sensitive(case: Case, dtype: torch.dtype) -> None:
     eager = case.quantised(dtype).results("reference")
     exact = case.quantised(dtype).quantised(torch.float64).results("reference")
     for name, value in eager.items():
-        assert judge(name, value, value, exact[name], case.magnitude).passed
+        assert judge(name, value, value, exact[name], case.magnitude_of(name)).passed
         for sabotage, spoil in SABOTAGES.items():
-            finding = judge(name, spoil(value), value, exact[name], case.magnitude)
+            finding = judge(name, spoil(value), value, exact[name], case.magnitude_of(name))
             assert not finding.passed, f"{sabotage} of {name} went unseen: {finding}"
