@@ -2,8 +2,10 @@
 
 import math
 
+import features
 import pytest
 import torch
+from features import LAYOUTS, assert_near, learning, padded, poison, states  # noqa: F401
 from oracle import DEVICE, assert_sensitive, backend_dtypes, check_op
 
 import metakd
@@ -20,40 +22,12 @@ every_backend = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def _poison():
-    """Fills what ``torch.empty`` gives with NaN, so that nothing unwritten passes."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-def states(batch, heads, length, size, dtype=torch.float32, seed=0):
-    """(query, key) as models hold them: views of [B, L, A, D]."""
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        torch.randn(batch, length, heads, size, generator=generator)
-        .to(DEVICE, dtype)
-        .transpose(1, 2)
-        for _ in "qk"
-    )
-
-
-def learning(pair):
-    return tuple(x.detach().requires_grad_() for x in pair)
-
-
 def step(student, teacher, backend, **options):
-    """Rows and gradients for a fixed upstream gradient."""
-    own = learning(student)
-    rows = metakd.attention_score_mse(own, teacher, reduction="none", backend=backend, **options)
-    upstream = torch.linspace(-1, 2, len(rows), device=DEVICE, dtype=rows.dtype)
-    return rows.detach(), *torch.autograd.grad(rows, own, upstream)
+    return features.step(metakd.attention_score_mse, student, teacher, backend=backend, **options)
 
 
 @every_form
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_check_can_fail(form, dtype):
     assert_sensitive(attention_case(OP, (4, 2, 40), (8, 12), masked=False, form=form), dtype)
 
@@ -107,21 +81,12 @@ def test_any_strides(form, backend, dtype):
     """Contiguous, offset, expanded over the batch, and with another last dimension."""
     student, teacher = states(3, 2, 9, 4), states(3, 2, 9, 5, seed=1)
     plain = step(student, teacher, backend, form=form)
-    layouts = {
-        "contiguous": lambda x: x.contiguous(),
-        "offset": lambda x: torch.nn.functional.pad(x, (3, 2))[..., 3:-2],
-        "last dimension apart": lambda x: x.mT.contiguous().mT,
-    }
-    for layout in layouts.values():
+    for layout in LAYOUTS.values():
         sides = [tuple(map(layout, side)) for side in (student, teacher)]
-        for mine, expected in zip(step(*sides, backend, form=form), plain):
-            torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
+        assert_near(step(*sides, backend, form=form), plain)
     shared = tuple(x[:1].expand(3, -1, -1, -1) for x in teacher)
     whole = tuple(x.contiguous() for x in shared)
-    for mine, expected in zip(
-        step(student, shared, backend, form=form), step(student, whole, backend, form=form)
-    ):
-        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
+    assert_near(step(student, shared, backend, form=form), step(student, whole, backend, form=form))
 
 
 @every_form
@@ -135,13 +100,9 @@ def test_padding_changes_nothing(form, backend, dtype, padding):
     real[1, 20:] = False
     before = step(student, teacher, backend, form=form, query_mask=real, key_mask=real)
 
-    def padded(side):
-        return tuple(torch.nn.functional.pad(x, (0, 0, 0, padding), value=math.nan) for x in side)
-
     longer = torch.nn.functional.pad(real, (0, padding))
-    after = step(
-        padded(student), padded(teacher), backend, form=form, query_mask=longer, key_mask=longer
-    )
+    sides = [padded(side, padding, math.nan) for side in (student, teacher)]
+    after = step(*sides, backend, form=form, query_mask=longer, key_mask=longer)
     torch.testing.assert_close(after[0], before[0], rtol=1e-6, atol=0)
     for mine, expected in zip(after[1:], before[1:]):
         assert torch.equal(mine[:, :, 30:], torch.zeros_like(mine[:, :, 30:]))
@@ -157,11 +118,10 @@ def test_query_and_key_masks_of_their_own(form, backend, dtype):
         "key_mask": (torch.arange(12, device=DEVICE) < 7).expand(2, 12),
     }
     for some in (masks, {"key_mask": masks["key_mask"]}, {"query_mask": masks["query_mask"]}):
-        for mine, expected in zip(
+        assert_near(
             step(student, teacher, backend, form=form, **some),
             step(student, teacher, "reference", form=form, **some),
-        ):
-            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+        )
 
 
 @every_form
@@ -199,11 +159,10 @@ def test_an_example_of_padding(form, backend, dtype):
 def test_heads_that_differ_in_number(backend, dtype):
     student, teacher = states(2, 2, 9, 4), states(2, 3, 9, 4, seed=1)
     for form in FORMS:
-        for mine, expected in zip(
+        assert_near(
             step(student, teacher, backend, form=form),
             step(student, teacher, "reference", form=form),
-        ):
-            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+        )
 
 
 # What the Gram form loses, and what guards it

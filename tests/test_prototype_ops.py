@@ -1,12 +1,16 @@
 """Prototypes, prototype scores and domain expertise: hand-computed cells, empty cells, refusals."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from oracle import DEVICE, assert_sensitive, backend_dtypes, check_op
 from torch.nn import functional as F
 
 import metakd
+from metakd.errors import UnsupportedError
+from metakd.verify import weight_cases
 
 EMBEDDING = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0], [2.0, 2.0]], dtype=torch.float64)
 DOMAIN = torch.tensor([0, 0, 1, 2])
@@ -167,3 +171,72 @@ REFUSALS = [
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# Compiled backends
+
+OPERATIONS = ("class_prototypes", "prototype_score", "domain_expertise")
+every_dtype = pytest.mark.parametrize(("backend", "dtype"), backend_dtypes("prototype_score"))
+every_backend = pytest.mark.parametrize(
+    ("backend", "dtype"), backend_dtypes("prototype_score", dtypes=(torch.float32,))
+)
+
+
+@every_dtype
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (50, 33, 4, 3), (300, 384, 5, 2)])
+def test_every_dtype(op, backend, dtype, sizes):
+    check_op(weight_cases(*sizes)[op], backend, dtype)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_the_check_can_fail(op):
+    case = weight_cases(40, 24, 4, 3)[op]
+    if op == "prototype_score":
+        case.fixed["counts"].clamp_(min=1)
+    assert_sensitive(case, torch.float32)
+
+
+@every_backend
+def test_without_a_center(backend, dtype):
+    case = weight_cases(50, 33, 4, 3)["prototype_score"]
+    tensors = {name: x for name, x in case.tensors.items() if name != "center"}
+    check_op(replace(case, tensors=tensors), backend, dtype)
+
+
+@every_backend
+def test_compiled_nan_stays_in_its_cell(backend, dtype):
+    case = weight_cases(50, 33, 4, 3)["class_prototypes"].quantised(dtype).moved(DEVICE)
+    domain, label = case.fixed["domain"], case.fixed["label"]
+    embedding = case.tensors["embedding"]
+    embedding[7, 3] = math.nan
+    prototypes, counts = metakd.class_prototypes(
+        embedding, domain, label, num_domains=4, num_classes=3, backend=backend
+    )
+    assert prototypes.isnan().nonzero().tolist() == [[int(domain[7]), int(label[7]), 3]]
+    wanted = torch.bincount(domain * 3 + label, minlength=12).view(4, 3)
+    assert counts.dtype == torch.int64 and torch.equal(counts, wanted)
+    t = metakd.prototype_score(
+        embedding, torch.ones_like(prototypes), counts, domain, label, backend=backend
+    )
+    assert t.isnan().nonzero().tolist() == [[7]]
+
+
+@every_backend
+def test_same_bits_every_time(backend, dtype):
+    for op, case in weight_cases(300, 65, 4, 3).items():
+        moved = case.quantised(dtype).moved(DEVICE)
+        first = moved.results(backend)["rows"]
+        assert all(torch.equal(moved.results(backend)["rows"], first) for _ in range(3)), op
+
+
+@every_backend
+def test_weights_are_constants_to_a_compiled_backend(backend, dtype):
+    embedding = EMBEDDING.float().to(DEVICE).requires_grad_()
+    index = DOMAIN.to(DEVICE), LABEL.to(DEVICE)
+    sizes = {"num_domains": 3, "num_classes": 2}
+    with pytest.raises(UnsupportedError, match=f"{backend!r} computes no gradient"):
+        metakd.class_prototypes(embedding, *index, **sizes, backend=backend)
+    with torch.no_grad():
+        metakd.class_prototypes(embedding, *index, **sizes, backend=backend)
+    assert metakd.class_prototypes(embedding, *index, **sizes)[0].requires_grad

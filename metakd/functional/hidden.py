@@ -4,7 +4,6 @@ tokens."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from torch import Tensor
 from torch.nn import functional
@@ -134,18 +133,12 @@ def _hidden_rows(
         student = [_projected(*layer, mask) for layer in parameters]
     if backend == "reference":
         return reference.hidden_mse(student, teacher, mask)
-    # One launch for all layers of one kind, which all of them are unless widths differ by layer.
-    layers = sorted(zip(student, teacher), key=_kind)
-    total = None
-    for _, group in groupby(layers, key=_kind):
-        rows = ops.compiled(backend, "hidden_mse_fwd")(*map(list, zip(*group)), mask).sum(0)
-        total = rows if total is None else total + rows
-    return total
-
-
-def _kind(layer: tuple[Tensor, Tensor]) -> tuple:
-    own, taught = layer
-    return own.shape[-1], str(own.dtype), str(taught.dtype)
+    forward = ops.compiled(backend, "hidden_mse_fwd")
+    layers = list(zip(student, teacher))
+    kinds = [(own.shape, own.dtype, taught.dtype) for own, taught in layers]
+    if all(kind == kinds[0] for kind in kinds):  # one launch for all of them
+        return forward(student, teacher, mask).sum(0)
+    return sum(forward([own], [taught], mask)[0] for own, taught in layers)
 
 
 def _projected(
