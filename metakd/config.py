@@ -126,6 +126,8 @@ class DistillConfig(Block):
 
     ``schedule: joint`` trains all terms at once (the paper's equation); ``two_stage`` trains the
     intermediate terms first (``intermediate``), then the prediction terms (``training``).
+    ``backend`` computes the losses; ``teacher_stream`` runs the teacher on a CUDA stream of its
+    own, beside the student's forward pass.
     """
 
     method: MethodName = "meta"
@@ -137,6 +139,8 @@ class DistillConfig(Block):
     attention: Literal["scores", "probabilities", "kl"] = "scores"
     layer_map: Literal["uniform", "last"] | list[Annotated[int, Field(ge=0)]] = "uniform"
     relation_heads: Count = 12
+    backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
+    teacher_stream: bool = False
     domains: list[str] | None = None
     one_student_for_all: bool = False
     training: TrainingConfig = TrainingConfig(learning_rate=5e-5)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from oracle import backend_dtypes
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -568,6 +569,30 @@ def test_two_processes_equal_one(source, tmp_path, one_process, launcher, zero):
         torch.testing.assert_close(
             torch.tensor(values), torch.tensor(one_process[stage]), rtol=0, atol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    backend_dtypes("attention_score_mse", ("cpp", "triton"), (torch.float32,)),
+)
+def test_compiled_losses_train_like_the_reference(source, tmp_path, make, backend, dtype):
+    """Every logged loss of 60 steps of meta-distillation agrees to 1e-4."""
+    if backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("60 steps take minutes in Triton's interpreter")
+    seen = {}
+    for which in ("reference", backend):
+        run = make(
+            f"distill.backend={which}",
+            "distill.one_student_for_all=true",
+            "distill.training.num_train_epochs=5",
+            "distill.training.per_device_train_batch_size=4",
+            output=which,
+        )
+        (place,) = run.distill()
+        rows = rows_of(place / "log.jsonl")
+        seen[which] = torch.tensor([row["loss"] for row in rows if row["split"] == "train"])
+    assert len(seen["reference"]) == 60
+    torch.testing.assert_close(seen[backend], seen["reference"], rtol=1e-4, atol=0)
 
 
 def test_world_agrees_alone():

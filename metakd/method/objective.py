@@ -12,7 +12,7 @@ Source: Meta-KD section 3.3, equations 6-11.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -39,6 +39,7 @@ class Term:
 
     weight: float = 1.0
     by_expertise: bool = True  # multiplied by lambda where the method has one
+    backend: str = "auto"  # of the losses, see metakd.functional
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
@@ -67,6 +68,7 @@ class EmbeddingTerm(Term):
             projection=projection,
             mask=student.mask,
             reduction="none",
+            backend=self.backend,
         )
 
 
@@ -83,7 +85,12 @@ class HiddenTerm(Term):
     def rows(self, student, teacher, batch, projection):
         matched = [teacher.hidden[layer] for layer in self.layers]
         return loss.hidden_mse(
-            student.hidden, matched, projection=projection, mask=student.mask, reduction="none"
+            student.hidden,
+            matched,
+            projection=projection,
+            mask=student.mask,
+            reduction="none",
+            backend=self.backend,
         )
 
 
@@ -105,7 +112,7 @@ class AttentionTerm(Term):
             "probabilities": loss.attention_prob_mse,
             "kl": loss.attention_kl,
         }[self.form]
-        options = {"key_mask": student.mask, "reduction": "none"}
+        options = {"key_mask": student.mask, "reduction": "none", "backend": self.backend}
         # The release masked keys only and divided by L x L.
         if self.mean_over == "all":
             options["mean_over"] = "all"
@@ -128,7 +135,11 @@ class RelationTerm(Term):
     def rows(self, student, teacher, batch, projection):
         last = [(seen.query[-1], seen.key[-1], seen.value[-1]) for seen in (student, teacher)]
         return loss.relation_kl(
-            *last, relation_heads=self.heads, mask=student.mask, reduction="none"
+            *last,
+            relation_heads=self.heads,
+            mask=student.mask,
+            reduction="none",
+            backend=self.backend,
         )
 
 
@@ -153,6 +164,7 @@ class PredictionTerm(Term):
             temperature=self.temperature,
             scale_by_temperature=self.scale_by_temperature,
             reduction="none",
+            backend=self.backend,
         )
         return rows / student.logits.shape[-1] if self.divide_by_classes else rows
 
@@ -168,7 +180,11 @@ class TransferTerm(Term):
 
     def rows(self, student, teacher, batch, projection):
         return loss.hidden_mse(
-            student.domain, teacher.domain, projection=projection, reduction="none"
+            student.domain,
+            teacher.domain,
+            projection=projection,
+            reduction="none",
+            backend=self.backend,
         )
 
 
@@ -226,7 +242,7 @@ def build_terms(
     if config.method == "minilmv2":
         terms.append(RelationTerm(weights.attention, heads=config.relation_heads))
     terms += [prediction, HardLabelTerm(weights.hard_label)]
-    return [term for term in terms if term.weight > 0]
+    return [replace(term, backend=config.backend) for term in terms if term.weight > 0]
 
 
 class Distillation(nn.Module):
@@ -308,6 +324,8 @@ class Distillation(nn.Module):
             taught: the teacher's features; None for a method without teacher.
         """
         seen = self._taps(batch)
+        if taught is not None:
+            taught.arrive()
         if "domain" in self.needs:
             seen.domain = self.domain_layer(pool(seen, self.recipe.pooling), batch["domain"])
         expertise = None

@@ -60,6 +60,20 @@ class Features:
     key: list[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
     value: list[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
     domain: Tensor | None = None  # [B, H], the domain-corrupted representation h_d
+    stream: torch.cuda.Stream | None = None  # that computes them, if not the current one
+
+    def arrive(self) -> None:
+        """Makes the current CUDA stream wait for them."""
+        if self.stream is None:
+            return
+        current = torch.cuda.current_stream(self.mask.device)
+        current.wait_stream(self.stream)
+        for value in vars(self).values():
+            for tensor in value if isinstance(value, list) else [value]:
+                if isinstance(tensor, Tensor):
+                    # Allocated on the other stream: not to be reused before this one is through.
+                    tensor.record_stream(current)
+        self.stream = None
 
 
 def _tapped_sdpa(module, query, key, value, attention_mask, **kwargs):

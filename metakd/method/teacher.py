@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from metakd.errors import CheckpointError
+from metakd.errors import CheckpointError, UnsupportedError
 from metakd.method.recipe import PAPER, Recipe
 from metakd.method.taps import Features, Taps, pool
 
@@ -247,13 +247,16 @@ class FrozenTeacher:
     Args:
         teachers: one teacher, or several whose logits are averaged (MTN-KD).
         needs: the ``Features`` to collect; an ensemble gives logits only.
+        own_stream: compute on a CUDA stream of its own, beside the student's forward pass, until
+            ``Features.arrive``.
 
     Raises:
         ValueError: an ensemble is asked for more than logits, or a teacher without domain layer for
             h_d.
+        UnsupportedError: a stream of its own without CUDA.
     """
 
-    def __init__(self, teachers: list[Teacher], needs: frozenset[str]):
+    def __init__(self, teachers: list[Teacher], needs: frozenset[str], own_stream: bool = False):
         if len(teachers) > 1 and needs - {"logits"}:
             raise ValueError(
                 "needs: an ensemble of teachers gives logits only, "
@@ -273,10 +276,28 @@ class FrozenTeacher:
             teacher.requires_grad_(False)
             # The release taught with dropout on; reproduced only when asked for by its recipe.
             teacher.train(teacher.recipe.teacher_dropout)
+        self._stream = None
+        if own_stream:
+            device = next(teachers[0].parameters()).device
+            if device.type != "cuda":
+                raise UnsupportedError(
+                    f"a stream of the teacher's own needs CUDA, the teacher is on {device}",
+                    "leave out distill.teacher_stream",
+                )
+            self._stream = torch.cuda.Stream(device)
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> Features:
         """Features of one batch, from the one teacher or, logits only, averaged over all."""
+        if self._stream is None:
+            return self._features(batch)
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))  # for the batch
+        with torch.cuda.stream(self._stream):
+            features = self._features(batch)
+        features.stream = self._stream
+        return features
+
+    def _features(self, batch: dict[str, Tensor]) -> Features:
         seen = [
             teacher.features(batch, taps)
             for teacher, taps in zip(self.teachers, self._taps, strict=True)

@@ -494,7 +494,10 @@ class Run:
                 module.restrict(wanted)
                 needs = module.needs | ({"logits"} if weighted else set())
                 part = f", stage {number + 1} of 2" if len(phases) > 1 else ""
-                with FrozenTeacher(teachers, needs) if teachers else nullcontext() as frozen:
+                frozen = nullcontext()
+                if teachers:
+                    frozen = FrozenTeacher(teachers, needs, distill.teacher_stream)
+                with frozen as teacher:
                     best = fit(
                         module,
                         train,
@@ -503,7 +506,7 @@ class Run:
                         training=training,
                         world=self.world,
                         log=log,
-                        teacher=frozen,
+                        teacher=teacher,
                         score=judge,
                         seed=seed,
                         title=f"{label} {domain}{part}",
