@@ -232,33 +232,154 @@ def _head_row(N: int, H: int, C: int, dtype, devices, *, beta: float, quick=Fals
 # Attention
 
 
-def _scores_row(B: int, A: int, L: int, D: int, D_t: int, dtype, devices, quick=False):
+def _maps_loss(op: str, student, teacher) -> torch.Tensor:
+    """As people write it, over whole maps."""
+    scores = [(q @ k.mT) * q.shape[-1] ** -0.5 for q, k in (student, teacher)]
+    if op == "attention_score_mse":
+        return F.mse_loss(*(x.float() for x in scores))
+    if op == "attention_prob_mse":
+        return F.mse_loss(*(x.float().softmax(-1) for x in scores))
+    logs = [x.float().log_softmax(-1) for x in scores]
+    return F.kl_div(*logs, reduction="none", log_target=True).sum(-1).mean()
+
+
+def _attention_row(
+    op: str, B: int, A: int, L: int, D: int, D_t: int, dtype, devices, quick=False, eager=True
+) -> Row:
+    """``eager``: whole maps fit the memory."""
+
     def build(device: str) -> Contest:
         def pair(d):
-            return tuple(torch.randn(B, A, L, d, device=device).to(dtype) for _ in "qk")
+            # Views of [B, L, A, D], as a model hands them out.
+            return tuple(
+                torch.randn(B, L, A, d, device=device).to(dtype).transpose(1, 2) for _ in "qk"
+            )
 
         student, teacher = pair(D), pair(D_t)
         for tensor in student:
             tensor.requires_grad_()
-        contest = Contest({})
-
-        def maps():
-            scores = [(q @ k.mT).float() * q.shape[-1] ** -0.5 for q, k in (student, teacher)]
-            return F.mse_loss(*scores)
-
-        for form in ("gram", "tiled"):
-            contest.contenders[f"metakd reference, {form}"] = _step(
-                lambda form=form: metakd.attention_score_mse(
-                    student, teacher, form=form, backend="reference"
-                ),
-                *student,
+        contest = Contest({}, tolerance=2e-2 if dtype == torch.bfloat16 else 1e-3)
+        loss = getattr(metakd, op)
+        _ours(
+            contest,
+            op,
+            device,
+            dtype,
+            lambda backend: _step(lambda: loss(student, teacher, backend=backend), *student),
+        )
+        if eager:
+            contest.contenders["eager maps"] = _step(
+                lambda: _maps_loss(op, student, teacher), *student
             )
-        contest.contenders["eager maps"] = _step(maps, *student)
+            compiled = torch.compile(_maps_loss, dynamic=False)
+            _try(
+                contest,
+                "torch.compile maps",
+                lambda: _step(lambda: compiled(op, student, teacher), *student),
+            )
         return contest
 
     shape = f"[{B}, {A}, {L}, {D}/{D_t}]"
-    least = (3 * 2 * D + 2 * D_t) * B * A * L * dtype.itemsize
-    return Row("attention_score_mse", shape, dtype, devices, build, bytes=least, quick=quick)
+    # Both sides are read forward and backward, the student's gradients are written.
+    least = (3 * 2 * D + 2 * 2 * D_t) * B * A * L * dtype.itemsize
+    return Row(op, shape, dtype, devices, build, bytes=least, quick=quick)
+
+
+# Hidden states and instance weights
+
+
+def _hidden_row(n: int, B: int, L: int, H: int, H_t: int, dtype, devices, quick=False) -> Row:
+    def build(device: str) -> Contest:
+        student = [torch.randn(B, L, H, device=device).to(dtype) for _ in range(n)]
+        teacher = [torch.randn(B, L, H_t, device=device).to(dtype) for _ in range(n)]
+        learned = [x.requires_grad_() for x in student]
+        projection = None
+        if H_t != H:
+            projection = (torch.randn(H, H_t, device=device) / H**0.5).to(dtype).requires_grad_()
+            learned.append(projection)
+        contest = Contest({})
+        _ours(
+            contest,
+            "hidden_mse",
+            device,
+            dtype,
+            lambda backend: _step(
+                lambda: metakd.hidden_mse(student, teacher, projection=projection, backend=backend),
+                *learned,
+            ),
+        )
+
+        def eager():
+            seen = student if projection is None else [x @ projection for x in student]
+            return sum(F.mse_loss(x.float(), y.float()) for x, y in zip(seen, teacher))
+
+        contest.contenders["eager"] = _step(eager, *learned)
+        compiled = torch.compile(eager, dynamic=False)
+        _try(contest, "torch.compile", lambda: _step(compiled, *learned))
+        return contest
+
+    widths = f"{H}" if H_t == H else f"{H} to {H_t}"
+    shape = f"{n} x [{B}, {L}, {widths}]"
+    least = n * B * L * (3 * H + 2 * H_t) * dtype.itemsize if H_t == H else 0
+    flops = 0 if H_t == H else 6 * n * B * L * H * H_t
+    return Row("hidden_mse", shape, dtype, devices, build, bytes=least, flops=flops, quick=quick)
+
+
+def _mean_row(B: int, L: int, H: int, dtype, devices) -> Row:
+    def build(device: str) -> Contest:
+        hidden = torch.randn(B, L, H, device=device).to(dtype).requires_grad_()
+        lengths = torch.randint(L // 2, L, (B, 1), device=device)
+        mask = torch.arange(L, device=device) < lengths
+        contest = Contest({})
+        _ours(
+            contest,
+            "masked_mean",
+            device,
+            dtype,
+            lambda backend: _step(
+                lambda: metakd.masked_mean(hidden, mask, backend=backend).float().sum(), hidden
+            ),
+        )
+
+        def eager():
+            weight = mask[:, :, None].to(dtype)
+            return ((hidden * weight).sum(1) / weight.sum(1)).float().sum()
+
+        contest.contenders["eager"] = _step(eager, hidden)
+        contest.tolerance = 0.2 if dtype == torch.bfloat16 else 1e-2  # a sum around 0
+        return contest
+
+    least = 2 * B * L * H * dtype.itemsize
+    return Row("masked_mean", f"[{B}, {L}, {H}]", dtype, devices, build, bytes=least)
+
+
+def _weights_row(N: int, H: int, K: int, M: int, dtype, devices) -> Row:
+    """Prototypes, scores and expertise of a corpus: one loss so that they can be compared."""
+
+    def build(device: str) -> Contest:
+        embedding = (torch.randn(N, H, device=device) + 1).to(dtype)
+        domain = torch.randint(K, (N,), device=device)
+        label = torch.randint(M, (N,), device=device)
+        logits = torch.randn(N, M, device=device)
+        contest = Contest({})
+
+        def weights(backend):
+            def step():
+                prototypes, counts = metakd.class_prototypes(
+                    embedding, domain, label, num_domains=K, num_classes=M, backend=backend
+                )
+                t = metakd.prototype_score(
+                    embedding, prototypes, counts, domain, label, backend=backend
+                )
+                return metakd.domain_expertise(logits, label, t, backend=backend).sum()
+
+            return step
+
+        _ours(contest, "prototype_score", device, dtype, weights)
+        return contest
+
+    shape = f"[{N}, {H}], {K} domains x {M} classes"
+    return Row("prototype_score", shape, dtype, devices, build, bytes=2 * N * H * dtype.itemsize)
 
 
 FP32, BF16, CPU, CUDA = torch.float32, torch.bfloat16, ("cpu",), ("cuda",)
@@ -278,5 +399,30 @@ ROWS = [
     _head_row(512, 384, 30522, FP32, CPU, beta=0.5),
     _head_row(8192, 4096, 128256, BF16, CUDA, beta=0.0),
     _head_row(8192, 4096, 128256, BF16, CUDA, beta=0.5),
-    *(_scores_row(4, 12, L, 26, 64, FP32, CPU, quick=L == 128) for L in (128, 512, 2048)),
+    *(
+        _attention_row("attention_score_mse", 4, 12, L, 26, 64, FP32, CPU, quick=L == 128)
+        for L in (64, 128, 256, 512, 2048)
+    ),
+    *(
+        _attention_row("attention_score_mse", 32, 12, L, 26, 64, BF16, CUDA)
+        for L in (128, 512, 4096)
+    ),
+    *(
+        _attention_row(op, 4, 12, L, 26, 64, FP32, CPU)
+        for op in ("attention_kl", "attention_prob_mse")
+        for L in (128, 512)
+    ),
+    *(
+        _attention_row(op, 8, 12, 1024, 26, 64, BF16, CUDA)
+        for op in ("attention_kl", "attention_prob_mse")
+    ),
+    _attention_row("attention_kl", 1, 12, 16384, 26, 64, BF16, CUDA, eager=False),
+    _hidden_row(5, 8, 128, 384, 384, FP32, CPU, quick=True),
+    _hidden_row(5, 8, 128, 312, 768, FP32, CPU),
+    _hidden_row(5, 32, 128, 768, 768, BF16, CUDA),
+    _hidden_row(5, 32, 128, 312, 768, BF16, CUDA),
+    _mean_row(32, 128, 384, FP32, CPU),
+    _mean_row(256, 512, 768, BF16, CUDA),
+    _weights_row(6480, 384, 4, 2, FP32, CPU),
+    _weights_row(400000, 768, 5, 3, FP32, CUDA),
 ]

@@ -34,7 +34,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TESTS = {
     "soft_reverse_kl": ROOT / "tests" / "test_soft_kl.py",
     "soft_jsd": ROOT / "tests" / "test_soft_kl.py",
-    "attention_score_mse": ROOT / "tests" / "test_attention_losses.py",
+    "attention_kl": ROOT / "tests" / "test_attention_map.py",
+    "attention_prob_mse": ROOT / "tests" / "test_attention_map.py",
+    "masked_mean": ROOT / "tests" / "test_hidden_mse.py",
+    "prototype_score": ROOT / "tests" / "test_prototype_ops.py",
 }
 
 
@@ -73,6 +76,13 @@ def environment(device: str, threads: int) -> dict:
         "threads": threads,
         **found,
     }
+
+
+def device_folder(device: str) -> str:
+    """Name of the device's folder of results."""
+    if device != "cuda":
+        return device
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
 TURN_S = 0.05
@@ -182,15 +192,25 @@ def measure(row: Row, device: str, budget_s: float, rates: dict) -> dict:
     return result
 
 
+def heading(environment: dict) -> list[str]:
+    """What ran where, in two lines."""
+    versions = ", ".join(f"{name} {v}" for name, v in environment["versions"].items() if v)
+    if "threads" in environment:
+        machine = f"{environment['threads']} threads"
+    else:
+        machine = f"driver {environment['driver']}"
+    return [
+        f"{environment['device']}; {versions}",
+        f"{environment['date']}, commit {environment['commit']}, {machine}",
+    ]
+
+
 def markdown(report: dict) -> str:
     """The report as tables for people."""
-    head = report["environment"]
     lines = [
         f"# {report['op']}",
         "",
-        f"{head['device']}; " + ", ".join(f"{k} {v}" for k, v in head["versions"].items() if v),
-        f"{head['date']}, commit {head['commit']}"
-        + (f", {head['threads']} threads" if "threads" in head else f", driver {head['driver']}"),
+        *heading(report["environment"]),
         "Limits measured in the same run: "
         + ", ".join(
             f"{name.replace('torch.', '')} {rate / 1e9:.0f} G{'B' if name == 'copy' else 'flop'}/s"
@@ -266,10 +286,7 @@ def main() -> None:
             report["rows"].append(measure(row, device, options.seconds, report["rates"]))
             if device == "cuda":
                 torch.cuda.empty_cache()
-    slug = "cpu"
-    if device == "cuda":
-        slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    folder = options.out or RESULTS / slug
+    folder = options.out or RESULTS / device_folder(device)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{options.op}.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / f"{options.op}.md").write_text(markdown(report))
