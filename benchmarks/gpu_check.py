@@ -20,11 +20,38 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
-KERNEL_TESTS = ["tests/test_soft_kl.py", "tests/test_linear_soft_kl.py", "tests/test_contracts.py"]
-BENCHMARKS = ["soft_kl", "soft_jsd", "linear_soft_kl"]
+KERNEL_TESTS = [
+    f"tests/test_{name}.py"
+    for name in (
+        "soft_kl",
+        "linear_soft_kl",
+        "attention_score_mse",
+        "attention_map",
+        "hidden_mse",
+        "prototype_ops",
+        "contracts",
+    )
+]
+BENCHMARKS = [
+    "soft_kl",
+    "soft_jsd",
+    "linear_soft_kl",
+    "attention_score_mse",
+    "attention_kl",
+    "attention_prob_mse",
+    "hidden_mse",
+    "masked_mean",
+    "prototype_score",
+]
 
 # The sanitizer makes a test a hundred times slower: the ragged sizes of each kernel are enough.
-SANITIZED = "test_sizes and (shape2 or shape4 or shape8 or shape10 or shape13 or shape14)"
+SANITIZED = {
+    "tests/test_soft_kl.py": "test_sizes and (shape2 or shape4 or shape8 or shape13 or shape14)",
+    "tests/test_attention_score_mse.py": "test_sizes or test_the_guard",
+    "tests/test_attention_map.py": "test_sizes",
+    "tests/test_hidden_mse.py": "test_sizes and shape3 or test_mean_in",
+    "tests/test_prototype_ops.py": "test_every_dtype",
+}
 
 # Writes one element behind an allocation: a sanitizer that does not see this sees nothing.
 PLANTED = """
@@ -56,14 +83,16 @@ def steps(out: Path, quick: bool) -> dict[str, tuple[list[str], dict]]:
             [PYTHON, "-m", "benchmarks.run", "--op", op, "--no-tests", "--out", str(out)],
             {},
         )
+    found["benchmark step"] = ([PYTHON, "-m", "benchmarks.step", "--out", str(out)], {})
     if not quick:
         uncached = {
             "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
         }  # so that every tensor has its own bounds
         for tool in ("memcheck", "racecheck"):
             command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-            tests = [*pytest, "tests/test_soft_kl.py", "-k", SANITIZED]
-            found[tool] = ([*command, *tests], uncached)
+            for path, chosen in SANITIZED.items():
+                name = f"{tool} {Path(path).stem}"
+                found[name] = ([*command, *pytest, path, "-k", chosen], uncached)
     return found
 
 
@@ -92,7 +121,7 @@ def summary(out: Path) -> list[str]:
             ours = [name for name in named if name.startswith("metakd ")]
             others = [name for name in named if name not in ours]
             ours.remove("metakd reference")
-            for name in ours:
+            for name in ours if others else []:
                 best = min(others, key=lambda other: named[other]["median_ms"])
                 ratio = named[best]["median_ms"] / named[name]["median_ms"]
                 share = named[name].get("share_of_limit", 0)
@@ -107,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="without compute-sanitizer")
+    parser.add_argument("--only", default="", help="steps whose name holds this, and the build")
     options = parser.parse_args()
     if shutil.which("nvidia-smi") is None:
         raise SystemExit("gpu-check needs an NVIDIA GPU: none is here")
@@ -115,7 +145,9 @@ def main() -> None:
     table = []
     todo = steps(out, options.quick)
     for name, (command, extra) in todo.items():
-        if name == "memcheck":
+        if options.only not in name and name != "build":
+            continue
+        if name.startswith("memcheck") and not any(row[0] == "planted bug" for row in table):
             found = planted_bug_is_found(out / "planted.log")
             table.append(("planted bug", "found" if found else "NOT FOUND", 0.0))
         start = time.perf_counter()
