@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
-from metakd.errors import CheckpointError
+from metakd.errors import CheckpointError, UnsupportedError
 from metakd.method.taps import model_inputs
 from metakd.method.teacher import FrozenTeacher, Teacher, domain_loss_floor, false_domains
 
@@ -278,3 +278,10 @@ def test_the_description_is_readable(teacher, tmp_path):
     teacher("mtl").save(tmp_path, NoTokenizer())
     assert json.loads((tmp_path / "metakd.json").read_text())["domains"] == DOMAINS
     assert not (tmp_path / "domain.safetensors").exists()
+
+
+def test_a_stream_of_its_own_needs_cuda(teacher):
+    if torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    with pytest.raises(UnsupportedError, match="needs CUDA, the teacher is on cpu"):
+        FrozenTeacher([teacher()], frozenset({"logits"}), own_stream=True)
