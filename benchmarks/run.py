@@ -43,7 +43,7 @@ TESTS = {
 
 def environment(device: str, threads: int) -> dict:
     versions = {}
-    for package in ("metakd", "torch", "triton", "liger-kernel", "trl"):
+    for package in ("metakd", "torch", "triton", "liger-kernel", "trl", "textbrewer"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
