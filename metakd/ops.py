@@ -192,10 +192,15 @@ STATS = (
     "lsum_s",  # log sum_c exp((s_c - max_s) / T)
     "max_t",
     "lsum_t",
-    # sum_c q_c g_c, see metakd.kernels.soft_kl; 0 for the forward KL. g is counted from a point of
-    # each backend's own choice, so that g - inner loses no digits: only its own backward reads it.
+    # sum_c q_c g_c, see metakd.kernels.soft_kl; 0 for the forward KL. g is counted from its value
+    # at the student's maximum, so that where one class has nearly all of q, its g - inner is made
+    # of small numbers and loses no digits.
     "inner",
     "lsum_1",  # log sum_c exp(s_c - max_s), for the cross-entropy; anything without a label
+    # t_c - max_t at the student's maximum (of several, at one that the backend chooses), from which
+    # the backward counts g too. Where t_c is -inf, a finite number instead. 0 for the forward KL
+    # and where a backend does without.
+    "shift",
 )
 
 _SOFT_ARGS = (

@@ -32,6 +32,7 @@ SELECTION = [
     ("row_fwd_bwd", 30522, "bf16", "kl", True),
     ("row_fwd_bwd", 30522, "bf16", "jsd", True),
     ("row_bwd", 30522, "bf16", "kl", True),
+    ("row_bwd", 30522, "bf16", "jsd", True),
     ("row_bwd", 30522, "fp32", "jsd", True),
     ("uneven_bwd", 30522, "bf16", "reverse", True),
     ("tile_fwd_bwd", 2048, "bf16", "jsd", True),

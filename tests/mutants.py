@@ -154,8 +154,8 @@ MUTANTS = [
     Mutant(
         "Triton: mean of the mixture unweighted",
         TRITON,
-        "inner = (1.0 - beta) * by_q",
-        "inner = by_q",
+        "return value, (1.0 - beta) * inner",
+        "return value, inner",
         "triton",
     ),
     Mutant(
@@ -233,6 +233,13 @@ MUTANTS = [
         ROWS,
         "row.value = row.inner - row.shift * inv_t + between;",
         "row.value = row.inner + between;",
+        "cpp",
+    ),
+    Mutant(
+        "C++: shift lost between forward and backward",
+        ROWS,
+        "row.shift = stats[SHIFT * job.rows];",
+        "row.shift = 0;",
         "cpp",
     ),
     Mutant(

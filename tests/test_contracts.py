@@ -92,6 +92,8 @@ def test_compiles_a_head_whole(backend, dtype):
     )
 
 
+# A graph from its cache knows nothing of fakes that have changed since.
+@torch._inductor.config.patch(force_disable_caches=True)
 @every_backend
 def test_inductor_takes_it(backend, dtype):
     torch._dynamo.reset()

@@ -111,6 +111,17 @@ def test_temperatures(loss, backend, dtype, temperature, scaled):
 
 @every_loss
 @every_backend
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0])
+def test_one_class_with_nearly_everything(loss, backend, dtype, temperature):
+    """There g is large and g - inner nearly nothing."""
+    for shape in ((64, 3), (16, 300), (4, 2500)):
+        for seed in range(3):
+            case = case_of(loss, shape, temperature=temperature, labels=False, seed=seed)
+            check_op(case, backend, dtype)
+
+
+@every_loss
+@every_backend
 @pytest.mark.parametrize("spread", [0.01, 40.0])
 def test_nearly_equal_and_far_apart(loss, backend, dtype, spread):
     for shape in ((16, 4), (4, 2500)):
@@ -218,6 +229,27 @@ def test_masked_classes(loss, backend, dtype, classes):
     if loss == "soft_jsd":
         check_op(spoiled(case, teacher=wall), backend, dtype)
     check_op(spoiled(case, **{weighing: wall}), backend, dtype)
+
+
+@every_backend
+@pytest.mark.parametrize("classes", [6, 2100])
+def test_without_mass_at_the_students_maximum(backend, dtype, classes):
+    case = case_of("soft_jsd", (5, classes), temperature=0.5, labels=False)
+    top = case.tensors["student"].argmax(1, keepdim=True)
+    check_op(spoiled(case, teacher=lambda x: x.scatter(1, top, -math.inf)), backend, dtype)
+
+
+@every_loss
+@every_backend
+@pytest.mark.parametrize("classes", [6, 2100])
+def test_equal_maxima(loss, backend, dtype, classes):
+    def doubled(x):
+        x = x.clone()
+        x[:, 1::2] = x.amax(1, keepdim=True)
+        return x
+
+    case = case_of(loss, (5, classes), temperature=0.05, labels=False)
+    check_op(spoiled(case, student=doubled), backend, dtype)
 
 
 @every_loss

@@ -25,7 +25,11 @@
 #include <immintrin.h>
 #endif
 
+#include <soft_kl_call.h>
+
 namespace {
+
+using namespace metakd::soft_kl;
 
 enum class Op { forward, backward, both };
 enum class Kind { forward, reverse, mixture };  // KL(p || q), KL(q || p), Jensen-Shannon
@@ -108,50 +112,26 @@ auto* finder() {
 #endif
 }
 
-Type type_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble: return Type::float64;
-    case at::kFloat: return Type::float32;
-    case at::kBFloat16: return Type::bfloat16;
-    case at::kHalf: return Type::float16;
-    default: TORCH_CHECK(false, "soft_kl: floating logits expected, got ", x.scalar_type());
-  }
-}
-
-at::Tensor with_contiguous_columns(const at::Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous();
-}
-
-struct Call {
-  at::Tensor student, teacher;
-  at::TensorOptions options;  // of rows and statistics
+struct Call : Arguments {
   Job job{};
-  bool is_double;
   Kind kind;
 
-  Call(const at::Tensor& student_, const at::Tensor& teacher_, const std::optional<at::Tensor>& mask,
-       const std::optional<at::Tensor>& label, int64_t vocab_size, double temperature, double scale,
-       double beta, double hard_weight)
-      : student(with_contiguous_columns(student_)), teacher(with_contiguous_columns(teacher_)) {
-    job.rows = student.size(0);
+  template <class... Given>
+  explicit Call(const Given&... given) : Arguments(given...) {
+    job.rows = n();
     job.classes = vocab_size;
     job.width = student.size(1);
-    TORCH_CHECK(teacher.size(0) == job.rows, "soft_kl: rows of student and teacher differ");
-    TORCH_CHECK(0 < vocab_size && vocab_size <= job.width && vocab_size <= teacher.size(1),
-                "soft_kl: vocab_size ", vocab_size, " does not fit the logits");
     job.student = student.const_data_ptr();
     job.teacher = teacher.const_data_ptr();
     job.student_stride = student.stride(0);
     job.teacher_stride = teacher.stride(0);
-    job.student_type = type_of(student);
-    job.teacher_type = type_of(teacher);
+    job.student_type = dtype_of<Type>(student);
+    job.teacher_type = dtype_of<Type>(teacher);
     if (mask) {
-      TORCH_CHECK(mask->scalar_type() == at::kBool && mask->numel() == job.rows, "soft_kl: mask");
       job.mask = mask->const_data_ptr<bool>();
       job.mask_stride = mask->stride(0);
     }
     if (label) {
-      TORCH_CHECK(label->scalar_type() == at::kLong && label->numel() == job.rows, "soft_kl: label");
       job.label = label->const_data_ptr<int64_t>();
       job.label_stride = label->stride(0);
     }
@@ -159,14 +139,11 @@ struct Call {
     job.scale = scale;
     job.beta = beta;
     job.hard_weight = hard_weight;
-    is_double = student.scalar_type() == at::kDouble || teacher.scalar_type() == at::kDouble;
-    options = student.options().dtype(is_double ? at::kDouble : at::kFloat);
     kind = beta == 0 ? Kind::forward : beta == 1 ? Kind::reverse : Kind::mixture;
   }
 
   void take_drows(const at::Tensor& drows) {
-    TORCH_CHECK(drows.scalar_type() == options.dtype().toScalarType() && drows.numel() == job.rows,
-                "soft_kl: drows");
+    check_drows(drows);
     job.drows = drows.const_data_ptr();
     job.drows_stride = drows.stride(0);
   }
@@ -204,7 +181,7 @@ std::tuple<at::Tensor, at::Tensor> soft_kl_fwd(
     double beta, double hard_weight) {
   Call call(student, teacher, mask, label, vocab_size, temperature, scale, beta, hard_weight);
   at::Tensor rows = at::empty({call.job.rows}, call.options);  // [N]
-  at::Tensor stats = at::empty({6, call.job.rows}, call.options);  // [6, N], see STATS in metakd/ops.py
+  at::Tensor stats = at::empty({STATS, call.job.rows}, call.options);  // [STATS, N]
   call.job.values = rows.mutable_data_ptr();
   call.job.stats = stats.mutable_data_ptr();
   call.run(Op::forward);
@@ -217,6 +194,7 @@ at::Tensor soft_kl_bwd(
     const std::optional<at::Tensor>& label, int64_t vocab_size, double temperature, double scale,
     double beta, double hard_weight) {
   Call call(student, teacher, mask, label, vocab_size, temperature, scale, beta, hard_weight);
+  call.check_stats(stats);
   const at::Tensor stats_rows = stats.contiguous();
   at::Tensor dstudent = at::empty({call.job.rows, call.job.width}, student.options());  // [N, C_s]
   prefer_huge_pages(dstudent);

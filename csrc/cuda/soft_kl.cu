@@ -19,25 +19,12 @@
 #include <vector>
 
 #include <soft_kl.cuh>
+#include <soft_kl_call.h>
 
 namespace {
 
 using namespace metakd;
 using namespace metakd::soft_kl;
-
-Dtype dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble: return Dtype::float64;
-    case at::kFloat: return Dtype::float32;
-    case at::kBFloat16: return Dtype::bfloat16;
-    case at::kHalf: return Dtype::float16;
-    default: TORCH_CHECK(false, "soft_kl: floating logits expected, got ", x.scalar_type());
-  }
-}
-
-at::Tensor with_contiguous_columns(const at::Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous();
-}
 
 struct Device {
   int capability = 0, shared = 0;  // major; bytes that a block may have
@@ -162,55 +149,17 @@ void launch(const Job<float>& job, int device, cudaStream_t stream) {
   });
 }
 
-struct Call {
-  at::Tensor student, teacher;
-  std::optional<at::Tensor> mask, label;
-  int64_t vocab_size;
-  double temperature, scale, beta, hard_weight;
-  at::TensorOptions options;  // of rows and statistics
-  bool is_double;
-
-  Call(const at::Tensor& student_, const at::Tensor& teacher_, const std::optional<at::Tensor>& mask_,
-       const std::optional<at::Tensor>& label_, int64_t vocab_size_, double temperature_, double scale_,
-       double beta_, double hard_weight_)
-      : student(with_contiguous_columns(student_)),
-        teacher(with_contiguous_columns(teacher_)),
-        mask(mask_),
-        label(label_),
-        vocab_size(vocab_size_),
-        temperature(temperature_),
-        scale(scale_),
-        beta(beta_),
-        hard_weight(hard_weight_) {
-    const int64_t n = student.size(0);
-    TORCH_CHECK(teacher.size(0) == n, "soft_kl: rows of student and teacher differ");
-    TORCH_CHECK(n <= std::numeric_limits<int>::max(), "soft_kl: too many rows: ", n);
+struct Call : Arguments {
+  template <typename... Given>
+  explicit Call(const Given&... given) : Arguments(given...) {
+    TORCH_CHECK(n() <= std::numeric_limits<int>::max(), "soft_kl: too many rows: ", n());
     TORCH_CHECK(student.size(1) < (1 << 30) && teacher.size(1) < (1 << 30), "soft_kl: too many classes");
-    TORCH_CHECK(0 < vocab_size && vocab_size <= student.size(1) && vocab_size <= teacher.size(1),
-                "soft_kl: vocab_size ", vocab_size, " does not fit the logits");
-    check_device(teacher);
-    if (mask) {
-      check_device(*mask);
-      TORCH_CHECK(mask->scalar_type() == at::kBool && mask->dim() == 1 && mask->numel() == n,
-                  "soft_kl: mask must be bool [N]");
-    }
-    if (label) {
-      check_device(*label);
-      TORCH_CHECK(label->scalar_type() == at::kLong && label->dim() == 1 && label->numel() == n,
-                  "soft_kl: label must be int64 [N]");
-    }
-    is_double = student.scalar_type() == at::kDouble || teacher.scalar_type() == at::kDouble;
-    options = student.options().dtype(is_double ? at::kDouble : at::kFloat);
-  }
-
-  void check_device(const at::Tensor& x) const {
-    TORCH_CHECK(x.device() == student.device(), "soft_kl: all tensors must be on ", student.device());
   }
 
   // Runs on what is given; undefined tensors are neither read nor written.
   void run(const at::Tensor& rows, const at::Tensor& stats, const at::Tensor& given,
            const at::Tensor& drows, const at::Tensor& dstudent) const {
-    if (student.size(0) == 0) return;
+    if (n() == 0) return;
     if (is_double) run_in<double>(rows, stats, given, drows, dstudent);
     else run_in<float>(rows, stats, given, drows, dstudent);
   }
@@ -223,19 +172,16 @@ struct Call {
     job.teacher = teacher.const_data_ptr();
     job.stride_s = student.stride(0);
     job.stride_t = teacher.stride(0);
-    job.dtype_s = dtype_of(student);
-    job.dtype_t = dtype_of(teacher);
-    job.n = student.size(0);
+    job.dtype_s = dtype_of<Dtype>(student);
+    job.dtype_t = dtype_of<Dtype>(teacher);
+    job.n = n();
     job.vocab = static_cast<int>(vocab_size);
     job.width = static_cast<int>(student.size(1));
     if (rows.defined()) job.rows = rows.mutable_data_ptr<A>();
     if (stats.defined()) job.stats = stats.mutable_data_ptr<A>();
     if (given.defined()) job.given = given.const_data_ptr<A>();
     if (drows.defined()) {
-      check_device(drows);
-      TORCH_CHECK(drows.scalar_type() == options.dtype().toScalarType() && drows.dim() == 1 &&
-                      drows.numel() == job.n,
-                  "soft_kl: drows must be [N] in the dtype of the rows");
+      check_drows(drows);
       job.drows = drows.const_data_ptr<A>();
       job.drows_stride = drows.stride(0);
     }
@@ -267,8 +213,8 @@ std::tuple<at::Tensor, at::Tensor> soft_kl_fwd(
     const std::optional<at::Tensor>& label, int64_t vocab_size, double temperature, double scale,
     double beta, double hard_weight) {
   const Call call(student, teacher, mask, label, vocab_size, temperature, scale, beta, hard_weight);
-  at::Tensor rows = student.new_empty({student.size(0)}, call.options);      // [N]
-  at::Tensor stats = student.new_empty({6, student.size(0)}, call.options);  // see STATS in metakd/ops.py
+  at::Tensor rows = student.new_empty({student.size(0)}, call.options);       // [N]
+  at::Tensor stats = student.new_empty({STATS, student.size(0)}, call.options);  // [STATS, N]
   call.run(rows, stats, {}, {}, {});
   return {rows, stats};
 }
@@ -279,10 +225,7 @@ at::Tensor soft_kl_bwd(
     const std::optional<at::Tensor>& label, int64_t vocab_size, double temperature, double scale,
     double beta, double hard_weight) {
   const Call call(student, teacher, mask, label, vocab_size, temperature, scale, beta, hard_weight);
-  TORCH_CHECK(stats.scalar_type() == call.options.dtype().toScalarType() && stats.dim() == 2 &&
-                  stats.size(0) == 6 && stats.size(1) == student.size(0),
-              "soft_kl: stats must be [6, N] in the dtype of the rows");
-  call.check_device(stats);
+  call.check_stats(stats);
   at::Tensor dstudent = student.new_empty(student.sizes());  // [N, C_s]
   call.run({}, {}, stats.contiguous(), drows, dstudent);
   return dstudent;

@@ -18,6 +18,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include <rowwise_ptx.cuh>
@@ -43,6 +44,9 @@ template <typename A>
 METAKD_BOTH A infinity() {
   return static_cast<A>(HUGE_VAL);
 }
+
+template <typename A>
+constexpr A LOWEST = std::numeric_limits<A>::lowest();  // finite
 
 METAKD_BOTH float max_of(float x, float y) { return fmaxf(x, y); }
 METAKD_BOTH double max_of(double x, double y) { return fmax(x, y); }
@@ -347,17 +351,19 @@ METAKD_DEVICE void store_zeros(const Row<T>& row, int from, int to, int thread, 
 // Statistics of two rows in one pass. Sums are of exponentials relative to a reference, a logit near the
 // maximum so far; a maximum that is SLACK powers of 2 above it becomes the next reference and rescales
 // what was summed. (Maxima rise often among 32 threads, by so much only in the beginning.) `cross` sums
-// the weighing side's exp(x') times the difference to the other side: for KL(p || q) that is
-// e_t ((t - from_t) - (s - from_s)), for KL(q || p) the mirror image.
+// the weighing side's exp(x') times the difference to the other side: e_t ((t - from_t) - (s - from_s))
+// for KL(p || q), e_s ((s - t) - (max_s - top_t)) for KL(q || p): there, the class with most of the
+// weight must count exactly 0, or its rounding would drown the others.
 
 enum class Kind : int { forward, reverse, mixture };  // KL(p || q), KL(q || p), Jensen-Shannon
 
 template <typename A, Kind KIND>
 struct Online {
-  static constexpr bool CROSS = KIND != Kind::mixture;
+  static constexpr bool CROSS = KIND != Kind::mixture, TOP = KIND != Kind::forward;
   static constexpr A LOG2_E = A(1.4426950408889634074), SLACK = A(8);
 
   A max_s = -infinity<A>(), max_t = -infinity<A>();
+  A top_t = -infinity<A>();  // where s is max_s: of a thread's classes the first, of threads the largest
   A from_s = -infinity<A>(), from_t = -infinity<A>();  // references
   A sum_s = 0, sum_t = 0, cross = 0;
   A sum_1 = 0;                // of exp(s - from_s), if wanted
@@ -370,19 +376,27 @@ struct Online {
   METAKD_BOTH void rebase(A new_s, A new_t, A rate, bool one) {
     const A keep_s = new_s == from_s ? A(1) : exp2_of((from_s - new_s) * rate);
     const A keep_t = new_t == from_t ? A(1) : exp2_of((from_t - new_t) * rate);
-    if constexpr (CROSS) {
-      const A shift_s = origin(from_s) - origin(new_s), shift_t = origin(from_t) - origin(new_t);
-      const A sum = KIND == Kind::forward ? sum_t : sum_s;
-      const A keep = KIND == Kind::forward ? keep_t : keep_s;
-      const A shift = KIND == Kind::forward ? shift_t - shift_s : shift_s - shift_t;
-      // Exactly 0 where all of it underflows: its differences may be infinite.
-      cross = keep == A(0) || sum == A(0) ? A(0) : keep * (cross + sum * shift);
+    // Exactly 0 where all of it underflows: its differences may be infinite.
+    if constexpr (KIND == Kind::forward) {
+      const A moved_s = origin(from_s) - origin(new_s), moved_t = origin(from_t) - origin(new_t);
+      cross = keep_t == A(0) || sum_t == A(0) ? A(0) : keep_t * (cross + sum_t * (moved_t - moved_s));
     }
+    if constexpr (KIND == Kind::reverse) cross = keep_s == A(0) ? A(0) : keep_s * cross;
     if (one && new_s != from_s) sum_1 *= exp2_of((from_s - new_s) * LOG2_E);
     sum_s *= keep_s;
     sum_t *= keep_t;
     from_s = new_s;
     from_t = new_t;
+  }
+
+  // To a maximum that is not lower, and the teacher's logit there.
+  METAKD_BOTH void rise(A new_s, A new_t) {
+    if constexpr (KIND == Kind::reverse) {
+      const A moved = (max_s - new_s) - (origin(top_t) - origin(new_t));
+      cross = sum_s == A(0) ? A(0) : cross + sum_s * moved;
+    }
+    max_s = new_s;
+    top_t = new_t;
   }
 
   // In groups of 8: more at once would not fit in registers.
@@ -396,13 +410,19 @@ struct Online {
 
   template <int GROUP, int COUNT>
   METAKD_BOTH void absorb_group(const A (&s)[COUNT], const A (&t)[COUNT], int first, A rate, bool one) {
+    A new_s = max_s, new_t = top_t;
 #pragma unroll
-    for (int e = first; e < first + GROUP; ++e) max_s = max_of(max_s, s[e]), max_t = max_of(max_t, t[e]);
+    for (int e = first; e < first + GROUP; ++e) {
+      if (TOP && s[e] > new_s) new_t = t[e];
+      new_s = max_of(new_s, s[e]);
+      max_t = max_of(max_t, t[e]);
+    }
+    rise(new_s, new_t);
     const A fastest = one ? max_of(rate, LOG2_E) : rate;
     if ((max_s - from_s) * fastest > SLACK || (max_t - from_t) * rate > SLACK)
       rebase(max_s, max_t, rate, one);
 
-    const A zero_s = origin(from_s), zero_t = origin(from_t);
+    const A zero_s = origin(from_s), zero_t = origin(from_t), top = top_difference();
     A part = 0;
 #pragma unroll
     for (int e = first; e < first + GROUP; ++e) {
@@ -411,7 +431,7 @@ struct Online {
       sum_s += es;
       sum_t += et;
       if constexpr (KIND == Kind::forward) part += et * (dt - ds);
-      if constexpr (KIND == Kind::reverse) part += es * (ds - dt);
+      if constexpr (KIND == Kind::reverse) part += es * ((ds - dt) - top);
     }
     if constexpr (CROSS) {
       // A finite sum had no infinite difference in it; only otherwise is a look at each needed.
@@ -424,10 +444,16 @@ struct Online {
     }
   }
 
+  // The reverse KL's ds - dt of the student's maximum, rounded as in the sums.
+  METAKD_BOTH A top_difference() const {
+    if constexpr (KIND != Kind::reverse) return A(0);
+    return (max_s - origin(from_s)) - (origin(top_t) - origin(from_t));
+  }
+
   // `part` where some logits are -inf or NaN.
   template <int GROUP, int COUNT>
   METAKD_BOTH A careful(const A (&s)[COUNT], const A (&t)[COUNT], int first, A rate) {
-    const A zero_s = origin(from_s), zero_t = origin(from_t);
+    const A zero_s = origin(from_s), zero_t = origin(from_t), top = top_difference();
     A part = 0;
 #pragma unroll
     for (int e = first; e < first + GROUP; ++e) {
@@ -437,17 +463,24 @@ struct Online {
       const A weight = exp2_of(d_own * rate);
       if (weight == A(0)) continue;
       if (other == -infinity<A>()) lonely = max_of(lonely, own);  // NaN: the sums know
-      else part += weight * (d_own - d_other);
+      else part += weight * ((d_own - d_other) - top);
     }
     return part;
   }
 
   // Of `lanes` (a power of two) neighbouring threads; all get the result, relative to the maxima.
   METAKD_DEVICE void reduce(int lanes, A rate, bool one) {
+    A new_s = max_s, new_t = top_t;
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
-      max_s = max_of(max_s, shuffle_xor(max_s, offset));
+      const A other_s = shuffle_xor(new_s, offset);
+      if constexpr (TOP) {
+        const A other_t = shuffle_xor(new_t, offset);
+        if (other_s > new_s || (other_s == new_s && other_t > new_t)) new_t = other_t;
+      }
+      new_s = max_of(new_s, other_s);
       max_t = max_of(max_t, shuffle_xor(max_t, offset));
     }
+    rise(new_s, new_t);
     rebase(max_s, max_t, rate, one);
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
       sum_s += shuffle_xor(sum_s, offset);
@@ -464,12 +497,12 @@ struct Online {
 // Two plain sums.
 template <typename A>
 struct Two {
-  A p = 0, q = 0;
+  A x = 0, y = 0;
 
   METAKD_DEVICE void reduce(int lanes) {
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
-      p += shuffle_xor(p, offset);
-      q += shuffle_xor(q, offset);
+      x += shuffle_xor(x, offset);
+      y += shuffle_xor(y, offset);
     }
   }
 };

@@ -48,6 +48,7 @@
 #pragma once
 
 #include <rowwise.cuh>
+#include <soft_kl_stats.h>
 
 namespace metakd::soft_kl {
 
@@ -59,8 +60,8 @@ template <typename A>
 struct Job {
   const void *student, *teacher;  // [N, C_s], [N, C_t]
   void* dstudent;                 // [N, C_s], may be the student; null: no gradient
-  A *rows, *stats;                // [N], [6, N] to write, or null
-  const A *given, *drows;         // [6, N] to read instead of computing it, or null; [N]
+  A *rows, *stats;                // [N], [STATS, N] to write, or null
+  const A *given, *drows;         // [STATS, N] to read instead of computing it, or null; [N]
   const bool* mask;               // [N] or null
   const int64_t* label;           // [N] or null
   int64_t stride_s, stride_t, stride_d, drows_stride, mask_stride, label_stride;
@@ -83,8 +84,8 @@ struct Job {
 
 template <typename A>
 struct Facts {
-  A max_s, lsum_s, max_t, lsum_t, inner, lsum_1;  // the rows of stats
-  A inverse_s, inverse_t, inverse_1;              // 1 / sum of each exponential
+  A max_s, lsum_s, max_t, lsum_t, inner, lsum_1, shift;  // the rows of stats
+  A inverse_s, inverse_t, inverse_1;                     // 1 / sum of each exponential
   A divergence;
 };
 
@@ -108,17 +109,27 @@ METAKD_BOTH Facts<A> facts_of(const Online<A, KIND>& sums, const Job<A>& job) {
   facts.inverse_s = A(1) / sum_s;
   facts.inverse_t = A(1) / sum_t;
   facts.inverse_1 = A(1) / sum_1;
-  facts.inner = facts.divergence = 0;
+  facts.inner = facts.divergence = facts.shift = 0;
+  if constexpr (KIND != Kind::forward) {
+    facts.shift = sums.top_t - sums.max_t;
+    // Where the teacher has no mass at the student's maximum, the reverse KL is infinite, and the
+    // mixture sees no difference between -inf and this.
+    if (facts.shift == -infinity<A>()) facts.shift = KIND == Kind::reverse ? A(0) : LOWEST<A>;
+  }
   if constexpr (KIND != Kind::mixture) {
     constexpr bool FORWARD = KIND == Kind::forward;
     const A inverse = FORWARD ? facts.inverse_t : facts.inverse_s;
     A gap = sums.cross * inverse * job.inverse_temperature;
     const A lonely = exp2_of((sums.lonely - (FORWARD ? sums.max_t : sums.max_s)) * job.rate) * inverse;
     if (lonely != A(0)) gap += infinity<A>();
-    // One logarithm of the ratio is more accurate than the difference of two. Gradients know only the
-    // two, and `inner` must fit what they subtract it from.
-    facts.divergence = gap - (FORWARD ? log(sum_t / sum_s) : log(sum_s / sum_t));
-    if constexpr (!FORWARD) facts.inner = gap - (facts.lsum_s - facts.lsum_t);
+    // One logarithm of the ratio is more accurate than the difference of two.
+    const A between = log(sum_t / sum_s);
+    if constexpr (FORWARD) {
+      facts.divergence = gap - between;
+    } else {
+      facts.inner = gap;
+      facts.divergence = gap - facts.shift * job.inverse_temperature + between;
+    }
   }
   return facts;
 }
@@ -126,8 +137,8 @@ METAKD_BOTH Facts<A> facts_of(const Online<A, KIND>& sums, const Job<A>& job) {
 template <typename A>
 METAKD_BOTH void finish_mixture(Facts<A>& facts, const Two<A>& sums, const Job<A>& job) {
   constexpr A LN_2 = A(0.69314718055994530942);
-  facts.inner = -(A(1) - job.beta) * LN_2 * sums.q;
-  facts.divergence = facts.inner - job.beta * LN_2 * sums.p;
+  facts.divergence = -LN_2 * sums.x;
+  facts.inner = -(A(1) - job.beta) * LN_2 * sums.y;
 }
 
 // `at_label` is the student's logit there.
@@ -144,12 +155,14 @@ METAKD_BOTH A value_of(const Facts<A>& facts, const Job<A>& job, int label, A at
 template <typename A>
 METAKD_BOTH Facts<A> read_facts(const Job<A>& job, int64_t row) {
   Facts<A> facts;
-  facts.max_s = job.given[row];
-  facts.lsum_s = job.given[job.n + row];
-  facts.max_t = job.given[2 * job.n + row];
-  facts.lsum_t = job.given[3 * job.n + row];
-  facts.inner = job.given[4 * job.n + row];
-  facts.lsum_1 = job.given[5 * job.n + row];
+  const A* const given = job.given + row;
+  facts.max_s = given[MAX_S * job.n];
+  facts.lsum_s = given[LSUM_S * job.n];
+  facts.max_t = given[MAX_T * job.n];
+  facts.lsum_t = given[LSUM_T * job.n];
+  facts.inner = given[INNER * job.n];
+  facts.lsum_1 = given[LSUM_1 * job.n];
+  facts.shift = given[SHIFT * job.n];
   facts.inverse_s = exp(-facts.lsum_s);
   facts.inverse_t = exp(-facts.lsum_t);
   facts.inverse_1 = job.label ? exp(-facts.lsum_1) : A(0);
@@ -161,12 +174,14 @@ template <typename A>
 METAKD_BOTH void write_facts(const Job<A>& job, int64_t row, const Facts<A>& facts, A value) {
   if (job.rows) job.rows[row] = value;
   if (!job.stats) return;
-  job.stats[row] = facts.max_s;
-  job.stats[job.n + row] = facts.lsum_s;
-  job.stats[2 * job.n + row] = facts.max_t;
-  job.stats[3 * job.n + row] = facts.lsum_t;
-  job.stats[4 * job.n + row] = facts.inner;
-  job.stats[5 * job.n + row] = facts.lsum_1;
+  A* const stats = job.stats + row;
+  stats[MAX_S * job.n] = facts.max_s;
+  stats[LSUM_S * job.n] = facts.lsum_s;
+  stats[MAX_T * job.n] = facts.max_t;
+  stats[LSUM_T * job.n] = facts.lsum_t;
+  stats[INNER * job.n] = facts.inner;
+  stats[LSUM_1 * job.n] = facts.lsum_1;
+  stats[SHIFT * job.n] = facts.shift;
 }
 
 template <typename A>
@@ -181,7 +196,8 @@ template <typename A, Kind KIND>
 struct Slope {
   A max_s, max_t, rate;
   A weight_s, weight_t;  // of exp(s'), exp(t'); for the mixture, weight_s of q
-  A inner, gap;          // gap: log of sum_t / sum_s; log2 for the mixture
+  A inner, shift;
+  A gap, top;            // log2 of sum_t / sum_s; of m / q at the student's maximum
   A cool;                // 1 / T
   A log2_s, log2_t;      // log2 of the sums
   A beta, rest;          // rest = 1 - beta
@@ -197,14 +213,19 @@ struct Slope {
     rate = job.rate;
     cool = job.inverse_temperature;
     inner = facts.inner;
+    shift = facts.shift;
     beta = job.beta;
     rest = A(1) - beta;
     const A weight = drow * job.scale * cool;
     weight_s = weight * (KIND == Kind::mixture ? A(1) : facts.inverse_s);
     weight_t = weight * facts.inverse_t;
-    gap = (facts.lsum_t - facts.lsum_s) * (KIND == Kind::mixture ? LOG2_E : A(1));
+    gap = (facts.lsum_t - facts.lsum_s) * LOG2_E;
     log2_s = facts.lsum_s * LOG2_E;
     log2_t = facts.lsum_t * LOG2_E;
+    if constexpr (KIND == Kind::mixture) {
+      A p, q, m_over_p;
+      mix(A(0), shift, p, q, m_over_p, top);
+    }
     hard = drow * job.hard_weight;
     hard_1 = hard * facts.inverse_1;
     if (label == BAD_LABEL) hard = hard_1 = not_a_number<A>();
@@ -212,8 +233,7 @@ struct Slope {
 
   // p, q and, in log2, m / p and m / q. The larger of p and q over m comes from their ratio, so that
   // logarithms are of numbers near 1 where p and q are close.
-  METAKD_BOTH void mix(A s, A t, A& p, A& q, A& m_over_p, A& m_over_q) const {
-    const A ds = s - max_s, dt = t - max_t;
+  METAKD_BOTH void mix(A ds, A dt, A& p, A& q, A& m_over_p, A& m_over_q) const {
     const A r = (dt - ds) * rate - gap;  // log2 of p / q
     const bool teacher = r >= A(0);      // is the larger
     const A ratio = exp2_of(-(teacher ? r : -r));
@@ -227,26 +247,29 @@ struct Slope {
     m_over_q = teacher ? mixed + r : mixed;
   }
 
+  // Into the divergence and `inner`. Two sums, because the errors of r and of what q sums to cancel in
+  // the one, and those of `top` do not come in.
   METAKD_BOTH void add_mixture(A s, A t, Two<A>& sums) const {
     A p, q, m_over_p, m_over_q;
-    mix(s, t, p, q, m_over_p, m_over_q);
-    sums.p += p == A(0) ? A(0) : p * m_over_p;
-    sums.q += q == A(0) ? A(0) : q * m_over_q;
+    mix(s - max_s, t - max_t, p, q, m_over_p, m_over_q);
+    sums.x += p == A(0) ? A(0) : beta * p * m_over_p;
+    sums.x += q == A(0) ? A(0) : rest * q * m_over_q;
+    sums.y += q == A(0) ? A(0) : q * (m_over_q - top);
   }
 
   // Of the divergence's part of a row with respect to s.
   METAKD_BOTH A soft(A s, A t) const {
     constexpr A LN_2 = A(0.69314718055994530942);
+    const A ds = s - max_s, dt = t - max_t;
     if constexpr (KIND == Kind::mixture) {
       A p, q, m_over_p, m_over_q;
-      mix(s, t, p, q, m_over_p, m_over_q);
+      mix(ds, dt, p, q, m_over_p, m_over_q);
       // Without mass: 0, and NaN in a row of NaN.
-      return weight_s * (q == A(0) ? A(0) * inner : q * (-rest * LN_2 * m_over_q - inner));
+      return weight_s * (q == A(0) ? A(0) * inner : q * (-rest * LN_2 * (m_over_q - top) - inner));
     } else {
-      const A ds = s - max_s, dt = t - max_t;
       const A es = exp2_of(ds * rate);
       if constexpr (KIND == Kind::forward) return es * weight_s - exp2_of(dt * rate) * weight_t;
-      return weight_s * (es == A(0) ? A(0) * inner : es * ((ds - dt) * cool + gap - inner));
+      return weight_s * (es == A(0) ? A(0) * inner : es * (((ds - dt) + shift) * cool - inner));
     }
   }
 
@@ -308,10 +331,10 @@ __global__ void __launch_bounds__(NARROW_THREADS) soft_kl_narrow(const Job<float
   Two<A> at_label;
 #pragma unroll
   for (int e = 0; e < COUNT; ++e)
-    if (column(e) == label) at_label.p = s[e];
+    if (column(e) == label) at_label.x = s[e];
   if (job.label) at_label.reduce(lanes);  // all but one are 0
 
-  if (real && lane == 0) write_facts(job, row, facts, value_of(facts, job, label, at_label.p));
+  if (real && lane == 0) write_facts(job, row, facts, value_of(facts, job, label, at_label.x));
   if (inside && !real && lane == 0) write_masked(job, row);
   if (!inside || !job.dstudent) return;
 

@@ -32,6 +32,7 @@ struct Float<float> {
   typedef int32_t Integer __attribute__((vector_size(METAKD_BYTES)));
   static constexpr int lanes = METAKD_BYTES / 4, digits = 23, bias = 127;
   static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
+  static constexpr float lowest = -__FLT_MAX__;
   static constexpr float lowest_exponent = -160.0f;  // 2 to this is 0
   static constexpr int32_t sqrt_half = 0x3f3504f3;   // bits of sqrt(1/2)
   // 2^f - 1 = f (c0 + c1 f + ..) for |f| <= 1/2: minimax, 2e-8 relative with the rounded coefficients.
@@ -52,6 +53,7 @@ struct Float<double> {
   typedef int64_t Integer __attribute__((vector_size(METAKD_BYTES)));
   static constexpr int lanes = METAKD_BYTES / 8, digits = 52, bias = 1023;
   static constexpr double round = 6755399441055744.0;
+  static constexpr double lowest = -__DBL_MAX__;
   static constexpr double lowest_exponent = -1100.0;
   static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;
   static constexpr int exp_terms = 14;  // Taylor
@@ -215,12 +217,17 @@ struct Sums {
   X s, t, cross, one;  // of exp(s'), of exp(t'), of weight times difference, of exp(s - max_s)
 };
 
-// What is known of a row once it was read (the rows of ``stats``), and 1 / sum of each exponential.
+// Of the mixture's classes: of p (log p - log m), q (log q - log m), and the latter less ``top``.
+template <class X>
+struct Shares {
+  X p, q, inner;
+};
+
+// What is known of a row once it was read: the rows of ``stats``, and 1 / sum of each exponential.
 template <class X>
 struct Row {
-  X max_s, lsum_s, max_t, lsum_t, inner, lsum_1;
+  X max_s, lsum_s, max_t, lsum_t, inner, lsum_1, shift;
   X inverse_s, inverse_t, inverse_1;
-  X shift;  // reverse KL only, see Math
   X value;
 };
 
@@ -237,11 +244,19 @@ struct Math {
 
   // Columns
 
-  // The reverse KL's gradient q (g - inner) cancels where one class has nearly all of q, and |g| may be
-  // thousands. So g is counted from that of the student's first maximum, there and in ``inner``:
-  // g = ((s - max_s) - (t - max_t) + shift) / T is exactly 0 there. ``shift`` is t - max_t there, but
-  // without it (the divergence is infinite) where that is -inf.
-  METAKD_INLINE V shift_of(V dt) const { return dt == every<A>(-INFINITY) ? zero : dt; }
+  // A gradient q (g - inner) cancels where one class has nearly all of q, and the reverse KL's |g| may be
+  // thousands. So g is counted from that of the student's first maximum, there and in ``inner``: the
+  // reverse KL's g = ((s - max_s) - (t - max_t) + shift) / T is exactly 0 there. ``shift`` is t - max_t
+  // there. The mixture's g is small: at T >= 1 it loses no digits that count, and this would cost time.
+  METAKD_INLINE bool is_shifted() const {
+    return kind == Kind::reverse || (kind == Kind::mixture && job.temperature < 1);
+  }
+
+  // Where ``dt`` is -inf, the reverse KL is infinite, and the mixture does not see the difference.
+  METAKD_INLINE V shift_of(V dt) const {
+    const V finite = kind == Kind::reverse ? zero : every<A>(Float<A>::lowest);
+    return dt == every<A>(-INFINITY) ? finite : dt;
+  }
 
   METAKD_INLINE void add(V ds, V dt, V shift, Sums<V>& sums) const {
     const V es = soft(ds), et = soft(dt);
@@ -254,17 +269,22 @@ struct Math {
 
   // log p - log m, log q - log m. From r = log p - log q, whose rounding errors cancel in the sum:
   // m over the larger of p and q is share of the larger + share of the smaller * exp(-|r|).
+  // ``top``: log q - log m at the student's maximum, or 0.
   struct Mixture {
-    V beta, rest, inv_t, shift;
+    V beta, rest, inv_t, between, top;
 
-    METAKD_INLINE Mixture(const Job& job, V shift)
-        : beta(per_lane<A>(job.beta)),
-          rest(per_lane<A>(1.0 - job.beta)),
-          inv_t(per_lane<A>(1.0 / job.temperature)),
-          shift(shift) {}
+    METAKD_INLINE Mixture(const Math& math, V between, V shift)
+        : beta(per_lane<A>(math.job.beta)),
+          rest(per_lane<A>(1.0 - math.job.beta)),
+          inv_t(per_lane<A>(1.0 / math.job.temperature)),
+          between(between),
+          top{} {
+      V log_p;
+      if (kind == Kind::mixture && math.is_shifted()) logs(math.hard, V{}, shift, log_p, top);
+    }
 
     METAKD_INLINE void logs(const Exp<A>& hard, V ds, V dt, V& log_p, V& log_q) const {
-      const V r = (dt - ds) * inv_t - shift;
+      const V r = (dt - ds) * inv_t - between;
       const auto teacher = r > V{};
       V ratio, ratio_less_one;  // of the smaller to the larger
       hard.compute(teacher ? -r : r, ratio, ratio_less_one);
@@ -277,16 +297,18 @@ struct Math {
 
   template <class X>
   METAKD_INLINE Mixture mixture(const Row<X>& row) const {
-    return Mixture(job, per_lane<A>(row.lsum_t - row.lsum_s));
+    return Mixture(*this, per_lane<A>(row.lsum_t - row.lsum_s), per_lane<A>(row.shift));
   }
 
   METAKD_INLINE void add_mixture(
-      const Mixture& mix, V ds, V dt, V inverse_s, V inverse_t, V& sum_p, V& sum_q) const {
+      const Mixture& mix, V ds, V dt, V inverse_s, V inverse_t, Shares<V>& sums) const {
     const V q = soft(ds) * inverse_s, p = soft(dt) * inverse_t;
     V log_p, log_q;
     mix.logs(hard, ds, dt, log_p, log_q);
-    sum_p += p == zero ? zero : p * log_p;
-    sum_q += q == zero ? zero : q * log_q;
+    log_q = q == zero ? zero : log_q;
+    sums.p += p == zero ? zero : p * log_p;
+    sums.q += q * log_q;
+    sums.inner += q * (log_q - mix.top);
   }
 
   // Rows
@@ -315,10 +337,10 @@ struct Math {
   }
 
   template <class X>
-  METAKD_INLINE void finish_mixture(X sum_p, X sum_q, Row<X>& row) const {
+  METAKD_INLINE void finish_mixture(const Shares<X>& sums, Row<X>& row) const {
     const auto beta = scalar<X>(job.beta), rest = scalar<X>(1.0 - job.beta);
-    row.inner = sum_q * rest;
-    row.value = sum_p * beta + row.inner;
+    row.inner = sums.inner * rest;
+    row.value = sums.p * beta + sums.q * rest;
   }
 
   // ``picked``: the student's logit of the label.
@@ -371,7 +393,7 @@ struct Math {
     } else {
       V log_p, log_q;
       at.mix.logs(hard, ds, dt, log_p, log_q);
-      d = es == zero ? zero : es * at.weight_s * (at.rest * log_q - at.inner);
+      d = es == zero ? zero : es * at.weight_s * (at.rest * (log_q - at.mix.top) - at.inner);
     }
     if constexpr (labelled) d += (hard(ds) * at.inverse_1 - target) * at.hard_weight;
     return d;
@@ -521,7 +543,7 @@ struct Wide {
   static METAKD_INLINE void find_shift(
       const M& math, const A* s, const A* t, int64_t size, Row<double>& row) {
     row.shift = 0;
-    if constexpr (kind == Kind::reverse) {
+    if (math.is_shifted()) {
       const A max_t = static_cast<A>(row.max_t);
       const V dt = every(at_maximum(s, t, size, static_cast<A>(row.max_s)) - max_t);
       row.shift = math.shift_of(dt)[0];
@@ -557,16 +579,17 @@ struct Wide {
     if constexpr (kind == Kind::mixture) {
       const auto mix = math.mixture(row);
       const V inverse_s = per_lane<A>(row.inverse_s), inverse_t = per_lane<A>(row.inverse_t);
-      double sum_p = 0, sum_q = 0;
+      Shares<double> shares{};
       chunks(job.classes, [&](int64_t begin, int64_t end) METAKD_LAMBDA {
-        V part_p{}, part_q{};
+        Shares<V> part{};
         sweep(s, t, begin, end, [&](V x, V y) METAKD_LAMBDA {
-          math.add_mixture(mix, x - max_s, y - max_t, inverse_s, inverse_t, part_p, part_q);
+          math.add_mixture(mix, x - max_s, y - max_t, inverse_s, inverse_t, part);
         });
-        sum_p += total(part_p);
-        sum_q += total(part_q);
+        shares.p += total(part.p);
+        shares.q += total(part.q);
+        shares.inner += total(part.inner);
       });
-      math.finish_mixture(sum_p, sum_q, row);
+      math.finish_mixture(shares, row);
     }
     math.finish_value(labelled ? static_cast<double>(s[label]) : 0.0, row);
   }
@@ -590,12 +613,13 @@ struct Wide {
 
   static METAKD_INLINE void recall(const Job& job, int64_t r, Row<double>& row) {
     const A* stats = static_cast<const A*>(job.stats) + r;
-    row.max_s = stats[0];
-    row.lsum_s = stats[job.rows];
-    row.max_t = stats[2 * job.rows];
-    row.lsum_t = stats[3 * job.rows];
-    row.inner = stats[4 * job.rows];
-    row.lsum_1 = stats[5 * job.rows];
+    row.max_s = stats[MAX_S * job.rows];
+    row.lsum_s = stats[LSUM_S * job.rows];
+    row.max_t = stats[MAX_T * job.rows];
+    row.lsum_t = stats[LSUM_T * job.rows];
+    row.inner = stats[INNER * job.rows];
+    row.lsum_1 = stats[LSUM_1 * job.rows];
+    row.shift = stats[SHIFT * job.rows];
     row.inverse_s = ::exp(-row.lsum_s);
     row.inverse_t = ::exp(-row.lsum_t);
     row.inverse_1 = ::exp(-row.lsum_1);
@@ -610,7 +634,7 @@ struct Wide {
       if (job.is_masked(r)) {
         if (op != Op::backward) static_cast<A*>(job.values)[r] = 0;
         if (op == Op::forward)
-          for (int k = 0; k < 6; ++k) static_cast<A*>(job.stats)[k * job.rows + r] = 0;
+          for (int k = 0; k < STATS; ++k) static_cast<A*>(job.stats)[k * job.rows + r] = 0;
         else
           __builtin_memset(gradient, 0, job.width * bytes_of(job.student_type));
         continue;
@@ -626,7 +650,6 @@ struct Wide {
       Row<double> row;
       if (op == Op::backward) {
         recall(job, r, row);
-        find_shift(math, s, t, job.classes, row);
       } else {
         const bool next = direct_s && direct_t && r + 1 < end;
         read(job, math, s, t, next ? s + job.student_stride : nullptr,
@@ -634,8 +657,9 @@ struct Wide {
         static_cast<A*>(job.values)[r] = static_cast<A>(row.value);
       }
       if (op == Op::forward) {
-        const double all[] = {row.max_s, row.lsum_s, row.max_t, row.lsum_t, row.inner, row.lsum_1};
-        for (int k = 0; k < 6; ++k)
+        const double all[STATS] = {
+            row.max_s, row.lsum_s, row.max_t, row.lsum_t, row.inner, row.lsum_1, row.shift};
+        for (int k = 0; k < STATS; ++k)
           static_cast<A*>(job.stats)[k * job.rows + r] = static_cast<A>(all[k]);
         continue;
       }
@@ -708,7 +732,7 @@ struct Narrow {
 
   static METAKD_INLINE void find_shift(const M& math, const Block& block, int64_t size, Row<V>& row) {
     row.shift = V{};
-    if constexpr (kind == Kind::reverse) {
+    if (math.is_shifted()) {
       V t = load(block.t);
       for (int64_t c = size - 1; c >= 0; --c)
         t = load(block.s + c * W) == row.max_s ? load(block.t + c * W) : t;
@@ -728,11 +752,11 @@ struct Narrow {
     math.finish_sums(sums, row);
     if constexpr (kind == Kind::mixture) {
       const auto mix = math.mixture(row);
-      V sum_p{}, sum_q{};
+      Shares<V> shares{};
       for (int64_t c = 0; c < size; ++c)
         math.add_mixture(mix, load(s + c * W) - row.max_s, load(t + c * W) - row.max_t,
-                         row.inverse_s, row.inverse_t, sum_p, sum_q);
-      math.finish_mixture(sum_p, sum_q, row);
+                         row.inverse_s, row.inverse_t, shares);
+      math.finish_mixture(shares, row);
     }
     math.finish_value(load(block.at_label), row);
   }
@@ -797,18 +821,18 @@ struct Narrow {
     for (int64_t r = begin; r < end; r += W) {
       fill(job, op, r, end, block);
       if (op == Op::backward) {
-        V all[6];
-        for (int k = 0; k < 6; ++k) all[k] = recall_one(job, block, k);
-        row = {all[0], all[1], all[2], all[3], all[4], all[5],
-               exp_of<A>(-all[1]), exp_of<A>(-all[3]), exp_of<A>(-all[5]), V{}, V{}};
-        find_shift(math, block, job.classes, row);
+        V all[STATS];
+        for (int k = 0; k < STATS; ++k) all[k] = recall_one(job, block, k);
+        row = {all[MAX_S], all[LSUM_S], all[MAX_T], all[LSUM_T], all[INNER], all[LSUM_1], all[SHIFT],
+               exp_of<A>(-all[LSUM_S]), exp_of<A>(-all[LSUM_T]), exp_of<A>(-all[LSUM_1]), V{}};
       } else {
         read(job, math, block, row);
         write(values, row.value, block);
       }
       if (op == Op::forward) {
-        const V all[] = {row.max_s, row.lsum_s, row.max_t, row.lsum_t, row.inner, row.lsum_1};
-        for (int k = 0; k < 6; ++k) write(stats + k * job.rows, all[k], block);
+        const V all[STATS] = {
+            row.max_s, row.lsum_s, row.max_t, row.lsum_t, row.inner, row.lsum_1, row.shift};
+        for (int k = 0; k < STATS; ++k) write(stats + k * job.rows, all[k], block);
       } else {
         differentiate(job, math, block, row);
         scatter(job, block.s, r, block.count);

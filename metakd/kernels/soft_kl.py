@@ -20,6 +20,11 @@ d log q_c / d s_k = ([c = k] - q_k) / T. Hence
   w + (1 - w) z: so log q - log m and log p - log m stay small numbers where p and q are close.
 - cross-entropy (temperature 1): softmax(s)_k - [k = label].
 
+Where one class has nearly all of q, the reverse KL and the mixture subtract from its g an inner
+that is nearly the same; at a low temperature g is in the thousands and the digits that count would
+be lost. Hence g, in inner too, is counted from its value at the student's maximum, where it is
+exactly 0 then, and shift = t - max t there is kept for the backward.
+
 A class without mass on the side that weighs it counts exactly 0, written ``p == 0`` so that a NaN
 fails the test and stays visible.
 
@@ -37,8 +42,7 @@ Bytes moved (b per element, N rows, C classes), reads that the L2 answers includ
 .                        long rows    in a tile  .
 =======================  ===========  =========  ===============================================
 soft_kl_fwd, KL          2NCb         2NCb       a long row is read twice if its divergence is
-                                                 infinite, and in float32, reverse KL, if half
-                                                 of q is on one class
+                                                 infinite
 soft_kl_fwd, JSD         4NCb         2NCb       m needs p and q normalised
 soft_kl_bwd              3NCb         3NCb       reads both, writes one
 fwd and bwd, KL or JSD   5 or 7NCb    5NCb
@@ -66,6 +70,8 @@ REVERSE: tl.constexpr = tl.constexpr(1)
 JSD: tl.constexpr = tl.constexpr(2)
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+STATS: tl.constexpr = tl.constexpr(7)  # statistics of a row, in the order of metakd.ops.STATS
 
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
@@ -96,32 +102,64 @@ def _over_mixture(r, beta):
 
 
 @triton.jit
-def _shares(q, p, r, beta, KIND: tl.constexpr):
-    """Classes' parts of the divergence: weighed by q, weighed by p."""
-    if KIND == JSD:
-        q_over_m, p_over_m = _over_mixture(r, beta)
-    else:
-        q_over_m, p_over_m = -r, r
-    return tl.where(q == 0, 0.0, q * q_over_m), tl.where(p == 0, 0.0, p * p_over_m)
-
-
-@triton.jit
-def _divergence(by_q, by_p, slip, beta, KIND: tl.constexpr):
-    """Divergence and inner from the sums of ``_shares``, ``slip`` being what every r lacks.
-
-    inner goes without: only its difference to g counts, and g comes from the same r in each
-    kernel. To first order the Jensen-Shannon divergence does not feel it."""
+def _shift(at_top, max_t, KIND: tl.constexpr):
+    """From the teacher's logit at the student's maximum. If that is -inf, the reverse KL is
+    infinite, and the mixture sees no difference between -inf and the lowest number."""
+    shift = at_top - max_t
     if KIND == FORWARD:
-        return by_p + slip, tl.zeros_like(by_p)
-    elif KIND == REVERSE:
-        return by_q - slip, by_q
+        return tl.zeros_like(shift)
     else:
-        inner = (1.0 - beta) * by_q
-        return beta * by_p + inner, inner
+        return tl.where(shift == -INFINITY, 0.0 if KIND == REVERSE else LOWEST, shift)
 
 
 @triton.jit
-def _slope(q, p, r, inner, beta, KIND: tl.constexpr):
+def _log_ratio(from_s, from_t, gap, shift, cool, KIND: tl.constexpr):
+    """r; for the reverse KL less its value at the student's maximum."""
+    if KIND == REVERSE:
+        return ((from_t - shift) - from_s) * cool
+    else:
+        return (from_t - from_s) * cool - gap
+
+
+@triton.jit
+def _top(gap, shift, cool, beta, KIND: tl.constexpr):
+    """What the mixture's log q - log m is counted from: its value at the student's maximum."""
+    if KIND == JSD:
+        top, _ = _over_mixture(shift * cool - gap, beta)
+        return top
+    else:
+        return tl.zeros_like(gap)
+
+
+@triton.jit
+def _shares(q, p, r, top, beta, KIND: tl.constexpr):
+    """Classes' parts of inner, but for its 1 - beta, and of the divergence, which for the reverse
+    KL follows from inner."""
+    if KIND == FORWARD:
+        return tl.zeros_like(p), tl.where(p == 0, 0.0, p * r)
+    elif KIND == REVERSE:
+        return tl.where(q == 0, 0.0, q * -r), tl.zeros_like(q)
+    else:
+        q_over_m, p_over_m = _over_mixture(r, beta)
+        by_p = tl.where(p == 0, 0.0, beta * p * p_over_m)
+        by_q = tl.where(q == 0, 0.0, (1.0 - beta) * q * q_over_m)
+        return tl.where(q == 0, 0.0, q * (q_over_m - top)), by_p + by_q
+
+
+@triton.jit
+def _divergence(inner, value, ratio, gap, shift, cool, beta, KIND: tl.constexpr):
+    """Divergence and inner from the sums of ``_shares``. ratio: log sum_t / sum_s, gap: the same
+    from two rounded logarithms. To first order the Jensen-Shannon divergence does not feel it."""
+    if KIND == FORWARD:
+        return value + (gap - ratio), inner
+    elif KIND == REVERSE:
+        return inner - shift * cool + ratio, inner
+    else:
+        return value, (1.0 - beta) * inner
+
+
+@triton.jit
+def _slope(q, p, r, top, inner, beta, KIND: tl.constexpr):
     """T dD/ds."""
     if KIND == FORWARD:
         return q - p
@@ -129,7 +167,7 @@ def _slope(q, p, r, inner, beta, KIND: tl.constexpr):
         return tl.where(q == 0, 0.0, q * (-r - inner))
     else:
         q_over_m, _ = _over_mixture(r, beta)
-        return tl.where(q == 0, 0.0, q * ((1.0 - beta) * q_over_m - inner))
+        return tl.where(q == 0, 0.0, q * ((1.0 - beta) * (q_over_m - top) - inner))
 
 
 @triton.jit
@@ -139,11 +177,11 @@ def _log(x):
 
 @triton.jit
 def _log_sums(sum_s, sum_t):
-    """lsum_s, lsum_t, and log (sum_s / sum_t) - (lsum_s - lsum_t), which their rounding lost. NaN
-    for a row whose classes are all -inf, as log_softmax has it."""
+    """lsum_s, lsum_t, and log sum_t / sum_s without their rounding. NaN for a row whose classes
+    are all -inf, as log_softmax has it."""
     lsum_s = tl.where(sum_s == 0, float("nan"), _log(sum_s))
     lsum_t = tl.where(sum_t == 0, float("nan"), _log(sum_t))
-    return lsum_s, lsum_t, _log(sum_s / sum_t) - (lsum_s - lsum_t)
+    return lsum_s, lsum_t, _log(sum_t / sum_s)
 
 
 @triton.jit
@@ -156,12 +194,12 @@ def _narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _recall(s, t, max_s, lsum_s, max_t, lsum_t, rate, cool):
+def _recall(s, t, max_s, lsum_s, max_t, lsum_t, shift, rate, cool, KIND: tl.constexpr):
     """q, p and r from the statistics."""
     from_s, from_t = s - max_s, t - max_t
     q = tl.exp2(from_s * rate - lsum_s * LOG2_E)
     p = tl.exp2(from_t * rate - lsum_t * LOG2_E)
-    return q, p, (from_t - from_s) * cool - (lsum_t - lsum_s)
+    return q, p, _log_ratio(from_s, from_t, lsum_t - lsum_s, shift, cool, KIND)
 
 
 @triton.jit
@@ -199,10 +237,18 @@ def _soft_kl_tile_kernel(
     sum_s, sum_t = tl.sum(q, 1), tl.sum(p, 1)
     q *= (1.0 / sum_s)[:, None]
     p *= (1.0 / sum_t)[:, None]
-    lsum_s, lsum_t, slip = _log_sums(sum_s, sum_t)
-    r = (from_t - from_s) * cool - (lsum_t - lsum_s)[:, None]
-    by_q, by_p = _shares(q, p, r, beta, KIND)
-    divergence, inner = _divergence(tl.sum(by_q, 1), tl.sum(by_p, 1), slip, beta, KIND)
+    lsum_s, lsum_t, ratio = _log_sums(sum_s, sum_t)
+    gap = lsum_t - lsum_s
+    shift = max_t
+    if KIND != FORWARD:
+        shift = tl.max(tl.where(from_s == 0, t, -INFINITY), 1)
+    shift = _shift(shift, max_t, KIND)
+    top = _top(gap, shift, cool, beta, KIND)
+    r = _log_ratio(from_s, from_t, gap[:, None], shift[:, None], cool, KIND)
+    inner, value = _shares(q, p, r, top[:, None], beta, KIND)
+    divergence, inner = _divergence(
+        tl.sum(inner, 1), tl.sum(value, 1), ratio, gap, shift, cool, beta, KIND
+    )
     loss = scale * divergence
     sum_1 = sum_s
     if label is not None:
@@ -217,7 +263,8 @@ def _soft_kl_tile_kernel(
 
     if IN_PLACE:
         weight = tl.load(drows + row * stride_drows, mask=real, other=0.0)
-        slope = (weight * scale * cool)[:, None] * _slope(q, p, r, inner[:, None], beta, KIND)
+        slope = _slope(q, p, r, top[:, None], inner[:, None], beta, KIND)
+        slope *= (weight * scale * cool)[:, None]
         if label is not None:
             q_1 *= (1.0 / sum_1)[:, None]
             slope += (weight * hard_weight)[:, None] * (q_1 - tl.where(is_label, 1.0, 0.0))
@@ -235,6 +282,7 @@ def _soft_kl_tile_kernel(
         tl.store(stats + 3 * size, tl.where(real, lsum_t, 0.0), mask=inside)
         tl.store(stats + 4 * size, tl.where(real, inner, 0.0), mask=inside)
         tl.store(stats + 5 * size, tl.where(real, _log(sum_1), 0.0), mask=inside)
+        tl.store(stats + 6 * size, tl.where(real, shift, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -264,8 +312,10 @@ def _soft_kl_bwd_tile_kernel(
     max_t = tl.load(stats + 2 * size, mask=real, other=0.0)[:, None]
     lsum_t = tl.load(stats + 3 * size, mask=real, other=0.0)[:, None]
     inner = tl.load(stats + 4 * size, mask=real, other=0.0)[:, None]
-    q, p, r = _recall(s, t, max_s, lsum_s, max_t, lsum_t, rate, cool)
-    slope = (weight * scale * cool)[:, None] * _slope(q, p, r, inner, beta, KIND)
+    shift = tl.load(stats + 6 * size, mask=real, other=0.0)[:, None]
+    q, p, r = _recall(s, t, max_s, lsum_s, max_t, lsum_t, shift, rate, cool, KIND)
+    top = _top(lsum_t - lsum_s, shift, cool, beta, KIND)
+    slope = (weight * scale * cool)[:, None] * _slope(q, p, r, top, inner, beta, KIND)
     if label is not None:
         at = _in_range(tl.load(label + row * stride_label, mask=real, other=0), V)
         lsum_1 = tl.load(stats + 5 * size, mask=real, other=0.0)[:, None]
@@ -336,13 +386,20 @@ def _read(pointer, place, lead, V, EDGE: tl.constexpr):
 
 
 @triton.jit
+def _finite(x):
+    return tl.where(x == -INFINITY, 0.0, x)
+
+
+@triton.jit
 def _fold(
     student, teacher, places, block, lead, V,
-    max_s, sum_s, max_t, sum_t, gap, sum_1, rate,
+    max_s, sum_s, max_t, sum_t, top_t, mean, sum_1, rate,
     KIND: tl.constexpr, LABEL: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """A block into the lanes' running maxima, sums of exponentials and (KL) mean gap
-    sum e ((t - max_t) - (s - max_s)) over the side that weighs."""
+    """A block into the lanes' running maxima, sums of exponentials, the teacher's logit where the
+    student has its maximum (of several the largest) and, for the KLs, mean difference over the
+    side that weighs: sum e_t ((t - max_t) - (s - max_s)), or sum e_s ((t - top_t) - (s - max_s)),
+    to which the student's largest class adds exactly 0."""
     place = block * places.numel + places
     s = _read(student, place, lead, V, EDGE)
     t = _read(teacher, place, lead, V, EDGE)
@@ -350,25 +407,31 @@ def _fold(
     from_s, from_t = s - new_s[:, None], t - new_t[:, None]
     e_s, e_t = tl.exp2(from_s * rate), tl.exp2(from_t * rate)
     keep_s, keep_t = tl.exp2((max_s - new_s) * rate), tl.exp2((max_t - new_t) * rate)
-    moved = (max_t - new_t) - (max_s - new_s)
     if KIND == FORWARD:
+        moved = (max_t - new_t) - (max_s - new_s)
         more = tl.where(e_t == 0, 0.0, e_t * (from_t - from_s))
-        gap = keep_t * (gap + sum_t * moved) + tl.sum(more, 1)
-    elif KIND == REVERSE:
-        more = tl.where(e_s == 0, 0.0, e_s * (from_t - from_s))
-        gap = keep_s * (gap + sum_s * moved) + tl.sum(more, 1)
+        mean = keep_t * (mean + sum_t * moved) + tl.sum(more, 1)
+    else:
+        new_top = tl.max(tl.where(from_s == 0, t, -INFINITY), 1)
+        new_top = tl.where(new_s == max_s, tl.maximum(top_t, new_top), new_top)
+        if KIND == REVERSE:
+            at_top = _finite(new_top)
+            moved = (_finite(top_t) - at_top) - (max_s - new_s)
+            more = tl.where(e_s == 0, 0.0, e_s * ((t - at_top[:, None]) - from_s))
+            mean = keep_s * (mean + sum_s * moved) + tl.sum(more, 1)
+        top_t = new_top
     if LABEL:
         keep_1 = tl.exp2((max_s - new_s) * LOG2_E)
         sum_1 = keep_1 * sum_1 + tl.sum(tl.exp2(from_s * LOG2_E), 1)
     sum_s = keep_s * sum_s + tl.sum(e_s, 1)
     sum_t = keep_t * sum_t + tl.sum(e_t, 1)
-    return new_s, sum_s, new_t, sum_t, gap, sum_1
+    return new_s, sum_s, new_t, sum_t, top_t, mean, sum_1
 
 
 @triton.jit
 def _block_shares(
     student, teacher, places, block, lead, V,
-    max_s, sum_s, lsum_s, max_t, sum_t, lsum_t, rate, cool, beta,
+    max_s, sum_s, max_t, sum_t, gap, shift, top, rate, cool, beta,
     KIND: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     place = block * places.numel + places
@@ -376,36 +439,37 @@ def _block_shares(
     from_t = _read(teacher, place, lead, V, EDGE) - max_t
     q = tl.exp2(from_s * rate) * (1.0 / sum_s)
     p = tl.exp2(from_t * rate) * (1.0 / sum_t)
-    r = (from_t - from_s) * cool - (lsum_t - lsum_s)
-    by_q, by_p = _shares(q, p, r, beta, KIND)
-    return tl.sum(by_q, 1), tl.sum(by_p, 1)
+    r = _log_ratio(from_s, from_t, gap, shift, cool, KIND)
+    inner, value = _shares(q, p, r, top, beta, KIND)
+    return tl.sum(inner, 1), tl.sum(value, 1)
 
 
 @triton.jit
 def _look_back(
     student, teacher, places, lead, V,
-    max_s, sum_s, lsum_s, max_t, sum_t, lsum_t, slip, rate, cool, beta,
+    max_s, sum_s, max_t, sum_t, ratio, gap, shift, rate, cool, beta,
     KIND: tl.constexpr,
 ):  # fmt: skip
     """Divergence and inner of a row whose maxima and sums are known."""
     first, last, incomplete = _extent(lead, V, places.numel)
-    by_q = tl.zeros([places.shape[0]], tl.float32)
-    by_p = tl.zeros([places.shape[0]], tl.float32)
+    inner = tl.zeros([places.shape[0]], tl.float32)
+    value = tl.zeros([places.shape[0]], tl.float32)
+    top = _top(gap, shift, cool, beta, KIND)
     for back in range(first, last):
-        more_q, more_p = _block_shares(
+        more_inner, more = _block_shares(
             student, teacher, places, last - 1 - (back - first), lead, V,
-            max_s, sum_s, lsum_s, max_t, sum_t, lsum_t, rate, cool, beta, KIND, False,
+            max_s, sum_s, max_t, sum_t, gap, shift, top, rate, cool, beta, KIND, False,
         )  # fmt: skip
-        by_q += more_q
-        by_p += more_p
+        inner += more_inner
+        value += more
     for edge in range(incomplete):
-        more_q, more_p = _block_shares(
+        more_inner, more = _block_shares(
             student, teacher, places, tl.where(edge < first, 0, last + edge - first), lead, V,
-            max_s, sum_s, lsum_s, max_t, sum_t, lsum_t, rate, cool, beta, KIND, True,
+            max_s, sum_s, max_t, sum_t, gap, shift, top, rate, cool, beta, KIND, True,
         )  # fmt: skip
-        by_q += more_q
-        by_p += more_p
-    return _divergence(tl.sum(by_q, 0), tl.sum(by_p, 0), slip, beta, KIND)
+        inner += more_inner
+        value += more
+    return _divergence(tl.sum(inner, 0), tl.sum(value, 0), ratio, gap, shift, cool, beta, KIND)
 
 
 @triton.jit
@@ -413,71 +477,72 @@ def _row_statistics(
     student, teacher, places, lead, V, rate, cool, beta,
     KIND: tl.constexpr, LABEL: tl.constexpr,
 ):  # fmt: skip
-    """max_s, lsum_s, max_t, lsum_t, inner, lsum_1 and the divergence of a row."""
+    """max_s, lsum_s, max_t, lsum_t, inner, lsum_1, shift and the divergence of a row."""
     first, last, incomplete = _extent(lead, V, places.numel)
     max_s = tl.full([places.shape[0]], LOWEST, tl.float32)
     max_t = tl.full([places.shape[0]], LOWEST, tl.float32)
     sum_s = tl.zeros([places.shape[0]], tl.float32)
     sum_t = tl.zeros([places.shape[0]], tl.float32)
-    gap = tl.zeros([places.shape[0]], tl.float32)
+    top_t = tl.full([places.shape[0]], -INFINITY, tl.float32)
+    mean = tl.zeros([places.shape[0]], tl.float32)
     sum_1 = tl.zeros([places.shape[0]], tl.float32)
     for edge in range(incomplete):
-        max_s, sum_s, max_t, sum_t, gap, sum_1 = _fold(
+        max_s, sum_s, max_t, sum_t, top_t, mean, sum_1 = _fold(
             student, teacher, places, tl.where(edge < first, 0, last + edge - first), lead, V,
-            max_s, sum_s, max_t, sum_t, gap, sum_1, rate, KIND, LABEL, True,
+            max_s, sum_s, max_t, sum_t, top_t, mean, sum_1, rate, KIND, LABEL, True,
         )  # fmt: skip
     for block in range(first, last):
-        max_s, sum_s, max_t, sum_t, gap, sum_1 = _fold(
+        max_s, sum_s, max_t, sum_t, top_t, mean, sum_1 = _fold(
             student, teacher, places, block, lead, V,
-            max_s, sum_s, max_t, sum_t, gap, sum_1, rate, KIND, LABEL, False,
+            max_s, sum_s, max_t, sum_t, top_t, mean, sum_1, rate, KIND, LABEL, False,
         )  # fmt: skip
 
     row_s, row_t = tl.max(max_s, 0), tl.max(max_t, 0)
+    row_top = row_t
+    if KIND != FORWARD:
+        row_top = tl.max(tl.where(max_s == row_s, top_t, -INFINITY), 0)
     behind_s, behind_t = max_s - row_s, max_t - row_t
     total_s = tl.sum(sum_s * tl.exp2(behind_s * rate), 0)
     total_t = tl.sum(sum_t * tl.exp2(behind_t * rate), 0)
     total_1 = tl.sum(sum_1 * tl.exp2(behind_s * LOG2_E), 0)
-    lsum_s, lsum_t, slip = _log_sums(total_s, total_t)
+    lsum_s, lsum_t, ratio = _log_sums(total_s, total_t)
+    gap = lsum_t - lsum_s
+    shift = _shift(row_top, row_t, KIND)
     if KIND == FORWARD:
         keep = tl.exp2(behind_t * rate)
-        gap = tl.where(keep == 0, 0.0, keep * (gap + sum_t * (behind_t - behind_s)))
-        r = tl.sum(gap, 0) / total_t * cool - (lsum_t - lsum_s)
-        divergence, inner = _divergence(r, r, slip, beta, KIND)
+        mean = tl.where(keep == 0, 0.0, keep * (mean + sum_t * (behind_t - behind_s)))
+        r = tl.sum(mean, 0) / total_t * cool - gap
+        divergence, inner = _divergence(tl.zeros_like(r), r, ratio, gap, shift, cool, beta, KIND)
     elif KIND == REVERSE:
         keep = tl.exp2(behind_s * rate)
-        gap = tl.where(keep == 0, 0.0, keep * (gap + sum_s * (behind_t - behind_s)))
-        r = tl.sum(gap, 0) / total_s * cool - (lsum_t - lsum_s)
-        divergence, inner = _divergence(-r, -r, slip, beta, KIND)
+        behind = (_finite(top_t) - _finite(row_top)) - behind_s
+        mean = tl.where(keep == 0, 0.0, keep * (mean + sum_s * behind))
+        r = tl.sum(mean, 0) / total_s * cool
+        divergence, inner = _divergence(-r, -r, ratio, gap, shift, cool, beta, KIND)
     else:
-        divergence, inner = slip * 0.0, slip * 0.0
-    # A gap of infinity counts only if its class has mass in the end, which a lane could not know
-    # when it met it. And where one class has most of q, its g - inner is nearly 0: in float32 the
-    # rounding of the lanes' changes of reference would be all that is left of it.
-    again = not (tl.abs(divergence) < INFINITY)
-    type_s: tl.constexpr = student.dtype.element_ty
-    type_t: tl.constexpr = teacher.dtype.element_ty
-    if KIND == REVERSE and (type_s == tl.float32 or type_t == tl.float32):
-        again = again or total_s < 2.0
-    if KIND == JSD or again:
+        divergence, inner = ratio * 0.0, ratio * 0.0
+    # A difference of infinity counts only if its class has mass in the end, which a lane could not
+    # know when it met it.
+    if KIND == JSD or not (tl.abs(divergence) < INFINITY):
         divergence, inner = _look_back(
             student, teacher, places, lead, V,
-            row_s, total_s, lsum_s, row_t, total_t, lsum_t, slip, rate, cool, beta,
+            row_s, total_s, row_t, total_t, ratio, gap, shift, rate, cool, beta,
             KIND,
         )  # fmt: skip
-    return row_s, lsum_s, row_t, lsum_t, inner, _log(total_1), divergence
+    return row_s, lsum_s, row_t, lsum_t, inner, _log(total_1), shift, divergence
 
 
 @triton.jit
 def _block_gradient(
     dstudent, student, teacher, places, block, lead, V,
-    max_s, lsum_s, max_t, lsum_t, inner, lsum_1, rate, cool, beta, soft, hard,
+    max_s, lsum_s, max_t, lsum_t, inner, lsum_1, shift, top, rate, cool, beta, soft, hard,
     KIND: tl.constexpr, LABEL: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     place = block * places.numel + places
     s = _read(student, place, lead, V, EDGE)
     t = _read(teacher, place, lead, V, EDGE)
-    q, p, r = _recall(s, t, max_s, lsum_s, max_t, lsum_t, rate, cool)
-    slope = soft * _slope(q, p, r, inner, beta, KIND)
+    q, p, r = _recall(s, t, max_s, lsum_s, max_t, lsum_t, shift, rate, cool, KIND)
+    slope = soft * _slope(q, p, r, top, inner, beta, KIND)
     if LABEL:
         slope += hard * tl.exp2((s - max_s) * LOG2_E - lsum_1 * LOG2_E)
     slope = _narrow(slope, dstudent.dtype.element_ty)
@@ -492,30 +557,31 @@ def _block_gradient(
 @triton.jit
 def _row_gradient(
     dstudent, student, teacher, places, lead, V, label, s_label, t_label,
-    max_s, lsum_s, max_t, lsum_t, inner, lsum_1, rate, cool, beta, soft, hard,
+    max_s, lsum_s, max_t, lsum_t, inner, lsum_1, shift, rate, cool, beta, soft, hard,
     KIND: tl.constexpr, LABEL: tl.constexpr,
 ):  # fmt: skip
     """Backwards through the row. dstudent may be student: an element is read by who writes it."""
     first, last, incomplete = _extent(lead, V, places.numel)
+    top = _top(lsum_t - lsum_s, shift, cool, beta, KIND)
     for back in range(first, last):
         _block_gradient(
             dstudent, student, teacher, places, last - 1 - (back - first), lead, V,
-            max_s, lsum_s, max_t, lsum_t, inner, lsum_1, rate, cool, beta, soft, hard,
+            max_s, lsum_s, max_t, lsum_t, inner, lsum_1, shift, top, rate, cool, beta, soft, hard,
             KIND, LABEL, False,
         )  # fmt: skip
     for edge in range(incomplete):
         _block_gradient(
             dstudent, student, teacher, places,
             tl.where(edge < first, 0, last + edge - first), lead, V,
-            max_s, lsum_s, max_t, lsum_t, inner, lsum_1, rate, cool, beta, soft, hard,
+            max_s, lsum_s, max_t, lsum_t, inner, lsum_1, shift, top, rate, cool, beta, soft, hard,
             KIND, LABEL, True,
         )  # fmt: skip
     if LABEL and label >= 0:
         # Once more with its -1: cheaper than looking for it in every block.
         tl.debug_barrier()
-        q, p, r = _recall(s_label, t_label, max_s, lsum_s, max_t, lsum_t, rate, cool)
+        q, p, r = _recall(s_label, t_label, max_s, lsum_s, max_t, lsum_t, shift, rate, cool, KIND)
         q_1 = tl.exp2((s_label - max_s) * LOG2_E - lsum_1 * LOG2_E)
-        slope = soft * _slope(q, p, r, inner, beta, KIND) + hard * (q_1 - 1.0)
+        slope = soft * _slope(q, p, r, top, inner, beta, KIND) + hard * (q_1 - 1.0)
         tl.store(dstudent + lead + label, _narrow(slope, dstudent.dtype.element_ty))
 
 
@@ -549,7 +615,7 @@ def _soft_kl_row_kernel(
             if IN_PLACE:
                 _clear(student + row * stride_s, 0, C, LANES * PER)
             else:
-                for which in tl.static_range(6):
+                for which in tl.static_range(STATS):
                     tl.store(stats + which * size + row, 0.0)
             return
     lead = _lead(row, stride_s, SHARED_CUT)
@@ -562,7 +628,7 @@ def _soft_kl_row_kernel(
         at = _in_range(tl.load(label + row * stride_label), V)
         # Before the reductions, whose barriers keep it ahead of the writing in place.
         s_label, t_label = _logit(student + lead, at), _logit(teacher + lead, at)
-    max_s, lsum_s, max_t, lsum_t, inner, lsum_1, divergence = _row_statistics(
+    max_s, lsum_s, max_t, lsum_t, inner, lsum_1, shift, divergence = _row_statistics(
         student, teacher, places, lead, V, rate, cool, beta, KIND, LABEL
     )
     loss = scale * divergence
@@ -573,7 +639,7 @@ def _soft_kl_row_kernel(
         weight = tl.load(drows + row * stride_drows)
         _row_gradient(
             student, student, teacher, places, lead, V, at, s_label, t_label,
-            max_s, lsum_s, max_t, lsum_t, inner, lsum_1,
+            max_s, lsum_s, max_t, lsum_t, inner, lsum_1, shift,
             rate, cool, beta, weight * scale * cool, weight * hard_weight,
             KIND, LABEL,
         )  # fmt: skip
@@ -586,6 +652,7 @@ def _soft_kl_row_kernel(
         tl.store(stats + 3 * size, lsum_t)
         tl.store(stats + 4 * size, inner)
         tl.store(stats + 5 * size, lsum_1)
+        tl.store(stats + 6 * size, shift)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -617,6 +684,7 @@ def _soft_kl_bwd_row_kernel(
         dstudent, student, teacher, places, lead, V, at, s_label, t_label,
         tl.load(stats), tl.load(stats + size), tl.load(stats + 2 * size),
         tl.load(stats + 3 * size), tl.load(stats + 4 * size), tl.load(stats + 5 * size),
+        tl.load(stats + 6 * size),
         rate, cool, beta, weight * scale * cool, weight * hard_weight,
         KIND, LABEL,
     )  # fmt: skip
@@ -659,8 +727,9 @@ def row_shape(
 
     A lane is 16 bytes of the wider dtype, a thread has two: 16 elements in half precision, 8 in
     float32. In half precision all but bwd and, held to 64 registers, fwd of the forward KL would
-    spill or take too many: they have one lane and 40 to 59 registers. Loads under way in an SM, if
-    all its warps are at that point: 64 KB with two lanes and 64 registers, 41 with one and 48.
+    spill or take too many: they have one lane and 40 to 64 registers. Loads under way in an SM, if
+    all its warps are at that point: 64 KB with two lanes and 64 registers, 48 with two and 80, 41
+    with one and 48.
     Without a shared cut a thread has one lane of 8 elements that are apart."""
     warps, lanes, per, shape = 8, 2, 16 // itemsize, {}
     if not shared_cut:
@@ -671,8 +740,12 @@ def row_shape(
             shape = {"maxnreg": 64}
         else:
             lanes = 1
-    elif operator == "fwd_bwd":
+            if operator == "fwd_bwd" and kind == JSD.value:
+                shape = {"maxnreg": 64}
+    elif operator == "fwd_bwd" or (itemsize == 2 and kind == JSD.value):
         shape = {"maxnreg": 80}
+    elif operator == "fwd" and kind == REVERSE.value:
+        shape = {"maxnreg": 64}
     shape |= {"SHARED_CUT": shared_cut, "LANES": lanes * 32 * warps, "PER": per}
     return shape | {"num_warps": warps}
 
@@ -750,7 +823,7 @@ def soft_kl_fwd(
     """See ``metakd.ops.SCHEMAS``."""
     student, teacher = _checked(student, teacher)
     rows = student.new_empty(len(student), dtype=torch.float32)  # [N]
-    stats = student.new_empty(6, len(student), dtype=torch.float32)  # [6, N], metakd.ops.STATS
+    stats = student.new_empty(STATS.value, len(student), dtype=torch.float32)  # [STATS, N]
     settings = vocab_size, temperature, scale, beta, hard_weight
     _forward(student, teacher, mask, label, None, rows, stats, *settings)
     return rows, stats
