@@ -95,14 +95,14 @@ def readable(names: list[str]) -> list[str]:
         return names
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
     kinds = ("forward", "reverse", "mixture")  # the enumerators of Kind
-    plain = re.sub(r"metakd::(soft_kl::)?|^void ", "", done.stdout, flags=re.MULTILINE)
+    plain = re.sub(r"metakd::(\w+::)?|^void ", "", done.stdout, flags=re.MULTILINE)
     plain = re.sub(r"\(Kind\)(\d)", lambda digit: kinds[int(digit[1])], plain)
     return [name.split("(")[0] for name in plain.splitlines()]
 
 
 def spilled(rows: list[dict]) -> list[dict]:
     """Kernels that spill, but for those in double precision, which are there to be right."""
-    doubles = re.compile(r"\bdouble\b|AnyEd")  # readable | mangled
+    doubles = re.compile(r"\bdouble\b|AnyEd|wardId")  # readable | mangled
     return [
         row for row in rows if row["stores"] + row["loads"] and not doubles.search(row["kernel"])
     ]

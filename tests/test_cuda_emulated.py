@@ -61,26 +61,30 @@ def cuda_headers() -> Path | None:
     return Path(found[1]) if found else None
 
 
-def build(folder: Path, csrc: Path = compile_cuda.CSRC) -> ctypes.CDLL:
-    """Compiles the kernels of ``csrc`` for the emulated device."""
+def build(
+    folder: Path, op: str = "soft_kl", request: type = Call, csrc: Path = compile_cuda.CSRC
+) -> ctypes.CDLL:
+    """Compiles the kernels of ``op`` in ``csrc`` for the emulated device; they take a
+    ``request``."""
     headers = cuda_headers()
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if headers is None or not (headers / "cuda_bf16.h").is_file():
         pytest.skip("no CUDA headers: no nvcc, or none beside it (set CUDA_HOME or PATH)")
     if compiler is None:
         pytest.skip("no C++ compiler (set CXX)")
-    library = folder / "soft_kl.so"
+    library = folder / f"{op}.so"
     command = [
         *(compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-shared"),
         "-U_FORTIFY_SOURCE",  # its longjmp takes a change of stacks for an error
         *(f"-I{path}" for path in (FOLDER, csrc / "include", headers)),
-        *(FOLDER / "soft_kl.cpp", "-o", library),
+        *(FOLDER / f"{op}.cpp", "-o", library),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     loaded = ctypes.CDLL(str(library))
-    loaded.soft_kl_emulated.argtypes = [ctypes.POINTER(Call)]
-    loaded.soft_kl_emulated.restype = ctypes.c_char_p
+    entry = getattr(loaded, f"{op}_emulated")
+    entry.argtypes = [ctypes.POINTER(request)]
+    entry.restype = ctypes.c_char_p
     return loaded
 
 

@@ -51,6 +51,20 @@ __device__ __forceinline__ A shuffle_xor(A x, int offset) {
 
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 
+// Whether `count` - 1 other blocks have been here; who is last may `load_other` what they stored before.
+// By one thread of a block, after a block barrier if others of it stored. `ticket` was 0 in the beginning.
+__device__ __forceinline__ bool is_last_block(int* ticket, int count) {
+  __threadfence();
+  const bool last = atomicAdd(ticket, 1) == count - 1;
+  __threadfence();
+  return last;
+}
+
+template <typename A>
+__device__ __forceinline__ A load_other(const A* x) {
+  return __ldcg(x);
+}
+
 // The block's dynamic shared memory.
 __device__ __forceinline__ char* dynamic_shared() {
   extern __shared__ __align__(128) char metakd_dynamic_shared[];

@@ -2,8 +2,9 @@
 // rowwise_ptx.cuh, of which this folder has its own.
 //
 // Emulated: blocks of threads in clusters, their shared memory, barriers of warps, blocks and clusters,
-// shuffles, barriers that count bytes, bulk copies, stores into other blocks. Each thread is a coroutine
-// that may lose its turn at any of these; which of the ready ones is next, and when a copy or a remote
+// shuffles, barriers that count bytes, bulk copies, stores into other blocks; asynchronous copies and
+// matrix products of a warp (warp_tile_ptx.cuh). Each thread is a coroutine that may lose its turn at a
+// barrier or what works like one; which of the ready ones is next, and when a bulk copy or a remote
 // store lands, is random but follows from a seed. Memory that nobody has written, and the target of a
 // copy under way, are NaN. What hardware answers with silence or a hang is an error that says what
 // happened: a deadlock, a barrier used before it was made or armed twice, a misplaced copy, a store into
@@ -21,6 +22,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <string>
@@ -33,8 +35,9 @@ constexpr int WARP = 32;
 constexpr size_t SHARED_LIMIT = 227 << 10;     // bytes of a block, as on sm_90
 constexpr uint32_t BYTES_LIMIT = (1 << 20) - 1;  // that a barrier can count
 
-// Barriers that everybody passes, to see what notices.
-enum class Broken : int { nothing, block_sync, cluster_sync, bytes_wait, remote_bytes_wait };
+// Barriers that everybody passes, to see what notices. A block's first one holds: kernels find addresses
+// before it, and a wrong one would end the test.
+enum class Broken : int { nothing, block_sync, cluster_sync, bytes_wait, remote_bytes_wait, copies_wait };
 
 struct Block;
 
@@ -44,6 +47,9 @@ struct Fiber {
   char* stack;
   jmp_buf here;
   bool started = false, done = false;
+  int block_barriers = 0;  // that it has come to
+  // Groups of asynchronous copies under way; the last is not committed.
+  std::deque<std::vector<std::function<void()>>> copies{1};
 };
 
 struct Waiting {
@@ -64,7 +70,7 @@ struct Meeting {
 struct Warp {
   Meeting meeting;
   int turn = 0;
-  char words[2][WARP][8];
+  char words[2][WARP][40];
 };
 
 // A barrier that counts bytes. A phase ends when it is armed and as many bytes came as it was armed for;
@@ -125,8 +131,12 @@ inline __attribute__((noinline)) void give_up_turn() {
   if (!_setjmp(device.running->here)) _longjmp(device.scheduler, 1);
 }
 
+void fail(const std::string& what);
+
 inline void enter_fiber() {
   device.kernel();
+  for (const auto& group : device.running->copies)
+    if (!group.empty()) fail("a thread ends while its copies are under way");
   device.running->done = true;
   ++device.running->block->ended;
   _longjmp(device.scheduler, 1);

@@ -104,8 +104,16 @@ inline A shuffle_xor(A x, int offset) {
 
 inline void block_sync() {
   using namespace emulator;
-  if (is_broken(Broken::block_sync)) return maybe_lose_turn();
+  if (device.running->block_barriers++ > 0 && is_broken(Broken::block_sync)) return maybe_lose_turn();
   this_block().meeting.meet(static_cast<int>(device.threads));
+}
+
+// Blocks that come one after another need no more.
+inline bool is_last_block(int* ticket, int count) { return (*ticket)++ == count - 1; }
+
+template <typename A>
+inline A load_other(const A* x) {
+  return *x;
 }
 
 inline char* dynamic_shared() { return emulator::this_block().shared; }
