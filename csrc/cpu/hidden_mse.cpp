@@ -47,8 +47,8 @@ class Call {
                       student[layer].scalar_type() == student[0].scalar_type() &&
                       teacher[layer].scalar_type() == teacher[0].scalar_type(),
                   "hidden_mse: layers must have one shape, and one dtype on each side");
-      student_.push_back(with_contiguous_rows(student[layer]));
-      teacher_.push_back(with_contiguous_rows(teacher[layer]));
+      student_.push_back(with_last_stride_1(student[layer]));
+      teacher_.push_back(with_last_stride_1(teacher[layer]));
     }
     batch = student[0].size(0);
     length = student[0].size(1);

@@ -77,7 +77,7 @@ void check_mask(const at::Tensor& mask) {
 
 at::Tensor masked_mean_fwd(const at::Tensor& hidden_, const at::Tensor& mask) {
   check_mask(mask);
-  const at::Tensor hidden = with_contiguous_rows(hidden_);
+  const at::Tensor hidden = with_last_stride_1(hidden_);
   TORCH_CHECK(hidden.dim() == 3 && hidden.sizes().slice(0, 2) == mask.sizes(), "masked_mean: shapes");
   const int64_t batch = hidden.size(0), length = hidden.size(1), width = hidden.size(2);
   at::Tensor mean = at::empty({batch, width}, hidden.options());  // [B, H]
@@ -103,7 +103,7 @@ at::Tensor masked_mean_fwd(const at::Tensor& hidden_, const at::Tensor& mask) {
 
 at::Tensor masked_mean_bwd(const at::Tensor& dmean_, const at::Tensor& mask) {
   check_mask(mask);
-  const at::Tensor dmean = with_contiguous_rows(dmean_);
+  const at::Tensor dmean = with_last_stride_1(dmean_);
   TORCH_CHECK(dmean.dim() == 2 && dmean.size(0) == mask.size(0), "masked_mean: shapes");
   const int64_t batch = mask.size(0), length = mask.size(1), width = dmean.size(1);
   at::Tensor dhidden = at::empty({batch, length, width}, dmean.options());  // [B, L, H]
@@ -134,7 +134,7 @@ at::Tensor as_indices(const at::Tensor& x, int64_t rows, const char* name) {
 std::tuple<at::Tensor, at::Tensor> class_prototypes(
     const at::Tensor& embedding_, const at::Tensor& domain_, const at::Tensor& label_,
     int64_t num_domains, int64_t num_classes) {
-  const at::Tensor embedding = with_contiguous_rows(embedding_);
+  const at::Tensor embedding = with_last_stride_1(embedding_);
   const int64_t rows = embedding.size(0), width = embedding.size(1), cells = num_domains * num_classes;
   const at::Tensor domain = as_indices(domain_, rows, "domain"), label = as_indices(label_, rows, "label");
   const auto options = embedding.options().dtype(accumulator(embedding));
@@ -169,7 +169,7 @@ at::Tensor prototype_score(
     const at::Tensor& embedding_, const at::Tensor& prototypes_, const at::Tensor& counts,
     const at::Tensor& domain_, const at::Tensor& label_, double alpha,
     const std::optional<at::Tensor>& center_) {
-  const at::Tensor embedding = with_contiguous_rows(embedding_), prototypes = prototypes_.contiguous();
+  const at::Tensor embedding = with_last_stride_1(embedding_), prototypes = prototypes_.contiguous();
   const int64_t rows = embedding.size(0), width = embedding.size(1);
   TORCH_CHECK(prototypes.dim() == 3 && prototypes.size(2) == width &&
                   counts.sizes() == prototypes.sizes().slice(0, 2) &&

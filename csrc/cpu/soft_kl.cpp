@@ -1,28 +1,9 @@
 // soft_kl on the CPU: what metakd/ops.py declares, over the rows of soft_kl_rows.h.
-//
-// The rows are compiled for every instruction set below in this one file, each between pragmas; which
-// of them runs is PyTorch's own choice for this processor (ATEN_CPU_CAPABILITY overrides it). So a
-// build holds no instruction that its machine lacks, wherever it was made.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <memory>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <type_traits>
+#include "cpu.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#endif
-#if defined(__x86_64__)
-#include <immintrin.h>
 #endif
 
 #include <soft_kl_call.h>
@@ -33,13 +14,9 @@ using namespace metakd::soft_kl;
 
 enum class Op { forward, backward, both };
 enum class Kind { forward, reverse, mixture };  // KL(p || q), KL(q || p), Jensen-Shannon
-enum class Type { float64, float32, bfloat16, float16 };
 
 // Most classes for which lanes are rows.
 constexpr int64_t NARROW = 24;
-
-template <class Pointer>
-constexpr bool is_half = std::is_same_v<Pointer, c10::Half*>;
 
 // What one call works on. Strides in elements; N = rows, V = classes, C_s = width.
 struct Job {
@@ -59,58 +36,8 @@ struct Job {
 // Rows [begin, end) of a job; scratch: two rows of the type that is computed in.
 using Rows = void(const Job&, Op, int64_t begin, int64_t end, void* scratch);
 
-#define METAKD_ISA base
-#define METAKD_BYTES 16
-#include "soft_kl_rows.h"
-#undef METAKD_ISA
-#undef METAKD_BYTES
-
-#if defined(__x86_64__)
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define METAKD_ISA avx2
-#define METAKD_BYTES 32
-#include "soft_kl_rows.h"
-#undef METAKD_ISA
-#undef METAKD_BYTES
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
-#endif
-#define METAKD_ISA avx512
-#define METAKD_BYTES 64
-#include "soft_kl_rows.h"
-#undef METAKD_ISA
-#undef METAKD_BYTES
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // __x86_64__
-
-auto* finder() {
-#if defined(__x86_64__)
-  static auto* const found = [] {
-    const std::string level = at::get_cpu_capability();
-    return level == "AVX512" ? avx512::find : level == "AVX2" ? avx2::find : base::find;
-  }();
-  return found;
-#else
-  return base::find;
-#endif
-}
+#define METAKD_TEXT "soft_kl_rows.h"
+#include "instruction_sets.h"
 
 struct Call : Arguments {
   Job job{};
@@ -125,8 +52,8 @@ struct Call : Arguments {
     job.teacher = teacher.const_data_ptr();
     job.student_stride = student.stride(0);
     job.teacher_stride = teacher.stride(0);
-    job.student_type = dtype_of<Type>(student);
-    job.teacher_type = dtype_of<Type>(teacher);
+    job.student_type = type_of(student);
+    job.teacher_type = type_of(teacher);
     if (mask) {
       job.mask = mask->const_data_ptr<bool>();
       job.mask_stride = mask->stride(0);
@@ -151,7 +78,7 @@ struct Call : Arguments {
   void run(Op op) const {
     // A thread is worth waking for this many pairs of logits (tens of microseconds, asleep or not).
     constexpr int64_t WORTH = 65536;
-    Rows* rows = finder()(is_double, kind, job.label != nullptr);
+    Rows* rows = METAKD_BEST(find)(is_double, kind, job.label != nullptr);
     const int64_t grain = std::max<int64_t>(1, WORTH / job.classes);
     at::parallel_for(0, job.rows, grain, [&](int64_t begin, int64_t end) {
       std::unique_ptr<char[]> scratch;

@@ -53,10 +53,10 @@ struct Call {
           TORCH_CHECK(x.device() == first.device(), OP, ": all tensors must be on ", first.device());
           TORCH_CHECK(x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type(), OP,
                       ": tensors of a side must have one shape and dtype");
-          of[role][model].push_back(launch::with_last_stride_1(x));
+          of[role][model].push_back(with_last_stride_1(x));
         }
         size[model] = like.size(3);
-        dtype[model] = launch::dtype_of(OP, like);
+        dtype[model] = dtype_of<Dtype>(like);
         TORCH_CHECK(like.size(0) == batch && like.size(1) == heads && like.size(2) == length, OP,
                     ": student and teacher must agree in B, A and L");
         TORCH_CHECK(1 <= size[model] && size[model] <= MOST_SIZE, OP, ": D must be 1 to ", MOST_SIZE, ", got ",

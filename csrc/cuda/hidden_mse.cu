@@ -45,8 +45,8 @@ struct Call {
         TORCH_CHECK(x->device() == own.device(), OP, ": all tensors must be on ", own.device());
       TORCH_CHECK(student_[i].scalar_type() == own.scalar_type() && teacher_[i].scalar_type() == taught.scalar_type(),
                   OP, ": layers of a side must have one dtype");
-      student.push_back(launch::with_last_stride_1(student_[i]));
-      teacher.push_back(launch::with_last_stride_1(teacher_[i]));
+      student.push_back(with_last_stride_1(student_[i]));
+      teacher.push_back(with_last_stride_1(teacher_[i]));
     }
     TORCH_CHECK(length <= std::numeric_limits<int>::max() - TOKENS, OP, ": too long: ", length);
     TORCH_CHECK(batch * chunks * std::min<int64_t>(n, MOST_LAYERS) <= std::numeric_limits<int>::max(), OP,
@@ -78,8 +78,8 @@ struct Call {
       job.length = length;
       job.batch = static_cast<int>(batch);
       job.chunks = static_cast<int>(chunks);
-      job.dtype_s = launch::dtype_of(OP, student[0]);
-      job.dtype_t = launch::dtype_of(OP, teacher[0]);
+      job.dtype_s = dtype_of<Dtype>(student[0]);
+      job.dtype_t = dtype_of<Dtype>(teacher[0]);
       add(job, from);
       const int64_t blocks = count * batch * chunks;
       if (blocks == 0) continue;

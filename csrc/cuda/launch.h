@@ -16,22 +16,9 @@
 #include <tuple>
 
 #include <rowwise.cuh>
+#include <tensors.h>
 
 namespace metakd::launch {
-
-inline Dtype dtype_of(const char* op, const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble: return Dtype::float64;
-    case at::kFloat: return Dtype::float32;
-    case at::kBFloat16: return Dtype::bfloat16;
-    case at::kHalf: return Dtype::float16;
-    default: TORCH_CHECK(false, op, ": floating tensors expected, got ", x.scalar_type());
-  }
-}
-
-inline at::Tensor with_last_stride_1(const at::Tensor& x) {
-  return x.dim() == 0 || x.stride(-1) == 1 || x.size(-1) <= 1 ? x : x.contiguous();
-}
 
 inline int attribute(cudaDeviceAttr which, int device) {
   int value = 0;

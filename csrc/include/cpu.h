@@ -25,6 +25,8 @@
 #include <immintrin.h>
 #endif
 
+#include "tensors.h"
+
 namespace {
 
 enum class Type { float64, float32, bfloat16, float16 };
@@ -32,15 +34,7 @@ enum class Type { float64, float32, bfloat16, float16 };
 template <class Pointer>
 constexpr bool is_half = std::is_same_v<Pointer, c10::Half*>;
 
-inline Type type_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble: return Type::float64;
-    case at::kFloat: return Type::float32;
-    case at::kBFloat16: return Type::bfloat16;
-    case at::kHalf: return Type::float16;
-    default: TORCH_CHECK(false, "metakd: floating numbers expected, got ", x.scalar_type());
-  }
-}
+inline Type type_of(const at::Tensor& x) { return metakd::dtype_of<Type>(x); }
 
 // The type that is computed in: double where an input is double.
 template <class... Tensors>
@@ -48,9 +42,7 @@ at::ScalarType accumulator(const Tensors&... x) {
   return ((x.scalar_type() == at::kDouble) || ...) ? at::kDouble : at::kFloat;
 }
 
-inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
-  return x.stride(-1) == 1 || x.size(-1) <= 1 ? x : x.contiguous();
-}
+using metakd::with_last_stride_1;
 
 // Work (multiplications with an addition) that a thread is worth waking for: tens of microseconds.
 constexpr int64_t WORTH = 1 << 21;

@@ -101,7 +101,7 @@ class AttentionCall {
     for (const at::Tensor& x : from) {
       TORCH_CHECK(x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type(),
                   "metakd: layers of a side must have one shape and dtype");
-      to.push_back(with_contiguous_rows(x));
+      to.push_back(with_last_stride_1(x));
     }
   }
 

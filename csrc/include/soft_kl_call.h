@@ -8,24 +8,9 @@
 #include <optional>
 
 #include <soft_kl_stats.h>
+#include <tensors.h>
 
 namespace metakd::soft_kl {
-
-// Dtype: a device's own enumeration.
-template <typename Dtype>
-Dtype dtype_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble: return Dtype::float64;
-    case at::kFloat: return Dtype::float32;
-    case at::kBFloat16: return Dtype::bfloat16;
-    case at::kHalf: return Dtype::float16;
-    default: TORCH_CHECK(false, "soft_kl: floating logits expected, got ", x.scalar_type());
-  }
-}
-
-inline at::Tensor with_contiguous_columns(const at::Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous();
-}
 
 // The arguments that the operators share, see SCHEMAS in metakd/ops.py.
 struct Arguments {
@@ -39,8 +24,8 @@ struct Arguments {
   Arguments(const at::Tensor& student_, const at::Tensor& teacher_, const std::optional<at::Tensor>& mask_,
             const std::optional<at::Tensor>& label_, int64_t vocab_size_, double temperature_, double scale_,
             double beta_, double hard_weight_)
-      : student(with_contiguous_columns(student_)),
-        teacher(with_contiguous_columns(teacher_)),
+      : student(with_last_stride_1(student_)),
+        teacher(with_last_stride_1(teacher_)),
         mask(mask_),
         label(label_),
         vocab_size(vocab_size_),

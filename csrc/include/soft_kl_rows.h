@@ -605,8 +605,4 @@ inline Rows* find(bool in_double, Kind kind, bool labelled) {
   return in_double ? rows_of<double>(kind, labelled) : rows_of<float>(kind, labelled);
 }
 
-#undef METAKD_INLINE
-#undef METAKD_NOINLINE
-#undef METAKD_LAMBDA
-
 }  // namespace METAKD_ISA
