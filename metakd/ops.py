@@ -241,8 +241,9 @@ SCHEMAS = {
     "attention_score_mse_bwd": f"(Tensor dheads, {_ATTENTION_ARGS}, Tensor gram, Tensor tiled, "
     "float guard) -> Tensor[]",
     # -> heads [n, B, A]: sum over real queries that see a key of KL(P_t || P_s), or with squared
-    # of sum_j (P_s - P_t)^2; stats [n, B, A, 3, L]: lse_s, lse_t, and with squared inner = sum_j
-    # P_s (P_s - P_t). same: the keys are the queries (relations).
+    # of sum_j (P_s - P_t)^2; stats [n, B, A, 3, L]: log of the sum of exponentials of either side,
+    # counted from a point of each backend's own choice, and with squared inner = sum_j P_s (P_s -
+    # P_t): only its own backward reads them. same: the keys are the queries (relations).
     "attention_map_fwd": f"({_ATTENTION_ARGS}, bool squared, bool same) -> (Tensor, Tensor)",
     # dheads [n, B, A] -> dquery_s of n layers, then dkey_s of n layers; with same n sums of the two
     "attention_map_bwd": f"(Tensor dheads, {_ATTENTION_ARGS}, Tensor stats, bool squared, "

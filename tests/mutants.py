@@ -1,7 +1,7 @@
-"""Breaks the softened-logit losses one line at a time and sees that the tests notice.
+"""Breaks the losses one line at a time and sees that the tests notice.
 
 ``make mutants`` (or ``python tests/mutants.py [NAME...]``) copies the tree, applies each mutant to
-the copy, rebuilds the extension where C++ changed, and runs the tests of the losses. A mutant that
+the copy, rebuilds the extension where C++ changed, and runs the tests of the loss. A mutant that
 no test fails for survives, and the exit code is the number of survivors. ``--list`` shows them.
 """
 
@@ -18,7 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["tests/test_soft_kl.py", "tests/test_linear_soft_kl.py", "tests/test_losses.py"]
+# Of each family.
+TESTS = {
+    "soft": ["soft_kl", "linear_soft_kl", "losses"],
+    "scores": ["attention_score_mse", "losses", "attention_losses"],
+    "maps": ["attention_map", "losses", "attention_losses"],
+    "hidden": ["hidden_mse", "losses"],
+    "weights": ["prototype_ops"],
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Mutant:
     old: str  # occurs once in the file
     new: str
     only: str = ""  # pytest -k: the tests of the part that changed, to be quick
+    family: str = "soft"  # of TESTS
 
     @property
     def compiled(self) -> bool:
@@ -286,6 +294,201 @@ MUTANTS = [
     ),
 ]
 
+SCORES, MAPS, HIDDEN, WEIGHTS = (
+    f"csrc/include/{name}.h"
+    for name in (
+        "attention_score_mse_heads",
+        "attention_map_heads",
+        "hidden_mse_rows",
+        "prototypes_rows",
+    )
+)
+ATTENTION = "metakd/functional/attention.py"
+MUTANTS += [
+    Mutant(
+        "reference: the Gram form adds the teacher",
+        REFERENCE,
+        "left = torch.cat([query_s, -query_t], -1)",
+        "left = torch.cat([query_s, query_t], -1)",
+        family="scores",
+    ),
+    Mutant(
+        "reference: causal masks ignored in the count",
+        REFERENCE,
+        "seen = key_mask.cumsum(1) if causal else key_mask.sum(1, keepdim=True)",
+        "seen = key_mask.sum(1, keepdim=True)",
+        family="scores",
+    ),
+    Mutant(
+        "reference: teacher and student swapped in the maps",
+        REFERENCE,
+        "return _divergence(log_t, log_s).masked_fill(~allowed.any(-1), 0.0).sum((1, 2))",
+        "return _divergence(log_s, log_t).masked_fill(~allowed.any(-1), 0.0).sum((1, 2))",
+        family="maps",
+    ),
+    Mutant(
+        "reference: hidden states not averaged over features",
+        REFERENCE,
+        "rows.append(residual.square().sum((1, 2)) / (tokens * residual.shape[2]))",
+        "rows.append(residual.square().sum((1, 2)) / tokens)",
+        family="hidden",
+    ),
+    Mutant(
+        "reference: empty cells count",
+        REFERENCE,
+        "own, others = exists & is_own, exists & ~is_own",
+        "own, others = is_own, ~is_own",
+        family="weights",
+    ),
+    Mutant(
+        "door: sum of heads for their mean",
+        ATTENTION,
+        "factors = [factor / count for factor, count in zip(factors, heads)]",
+        "pass",
+        family="scores",
+    ),
+    Mutant(
+        "door: heads not averaged",
+        ATTENTION,
+        "return found.sum((0, 2)) / (own.shape[1] * count)",
+        "return found.sum((0, 2)) / count",
+        family="scores",
+    ),
+    Mutant(
+        "door: no guard",
+        ATTENTION,
+        "return GRAM_GUARD if gram else math.inf",
+        "return 0.0 if gram else math.inf",
+        family="scores",
+    ),
+    Mutant(
+        "door: masked tokens reach the gradient of a projection",
+        "metakd/functional/hidden.py",
+        "        layer = layer.masked_fill(~mask[:, :, None], 0.0)\n",
+        "        pass\n",
+        family="hidden",
+    ),
+    Mutant(
+        "contract: gradients of queries and keys swapped",
+        "metakd/ops.py",
+        "lists = found[: len(nothing)], found[len(nothing) :] or nothing",
+        "lists = (found[len(nothing) :] or found), found[: len(nothing)]",
+        family="scores",
+    ),
+    Mutant(
+        "C++: cross products counted once",
+        SCORES,
+        "found = {square_s + 2 * cross + square_t, square_s + square_t};",
+        "found = {square_s + cross + square_t, square_s + square_t};",
+        "cpp",
+        "scores",
+    ),
+    Mutant(
+        "C++: half of the teacher's block counted once",
+        SCORES,
+        "sum += r < c + size ? part : 2 * part;",
+        "sum += part;",
+        "cpp",
+        "scores",
+    ),
+    Mutant(
+        "C++: the scale missing from the gradient of the queries",
+        SCORES,
+        "of_keys, 2 * dhead * head.scale_s, right, product, dquery);",
+        "of_keys, 2 * dhead, right, product, dquery);",
+        "cpp",
+        "scores",
+    ),
+    Mutant(
+        "C++: what follows a padded row is not cleared",
+        SCORES,
+        "packed.clear_unseen(block + r * packed.stride, head.seen[q + r], keys);",
+        ";",
+        "cpp",
+        "scores",
+    ),
+    Mutant(
+        "C++: the last block of a row lost",
+        SCORES,
+        "if (count < W) x = cut<A>(x, count);\n                         part += x * x;",
+        "if (count < W) return;\n                         part += x * x;",
+        "cpp",
+        "scores",
+    ),
+    Mutant(
+        "C++: teacher's map weighs the wrong way",
+        MAPS,
+        "part_cross += et == zero ? zero : et * (dt - ds);",
+        "part_cross += et == zero ? zero : es * (dt - ds);",
+        "cpp",
+        "maps",
+    ),
+    Mutant(
+        "C++: inner product lost",
+        MAPS,
+        "store(s + c, squared ? p_s * (gap - inner) : gap);",
+        "store(s + c, squared ? p_s * gap : gap);",
+        "cpp",
+        "maps",
+    ),
+    Mutant(
+        "C++: factor 2 of squared maps",
+        MAPS,
+        "const double factor = squared ? 2 * dhead : dhead;",
+        "const double factor = dhead;",
+        "cpp",
+        "maps",
+    ),
+    Mutant(
+        "C++: log-sums from one side",
+        MAPS,
+        "return cross / sum_t + ::log(sum_s / sum_t);",
+        "return cross / sum_t + ::log(sum_s);",
+        "cpp",
+        "maps",
+    ),
+    Mutant(
+        "C++: masked tokens in the sum of squares",
+        HIDDEN,
+        "      if (!tokens.is_real(token)) continue;\n",
+        "",
+        "cpp",
+        "hidden",
+    ),
+    Mutant(
+        "C++: odd vectors lost",
+        HIDDEN,
+        "add_wide<A>(sum, even + odd);",
+        "add_wide<A>(sum, even);",
+        "cpp",
+        "hidden",
+    ),
+    Mutant(
+        "C++: gradients of masked tokens left unwritten",
+        HIDDEN,
+        "__builtin_memset(static_cast<void*>(to), 0, tokens.width * sizeof(*to));",
+        "",
+        "cpp",
+        "hidden",
+    ),
+    Mutant(
+        "C++: the mean over the wrong number of domains",
+        WEIGHTS,
+        "if (count > 0) others /= static_cast<double>(count);",
+        "if (count > 0) others /= static_cast<double>(domains - 1);",
+        "cpp",
+        "weights",
+    ),
+    Mutant(
+        "C++: prototypes not centered",
+        WEIGHTS,
+        "      if (center) x -= load(center + c);\n",
+        "",
+        "cpp",
+        "weights",
+    ),
+]
+
 
 def copy_tree(target: Path) -> None:
     listed = subprocess.run(
@@ -316,18 +519,25 @@ def build(tree: Path, log: Path) -> None:
         raise SystemExit(f"the extension does not compile:\n{log.read_text()[-3000:]}")
 
 
-def tests(tree: Path, log: Path, only: str = "") -> int:
+def tests(tree: Path, log: Path, family: str, only: str = "") -> int:
     chosen = ["-k", only] if only else []
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    return run(tree, [*command, *TESTS, *chosen], log)
+    files = [f"tests/test_{name}.py" for name in TESTS[family]]
+    return run(tree, [*command, *files, *chosen], log)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="only these")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--family", choices=TESTS, action="append", help="only of these")
     options = parser.parse_args()
-    chosen = [m for m in MUTANTS if not options.names or m.name in options.names]
+    chosen = [
+        mutant
+        for mutant in MUTANTS
+        if mutant.name in (options.names or [mutant.name])
+        and mutant.family in (options.family or TESTS)
+    ]
     if options.list:
         print(*(f"{mutant.file}: {mutant.name}" for mutant in chosen), sep="\n")
         return
@@ -336,8 +546,9 @@ def main() -> None:
         tree, log = Path(folder) / "tree", Path(folder) / "log"
         copy_tree(tree)
         build(tree, log)
-        if tests(tree, log):
-            raise SystemExit(f"the tests fail without a mutant:\n{log.read_text()[-3000:]}")
+        for family in {mutant.family for mutant in chosen}:
+            if tests(tree, log, family):
+                raise SystemExit(f"tests fail without a mutant:\n{log.read_text()[-3000:]}")
         # Compiled ones last: each build mends the mutant before it.
         for mutant in sorted(chosen, key=lambda mutant: mutant.compiled):
             path = tree / mutant.file
@@ -348,7 +559,7 @@ def main() -> None:
             path.write_text(source.replace(mutant.old, mutant.new))
             if mutant.compiled:
                 build(tree, log)
-            status = tests(tree, log, mutant.only)
+            status = tests(tree, log, mutant.family, mutant.only)
             verdict = {0: "SURVIVED", 1: "killed"}.get(status, f"no verdict (pytest {status})")
             if status != 1:
                 survivors.append(mutant)
