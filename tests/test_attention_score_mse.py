@@ -35,7 +35,7 @@ def test_the_check_can_fail(form, dtype):
 @every_form
 @every_dtype
 def test_every_dtype(form, backend, dtype):
-    check_op(attention_case(OP, (2, 2, 70), layers=2, form=form), backend, dtype)
+    check_op(attention_case(OP, (2, 2, 40), layers=2, form=form), backend, dtype)
 
 
 SIZES = {
@@ -60,7 +60,7 @@ def test_sizes(form, backend, dtype, shape, sizes):
 @every_backend
 @pytest.mark.parametrize("options", [{"causal": True}, {"scale": 0.3}, {"mean_over": "all"}])
 def test_options(backend, dtype, options):
-    check_op(attention_case(OP, (2, 2, 70), (8, 16), **options), backend, dtype)
+    check_op(attention_case(OP, (2, 1, 70), (8, 16), **options), backend, dtype)
 
 
 @every_form
@@ -200,7 +200,7 @@ def test_the_guard_chooses_head_by_head(backend, dtype):
 @every_backend
 def test_auto_is_exact_where_student_and_teacher_agree(backend, dtype):
     """The gradient of a student 0.1 % away is as good as the tiled one."""
-    case = attention_case(OP, (1, 2, 300), (16, 16), nearness=1e-3, masked=False)
+    case = attention_case(OP, (1, 1, 257), (16, 16), nearness=1e-3, masked=False)
     for name in case.learned:
         case.tensors[name].copy_(
             case.tensors[f"{name} of teacher"] + 1e-3 * torch.randn_like(case.tensors[name])
@@ -226,9 +226,9 @@ def test_teacher_norm_saves_work_and_changes_nothing(backend, dtype):
 @every_form
 @every_backend
 def test_same_bits_every_time(form, backend, dtype):
-    student, teacher = states(2, 3, 70, 8), states(2, 3, 70, 16, seed=1)
+    student, teacher = states(1, 2, 70, 8), states(1, 2, 70, 16, seed=1)
     first = step(student, teacher, backend, form=form)
-    for _ in range(3):
+    for _ in range(2):
         for mine, expected in zip(step(student, teacher, backend, form=form), first):
             assert torch.equal(mine, expected)
 

@@ -224,10 +224,10 @@ def test_compiled_nan_stays_in_its_cell(backend, dtype):
 
 @every_backend
 def test_same_bits_every_time(backend, dtype):
-    for op, case in weight_cases(300, 65, 4, 3).items():
+    for op, case in weight_cases(70, 65, 3, 2).items():
         moved = case.quantised(dtype).moved(DEVICE)
         first = moved.results(backend)["rows"]
-        assert all(torch.equal(moved.results(backend)["rows"], first) for _ in range(3)), op
+        assert all(torch.equal(moved.results(backend)["rows"], first) for _ in range(2)), op
 
 
 @every_backend
