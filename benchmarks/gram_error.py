@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 import metakd
+from benchmarks.run import environment, heading
 from metakd import ops
 
 SHAPE, DISTANCES = (2, 4, 300, 32), (1.0, 0.1, 1e-2, 1e-3, 1e-4)
@@ -33,7 +34,8 @@ def main() -> None:
         if ops.why_not("attention_score_mse", backend, device, torch.float32) is None:
             for form in ("tiled", "gram", "auto"):
                 forms[f"{backend}, {form}"] = {"backend": backend, "form": form}
-    print(f"float32 on {device}, torch {torch.__version__}, shape {list(SHAPE)} on both sides")
+    print(*heading(environment(device, torch.get_num_threads())), sep="\n")
+    print(f"float32, shape {list(SHAPE)} on both sides")
     print("distance: noise added to the teacher's queries and keys, of their own size 1\n")
     columns = "".join(f"{name:>22}" for name in forms)
     print(
