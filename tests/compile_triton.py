@@ -8,6 +8,7 @@ Needs a process without TRITON_INTERPRET, hence a script beside ``test_compile.p
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -41,6 +42,23 @@ SELECTION = [
     ("tile_bwd", 1024, "bf16", "kl", True),
     ("cluster_fwd_bwd", 50257, "bf16", "jsd", True),
 ]
+# Launchers of the feature losses compiled by default, (operator, sizes, dtype, form): every kernel
+# with the heads of the method's own models, the widest heads, and what is near the limit. Sizes:
+# D_s, D_t of heads, H of hidden states, K, M of weights.
+HEADS = ((26, 64), (64, 64), (128, 128))
+FEATURES = [
+    ("attention_score_mse", (26, 64), "bf16", "gram"),
+    ("attention_score_mse", (64, 64), "fp32", "gram"),
+    ("attention_score_mse", (128, 128), "fp16", "gram"),
+    ("attention_map", (26, 64), "bf16", "kl"),
+    ("attention_map", (64, 64), "fp16", "squared causal"),
+    ("attention_map", (128, 128), "fp32", "squared"),
+    ("hidden_mse", (768,), "bf16", ""),
+    ("masked_mean", (312,), "bf16", ""),
+    ("class_prototypes", (768,), "fp32", ""),
+    ("prototype_score", (768, 4, 3), "bf16", ""),
+    ("domain_expertise", (3,), "fp32", ""),
+]
 
 
 def everything():
@@ -52,6 +70,24 @@ def everything():
         yield f"uneven_{operator}", 30522, *flavour
     for V, flavour in itertools.product(CLUSTERS, flavours):
         yield "cluster_fwd_bwd", V, *flavour
+
+
+def every_feature():
+    for sizes, dtype in itertools.product(HEADS, DTYPES):
+        for form in ("gram", "gram norm", "tiles", "tiles causal"):
+            yield "attention_score_mse", sizes, dtype, form
+        for form in ("kl", "kl causal", "squared", "squared causal"):
+            yield "attention_map", sizes, dtype, form
+        yield "attention_map", (sizes[0],) * 2, dtype, "kl same"
+    for dtype in DTYPES:
+        for H in (312, 768, 1024):
+            yield "hidden_mse", (H,), dtype, ""
+            yield "masked_mean", (H,), dtype, ""
+            yield "class_prototypes", (H,), dtype, ""
+            yield "prototype_score", (H, 4, 3), dtype, ""
+        yield "prototype_score", (768, 16, 2), dtype, "center"
+        for M in (2, 5, 1000):
+            yield "domain_expertise", (M,), dtype, ""
 
 
 def name_of(kernel: str, V: int, dtype: str, kind: str, label: bool) -> str:
@@ -104,6 +140,150 @@ def compile_variant(kernel: str, V: int, dtype: str, kind: str, label: bool, arc
     } | resources(binary)
 
 
+# Launchers called with tensors of the sizes that count, their launches noted and not made
+
+
+def feature_calls(operator: str, sizes: tuple[int, ...], dtype: str, form: str) -> list[tuple]:
+    """(launcher, arguments) of a feature loss, as at a call with two layers."""
+    import torch
+
+    from metakd.kernels import attention_map, attention_score_mse, hidden_mse, prototypes
+
+    of = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    B, A, L, N = 2, 2, 256, 32
+    mask = torch.ones(B, L, dtype=torch.bool)
+    index = torch.zeros(N, dtype=torch.int64)
+    if operator.startswith("attention"):
+        # As a model has them, [B, L, A, D] seen as [B, A, L, D].
+        query_s, key_s, query_t, key_t = (
+            [torch.zeros(B, L, A, D, dtype=of).transpose(1, 2) for _ in range(2)]
+            for D in (sizes[0], sizes[0], sizes[1], sizes[1])
+        )
+        pairs = query_s, key_s, query_t, key_t, mask, mask, "causal" in form, 1.0, 1.0
+        heads = torch.zeros(2, B, A)
+        if operator == "attention_map":
+            flags = "squared" in form, "same" in form
+            stats = torch.zeros(2, B, A, 3, L)
+            return [
+                (attention_map.attention_map_fwd, (*pairs, *flags)),
+                (attention_map.attention_map_bwd, (heads, *pairs, stats, *flags)),
+            ]
+        guard = float("inf") if "tiles" in form else 1e-5
+        gram = torch.zeros(2, B, A, 2, sum(sizes), sizes[0])
+        norm = heads if "norm" in form else None
+        return [
+            (attention_score_mse.attention_score_mse_fwd, (*pairs, norm, guard)),
+            (attention_score_mse.attention_score_mse_bwd, (heads, *pairs, gram, heads, guard)),
+        ]
+    if operator == "domain_expertise":
+        logits = torch.zeros(N, *sizes, dtype=of)
+        return [(prototypes.domain_expertise, (logits, index, torch.zeros(N)))]
+    H, *cells = sizes
+    embedding = torch.zeros(N, H, dtype=of)
+    if operator == "class_prototypes":
+        return [(prototypes.class_prototypes, (embedding, index, index, 4, 3))]
+    if operator == "prototype_score":
+        counts = torch.zeros(cells, dtype=torch.int64)
+        center = torch.zeros(H) if form == "center" else None
+        tables = torch.zeros(*cells, H), counts
+        args = embedding, *tables, index, index, 0.5, center
+        return [(prototypes.prototype_score, args)]
+    layers = [torch.zeros(B, L, H, dtype=of) for _ in range(2)]
+    if operator == "masked_mean":
+        return [
+            (prototypes.masked_mean_fwd, (layers[0], mask)),
+            (prototypes.masked_mean_bwd, (layers[0][:, 0], mask)),
+        ]
+    return [
+        (hidden_mse.hidden_mse_fwd, (layers, layers, mask)),
+        (hidden_mse.hidden_mse_bwd, (torch.zeros(2, B), layers, layers, mask)),
+    ]
+
+
+def launches_of(calls: list[tuple], arch: int) -> list[tuple]:
+    """(kernel, arguments by name) of each launch that the calls would make on that architecture."""
+    from unittest.mock import patch
+
+    from triton.runtime import JITFunction
+
+    noted = []
+
+    def note(kernel, *args, grid, warmup, **named):
+        noted.append((kernel, dict(zip(kernel.arg_names, args)) | named))
+
+    of_device = patch("metakd.kernels.shared.major", lambda _: arch // 10)
+    with of_device, patch.object(JITFunction, "run", note):
+        for launcher, args in calls:
+            launcher(*args)
+    return noted
+
+
+def type_of(value) -> str | tuple:
+    """What Triton calls the type of a kernel's argument."""
+    import torch
+
+    pointers = {
+        torch.float32: "*fp32",
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.int64: "*i64",
+        torch.uint8: "*u8",
+        torch.bool: "*i1",
+    }
+    if isinstance(value, tuple):
+        return tuple(type_of(x) for x in value)
+    if isinstance(value, torch.Tensor):
+        return pointers[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def aligned(value, path: tuple[int, ...]):
+    """Paths to the tensors of an argument: they start at a multiple of 16 bytes."""
+    if isinstance(value, tuple):
+        for place, x in enumerate(value):
+            yield from aligned(x, (*path, place))
+    elif not isinstance(value, (int, float)):
+        yield path
+
+
+def compile_features(operator: str, sizes: tuple, dtype: str, form: str, arch: int) -> list[dict]:
+    """A row for each kernel that the operator launches."""
+    found = {}
+    for kernel, args in launches_of(feature_calls(operator, sizes, dtype, form), arch):
+        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        row = {"variant": f"{name} {'/'.join(map(str, sizes))} {dtype} {form}".strip()}
+        found.setdefault(name, row | {"arch": arch} | compile_launch(kernel, args, arch))
+    return list(found.values())
+
+
+@functools.cache
+def assembled(kernel, signature: tuple, constants: tuple, hints: tuple, options: tuple, arch: int):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    hints = {path: [["tt.divisibility", 16]] for path in hints}
+    source = ASTSource(kernel, dict(signature), dict(constants), hints)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
+    return resources(binary)
+
+
+def compile_launch(kernel, args: dict, arch: int) -> dict:
+    signature, constants, hints = {}, {}, []
+    for place, parameter in enumerate(kernel.params):
+        value = args[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        else:
+            signature[parameter.name] = type_of(value)
+            hints += aligned(value, (place,))
+    options = {name: value for name, value in args.items() if name not in kernel.arg_names}
+    pieces = (tuple(x.items()) for x in (signature, constants))
+    resources = assembled(kernel, *pieces, tuple(hints), tuple(sorted(options.items())), arch)
+    return {"warps": options["num_warps"]} | resources
+
+
 def resources(binary) -> dict:
     from triton import knobs
 
@@ -132,16 +312,16 @@ def main() -> int:
     parser.add_argument("--only", default="", help="variants whose name contains this")
     options = parser.parse_args()
     rows = []
-    for variant, arch in itertools.product(
-        everything() if options.all else SELECTION, options.arch
-    ):
-        if options.only not in name_of(*variant):
+    variants = [*everything(), *every_feature()] if options.all else [*SELECTION, *FEATURES]
+    for variant, arch in itertools.product(variants, options.arch):
+        feature = len(variant) == 4
+        name = " ".join(map(str, variant)) if feature else name_of(*variant)
+        if options.only not in name or (name.startswith("cluster") and arch < 90):
             continue
-        if variant[0].startswith("cluster") and arch < 90:
-            continue
-        rows.append(compile_variant(*variant, arch))
-        if not options.json:
-            row = rows[-1]
+        compiled = compile_features if feature else compile_variant
+        found = compiled(*variant, arch)
+        rows += found if feature else [found]
+        for row in [] if options.json else rows[-len(found) if feature else -1 :]:
             print(
                 f"{row['variant']:44} sm_{row['arch']:<3} {row['warps']:2} warps "
                 f"{row['registers']:3} registers {row['spills']:3} spilled {row['shared']} shared",
