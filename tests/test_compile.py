@@ -27,8 +27,9 @@ def test_triton_kernels_fit_registers():
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.startswith("["), done.stderr[-3000:]
     variants = json.loads(done.stdout)
-    assert {"row", "uneven", "tile", "cluster"} == {
-        row["variant"].split("_")[0] for row in variants
-    }
+    kernels = {row["variant"].split()[0] for row in variants}
+    assert {name.split("_")[0] for name in kernels} >= {"row", "uneven", "tile", "cluster"}
+    features = {"gram", "gram_bwd", "score_gradient", "attention_map", "hidden_mse", "masked_mean"}
+    assert kernels >= features | {"class_prototypes", "prototype_score", "domain_expertise"}
     assert [row for row in variants if row["spills"]] == []
     assert done.returncode == 0, done.stderr[-3000:]
