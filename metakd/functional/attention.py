@@ -201,11 +201,15 @@ def _one_head(states: list[Tensor]) -> list[Tensor]:
 
 
 def _gram_guard(form: str, causal: bool, length: int, width: int) -> float:
-    """The ``guard`` of attention_score_mse_fwd."""
+    """The ``guard`` of attention_score_mse_fwd.
+
+    Gram matrices of width W = D_s + D_t pay off once the length reaches W. Measured forward and
+    backward, C++ on a CPU, 2 threads, B 4, A 12, float32, tiles over Gram at L = 64, 96, 128: 1.0,
+    1.4, 1.5 (W 64); 0.7, 1.0, 1.3 (W 90); 0.6, 0.7, 0.95 (W 128). Not measured on a GPU.
+    """
     if form == "gram":
         return 0.0
-    gram = form == "auto" and not causal and reference.prefers_gram(length, width)
-    return GRAM_GUARD if gram else math.inf
+    return GRAM_GUARD if form == "auto" and not causal and length >= width else math.inf
 
 
 def _map_rows(
