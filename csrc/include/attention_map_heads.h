@@ -11,21 +11,6 @@
 
 namespace METAKD_ISA {
 
-// Vectors summed in A before the sum goes to a double.
-constexpr int64_t CHUNK = 128;
-
-// f(c, count) for the vectors of a row, and done() now and then: as often as sums in A are good for.
-template <class A, class F, class G>
-METAKD_INLINE void for_sums(int64_t size, F f, G done) {
-  constexpr int64_t STEP = CHUNK * Float<A>::lanes;
-  for (int64_t begin = 0; begin < size; begin += STEP) {
-    for_vectors<A>(size - begin < STEP ? size - begin : STEP, [&](int64_t c, int64_t count) METAKD_LAMBDA {
-      f(begin + c, count);
-    });
-    done();
-  }
-}
-
 // A NaN is passed over; the sums show it.
 template <class A>
 METAKD_INLINE Vector<A> row_maximum(const A* row, int64_t size) {

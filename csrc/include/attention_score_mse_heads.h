@@ -154,7 +154,6 @@ METAKD_NOINLINE int64_t gram_backward(const Head& head, double dhead, const void
 
 template <class A>
 METAKD_NOINLINE int64_t tiled_forward(const Head& head, double& value, void* scratch) {
-  constexpr int64_t W = Float<A>::lanes;
   Memory<A> memory{static_cast<A*>(scratch)};
   const Packed<A> packed(head, false, memory);
   A* const block = packed.take_block(memory);
@@ -165,17 +164,15 @@ METAKD_NOINLINE int64_t tiled_forward(const Head& head, double& value, void* scr
     packed.scores(packed.both, q, rows, keys, block);
     for (int64_t r = 0; r < rows; ++r) {
       const A* row = block + r * packed.stride;
-      // Few enough are summed in A that their error is that of one term.
-      for (int64_t begin = 0, seen = head.seen[q + r]; begin < seen; begin += CHUNK * W) {
-        Vector<A> part{};
-        for_vectors<A>(seen - begin < CHUNK * W ? seen - begin : CHUNK * W,
-                       [&](int64_t c, int64_t count) METAKD_LAMBDA {
-                         Vector<A> x = load(row + begin + c);
-                         if (count < W) x = cut<A>(x, count);
-                         part += x * x;
-                       });
+      Vector<A> part{};
+      for_sums<A>(head.seen[q + r], [&](int64_t c, int64_t count) METAKD_LAMBDA {
+        Vector<A> x = load(row + c);
+        if (count < Float<A>::lanes) x = cut<A>(x, count);
+        part += x * x;
+      }, [&]() METAKD_LAMBDA {
         add_wide<A>(sum, part);
-      }
+        part = Vector<A>{};
+      });
     }
   });
   value = total_of<double>(sum);

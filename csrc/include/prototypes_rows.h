@@ -53,19 +53,14 @@ METAKD_NOINLINE void divide_row(const void* from, double divisor, int64_t width,
 // a . b in double; sizes are multiples of a vector.
 template <class A>
 METAKD_INLINE double dot(const A* a, const A* b, int64_t size) {
-  constexpr int64_t W = Float<A>::lanes, STEP = 32 * W;  // as many as sums in A are good for
   Vector<double> sum{};
-  for (int64_t begin = 0; begin < size; begin += STEP) {
-    const int64_t end = size - begin < STEP ? size : begin + STEP;
-    Vector<A> even{}, odd{};
-    int64_t c = begin;
-    for (; c + 2 * W <= end; c += 2 * W) {
-      even += load(a + c) * load(b + c);
-      odd += load(a + c + W) * load(b + c + W);
-    }
-    if (c < end) even += load(a + c) * load(b + c);
-    add_wide<A>(sum, even + odd);
-  }
+  Vector<A> part{};
+  for_sums<A>(size, [&](int64_t c, int64_t) METAKD_LAMBDA {
+    part += load(a + c) * load(b + c);
+  }, [&]() METAKD_LAMBDA {
+    add_wide<A>(sum, part);
+    part = Vector<A>{};
+  });
   return total_of<double>(sum);
 }
 

@@ -333,6 +333,21 @@ METAKD_INLINE void for_vectors(int64_t size, F f) {
   if (c < size) f(c, size - c);
 }
 
+// Vectors summed in A before the sum goes to a double.
+constexpr int64_t SUMMED = 128;
+
+// f(c, count) for the vectors of a row, and done() now and then: as often as sums in A are good for.
+template <class A, class F, class G>
+METAKD_INLINE void for_sums(int64_t size, F f, G done) {
+  constexpr int64_t STEP = SUMMED * Float<A>::lanes;
+  for (int64_t begin = 0; begin < size; begin += STEP) {
+    for_vectors<A>(size - begin < STEP ? size - begin : STEP, [&](int64_t c, int64_t count) METAKD_LAMBDA {
+      f(begin + c, count);
+    });
+    done();
+  }
+}
+
 // Vectors of numbers of another type
 
 // f with a null pointer to the type, of the types that fit into A: nothing else is ever computed in A.
