@@ -357,8 +357,8 @@ MUTANTS += [
     Mutant(
         "door: no guard",
         ATTENTION,
-        "return GRAM_GUARD if gram else math.inf",
-        "return 0.0 if gram else math.inf",
+        'return GRAM_GUARD if form == "auto" and not causal and length >= width else math.inf',
+        'return 0.0 if form == "auto" and not causal and length >= width else math.inf',
         family="scores",
     ),
     Mutant(
