@@ -410,8 +410,8 @@ MUTANTS += [
     Mutant(
         "C++: the last block of a row lost",
         SCORES,
-        "if (count < W) x = cut<A>(x, count);\n                         part += x * x;",
-        "if (count < W) return;\n                         part += x * x;",
+        "if (count < Float<A>::lanes) x = cut<A>(x, count);",
+        "if (count < Float<A>::lanes) return;",
         "cpp",
         "scores",
     ),
