@@ -316,6 +316,15 @@ def _hidden_row(n: int, B: int, L: int, H: int, H_t: int, dtype, devices, quick=
         contest.contenders["eager"] = _step(eager, *learned)
         compiled = torch.compile(eager, dynamic=False)
         _try(contest, "torch.compile", lambda: _step(compiled, *learned))
+        if projection is not None:
+
+            def residual():
+                """The difference as the product's own epilogue."""
+                pairs = [(x.flatten(0, 1), y.flatten(0, 1)) for x, y in zip(student, teacher)]
+                gaps = [torch.addmm(y, x, projection, beta=-1.0) for x, y in pairs]
+                return sum(gap.float().square().mean() for gap in gaps)
+
+            contest.contenders["addmm with beta = -1"] = _step(residual, *learned)
         return contest
 
     widths = f"{H}" if H_t == H else f"{H} to {H_t}"
