@@ -34,8 +34,9 @@ help:
 quickstart: $(READY)
 	$(PYTHON) -m metakd quickstart
 
+# Two processes, a file each: much of the time is one-threaded (the interpreter, compilers).
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
