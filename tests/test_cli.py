@@ -10,7 +10,7 @@ import yaml
 from test_config import UNREADABLE, VALID, WRONG, with_fault
 from test_data import BROKEN, TEST, put
 
-from metakd import cli, demo
+from metakd import cli, demo, ops
 from metakd.method.student import PRESETS
 
 
@@ -93,12 +93,14 @@ def test_an_encoder_that_does_not_exist(call, tmp_path):
     assert "teacher.model" in refused(call("prototypes", tmp_path / "config.yaml"), 2)
 
 
-def test_doctor_names_each_backend_and_why_not(call):
+def test_doctor_names_each_backend_and_why_not(call, monkeypatch):
+    monkeypatch.setitem(ops.ABSENT, ("triton", "cpu"), frozenset({"hidden_mse"}))
     code, out, err = call("doctor", "--json")
     report = json.loads(out)
     assert code == 0, err
     assert set(report) == {"versions", "devices", "extension", "backends"}
-    assert "does not implement" in report["backends"]["triton on cpu"]
+    assert "12 of 13" in report["backends"]["triton on cpu"]
+    assert "'triton' does not implement hidden_mse" in report["backends"]["triton on cpu"]
     assert report["backends"]["reference on cpu"].startswith("13 of 13")
 
 
