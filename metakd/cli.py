@@ -36,18 +36,29 @@ Overrides = Annotated[
 ]
 
 
-def _open(config: RunConfig):
+Resume = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|never|TAG",
+        help="go on from the newest valid checkpoint, from none, or from this one",
+    ),
+]
+
+
+def _open(config: RunConfig, resume: str = "auto"):
     """A run with its world; here and not above, since torch and DeepSpeed take seconds to
     import."""
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from metakd.training.engine import join_world
     from metakd.training.stages import Run
+    from metakd.training.world import join_world
 
     # One bar per stage is enough, and a fresh classification head is no news here.
     disable_progress_bar()
     set_verbosity_error()
-    return Run(config, join_world(), console, command=shlex.join(["metakd", *sys.argv[1:]]))
+    return Run(
+        config, join_world(), console, command=shlex.join(["metakd", *sys.argv[1:]]), resume=resume
+    )
 
 
 @app.command()
@@ -58,17 +69,17 @@ def prototypes(config: ConfigPath, overrides: Overrides = None):
 
 
 @app.command()
-def teach(config: ConfigPath, overrides: Overrides = None):
+def teach(config: ConfigPath, overrides: Overrides = None, resume: Resume = "auto"):
     """Train the teacher (teacher.kind: meta, mix, mtl or single)."""
-    run = _open(load_config(config, overrides or []))
+    run = _open(load_config(config, overrides or []), resume)
     for place in run.teach():
         run.say(f"teacher is in {place}")
 
 
 @app.command()
-def distill(config: ConfigPath, overrides: Overrides = None):
+def distill(config: ConfigPath, overrides: Overrides = None, resume: Resume = "auto"):
     """Train one student per domain (or one for all) from the teacher."""
-    run = _open(load_config(config, overrides or []))
+    run = _open(load_config(config, overrides or []), resume)
     for place in run.distill():
         run.say(f"student is in {place}")
 
@@ -82,9 +93,9 @@ def evaluate(config: ConfigPath, overrides: Overrides = None):
 
 
 @app.command(name="run")
-def run_all(config: ConfigPath, overrides: Overrides = None):
+def run_all(config: ConfigPath, overrides: Overrides = None, resume: Resume = "auto"):
     """All stages in order; what is done already is skipped."""
-    run = _open(load_config(config, overrides or []))
+    run = _open(load_config(config, overrides or []), resume)
     _show_evaluation(run, run.evaluate())
 
 
@@ -101,6 +112,7 @@ def compare(
     gamma2: Annotated[
         str | None, typer.Option(help="weights of L_TKD to sweep, as in 0,0.2,0.5")
     ] = None,
+    resume: Resume = "auto",
 ):
     """Compare methods x domains over several seeds; print and write the table."""
     weights = _weights(gamma2)
@@ -117,7 +129,7 @@ def compare(
     checked = checked.model_copy(update={"output_dir": checked.output_dir + suffix})
     from metakd.training.compare import compare as run_compare
 
-    run = _open(checked)
+    run = _open(checked, resume)
     _show_comparison(run, run_compare(run, weights))
 
 

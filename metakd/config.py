@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,6 +25,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
+ZeroStage = Literal[0, 1, 2, 3]
 TeacherKind = Literal["meta", "mix", "mtl", "single"]
 MethodName = Literal["finetune", "logits_kd", "tinybert_kd", "mtn_kd", "minilmv2", "meta"]
 
@@ -79,26 +80,35 @@ class TrainingConfig(Block):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     max_grad_norm: Positive = 1.0
     group_by_length: bool = True
+    gradient_checkpointing: bool = False
 
 
 class TeacherConfig(Block):
     """The teacher: a pre-trained encoder (directory or hub id), and how it is trained on the
-    domains."""
+    domains.
+
+    ``zero`` and ``offload`` shard its training; at ``zero: 3`` it stays sharded while it teaches,
+    with its weights in host memory under ``offload``. Below that every process holds a copy.
+    """
 
     model: str
     kind: TeacherKind = "meta"
     gamma1: Annotated[float, Field(ge=0.0)] = 0.2
+    zero: ZeroStage | None = None
+    offload: bool = False
     training: TrainingConfig = TrainingConfig()
 
 
 class StudentConfig(Block):
     """The student: exactly one of a preset, teacher layers to copy (0-based), or a directory / hub
-    id."""
+    id. ``zero`` and ``offload`` shard its training."""
 
     preset: Literal["tinybert-4l-312", "mini-4l-256", "tiny-2l-128"] | None = None
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     copy_from: Literal["teacher", "encoder"] = "teacher"
     model: str | None = None
+    zero: ZeroStage | None = None
+    offload: bool = False
 
     @model_validator(mode="after")
     def _one_source(self):
@@ -190,8 +200,22 @@ class CompareConfig(Block):
     keep_students: bool = False
 
 
+class Sharding(NamedTuple):
+    """How the state of a training run is spread: ZeRO stage, and optimizer states (at stage 3
+    weights as well) in host memory."""
+
+    zero: int = 0
+    offload: bool = False
+
+
 class RunConfig(Block):
-    """The whole YAML file."""
+    """The whole YAML file.
+
+    ``zero`` holds for every training run unless ``teacher.zero`` or ``student.zero`` says
+    otherwise. A checkpoint is written every ``save_steps`` optimizer steps, and the newest
+    ``save_total_limit`` are kept. Processes that train together end when one of them has made no
+    progress for ``step_timeout`` seconds.
+    """
 
     output_dir: str
     data: DataConfig
@@ -204,9 +228,21 @@ class RunConfig(Block):
     seed: int = 42
     bf16: bool = False
     fp16: bool = False
-    zero: Literal[0, 1, 2] = 0
+    zero: ZeroStage = 0
     logging_steps: Count = 20
+    save_steps: Count = 500
+    save_total_limit: Count = 2
+    step_timeout: Positive = 45.0
     report_to: list[Literal["tensorboard", "jsonl"]] = ["jsonl", "tensorboard"]
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16 or fp16."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    def sharding(self, block: TeacherConfig | StudentConfig) -> Sharding:
+        """How the training of the teacher or of a student is spread."""
+        return Sharding(self.zero if block.zero is None else block.zero, block.offload)
 
     @model_validator(mode="after")
     def _one_precision(self):
@@ -295,6 +331,9 @@ def check_contradictions(config: RunConfig) -> list[str]:
             f"compare.teacher_seeds: {config.compare.teacher_seeds} is more than the "
             f"{len(config.compare.seeds)} of compare.seeds"
         )
+    for key, block in {"teacher": config.teacher, "student": config.student}.items():
+        if block.offload and config.sharding(block).zero == 0:
+            found.append(f"{key}.offload: needs {key}.zero of 1 to 3")
     for key, values in {
         "data.withhold": config.data.withhold,
         "distill.domains": distill.domains or [],

@@ -2,7 +2,7 @@
 code.
 
 Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 non-finite or diverged, 6
-environment.
+environment, 128 + n stopped by signal n.
 The command line prints cause and remedy and hides the traceback unless ``--debug`` is given.
 Imports nothing.
 """
@@ -53,3 +53,16 @@ class UnsupportedError(MetakdError, ValueError):
     6)."""
 
     exit_code = 6
+
+
+class StoppedError(MetakdError):
+    """The process was asked to stop, by SIGTERM (exit code 143) or SIGINT (130)."""
+
+    def __init__(self, cause: str, remedy: str = "", *, number: int):
+        super().__init__(cause, remedy)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell reports a process that a signal ended."""
+        return 128 + self.number

@@ -141,7 +141,7 @@ WRONG = {
     "list for a block": ("distill: [1]", ["distill: must hold keys with values (got [1])"]),
     "word for a list": ("report_to: jsonl", ["report_to: must be a valid list (got 'jsonl')"]),
     "empty list": ("compare: {rows: []}", ["compare.rows: List should have at least 1 item"]),
-    "unknown word": ("zero: 3", ["zero: must be 0, 1 or 2 (got 3)"]),
+    "unknown word": ("zero: 4", ["zero: must be 0, 1, 2 or 3 (got 4)"]),
     "out of range": (
         "prototypes: {alpha: 1.5}",
         ["prototypes.alpha: must be less than or equal to 1 (got 1.5)"],
@@ -321,7 +321,7 @@ def test_broken_override(write, override, expected):
 
 
 def test_problems_name_their_source(write):
-    path = write(VALID + "zero: 3\n")
+    path = write(VALID + "zero: 4\n")
     found = problems(refused(path, ["seed=x", "oops"]))
     sources = sorted(line.split(": ")[0] for line in found)
     assert sources == sorted([path, "command line", "command line"])

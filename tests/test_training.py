@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from metakd import demo
-from metakd.config import CompareRow, TrainingConfig, load_config
+from metakd.config import CompareRow, Sharding, TrainingConfig, load_config
 from metakd.errors import ConfigError, DataError, DivergedError, UnsupportedError
 from metakd.method.teacher import StepOutput
 from metakd.training import compare as comparison
-from metakd.training.engine import World, compute_dtype, fit, join_world
+from metakd.training.engine import compute_dtype, fit
 from metakd.training.log import Meter, RunLog
 from metakd.training.stages import Run
+from metakd.training.world import World, join_world
 
 SETTINGS = {
     "data": {"max_length": 24},
@@ -116,6 +117,7 @@ def trained(run: Run, training: TrainingConfig, score=None, module=None) -> torc
         run.collate,
         config=run.config,
         training=training,
+        sharding=Sharding(run.config.zero),
         world=run.world,
         log=log,
         title="test",
@@ -163,7 +165,7 @@ def test_logged_means_are_per_example():
     meter = Meter()
     meter.add({"loss": torch.tensor(1.0)}, 3)
     meter.add({"loss": torch.tensor(5.0)}, 1)
-    assert meter.read() == {"loss": 2.0}
+    assert meter.read(World()) == {"loss": 2.0}
 
 
 def test_the_best_epoch_is_kept(make):
@@ -181,7 +183,7 @@ def test_the_best_epoch_is_kept(make):
 def test_a_loss_that_is_not_finite_stops_the_run(make):
     module = Regression()
     module.linear.weight.data.fill_(float("nan"))
-    with pytest.raises(DivergedError, match="loss is nan"):
+    with pytest.raises(DivergedError, match="not finite"):
         trained(make(), TrainingConfig(), module=module)
 
 

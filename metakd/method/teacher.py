@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,9 @@ from metakd.method.recipe import PAPER, Recipe
 from metakd.method.taps import Features, Taps, pool
 
 
-@dataclass
-class StepOutput:
+class StepOutput(NamedTuple):
     """What a module under training returns: one loss per example, and each term's mean for the
-    log."""
+    log. A tuple, so that DeepSpeed finds the tensors in it (ZeRO-3 gathers weights by them)."""
 
     rows: Tensor  # [B]
     terms: dict[str, Tensor]  # detached scalars, on the device

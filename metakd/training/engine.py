@@ -1,94 +1,54 @@
-"""The training loop on DeepSpeed: one short function, ``fit``, and ``evaluate`` beside it.
+"""The training loop on DeepSpeed: ``fit``, and ``evaluate`` beside it.
 
 The module under training returns one loss per example; the reduction happens here, over the whole
 optimizer step (all micro-batches of all ranks), so that accumulation, several ranks and one big
 batch give the same gradient, ragged last step included. Nothing in the step waits for the device
-except every ``logging_steps``.
+except DeepSpeed's own check of the gradient's norm, and the log every ``logging_steps``.
+
+A run can end at any step and go on later as if nothing had happened (``Saves``); a step whose
+gradient is not finite is left out on all ranks, and ten in a row end the run.
 """
 
 from __future__ import annotations
 
 import gc
-import logging
 import math
-import os
 import random
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import deepspeed
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
-from metakd.config import RunConfig, TrainingConfig
+from metakd.config import RunConfig, Sharding, TrainingConfig
 from metakd.data import Split, StepSampler
-from metakd.errors import DivergedError, UnsupportedError
+from metakd.errors import CheckpointError, DivergedError, StoppedError, UnsupportedError
 from metakd.method.taps import Features
 from metakd.method.teacher import StepOutput
+from metakd.training.checkpoint import (
+    Checkpoints,
+    HashedFiles,
+    Tag,
+    random_state,
+    restore_random_state,
+    safe_load,
+)
+from metakd.training.faults import StopRequest, Watchdog
 from metakd.training.log import Meter, RunLog
 from metakd.training.schedule import optimizer_and_scheduler
+from metakd.training.world import World
 
 Batch = dict[str, Tensor]
 Collate = Callable[[list[dict]], Batch]
 
-
-@dataclass(frozen=True)
-class World:
-    """The processes that train together, and this one's place and device."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def is_main(self) -> bool:
-        """Does this process write files and talk?"""
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        """Wait for every process."""
-        if self.size > 1:
-            dist.barrier()
-
-    def agree(self, value):
-        """The first rank's ``value``, on every rank."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-
-def join_world() -> World:
-    """Join the processes started by ``deepspeed`` or ``torchrun``; a plain process becomes a world
-    of one."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    cuda = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        # DeepSpeed looks for MPI where these are missing.
-        os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
-    local = int(os.environ["LOCAL_RANK"])
-    if cuda:
-        torch.cuda.set_device(local)
-    elif int(os.environ["WORLD_SIZE"]) > 1 and "OMP_NUM_THREADS" not in os.environ:
-        # Ranks of one host share its cores; each with a full set of threads would be slower than
-        # one.
-        # torchrun tells their number in the first variable, deepspeed in the second.
-        sharing = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(sharing)))
-    if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    return World(dist.get_rank(), dist.get_world_size(), device)
+SKIPS_ALLOWED = 10
+"""Steps in a row that may be left out because their loss is not finite."""
 
 
 def seed_everything(seed: int) -> None:
@@ -111,17 +71,55 @@ def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
-def deepspeed_config(config: RunConfig, training: TrainingConfig) -> dict:
+def deepspeed_config(config: RunConfig, training: TrainingConfig, sharding: Sharding) -> dict:
     """The DeepSpeed configuration of one optimisation run."""
+    zero: dict = {"stage": sharding.zero}
+    if sharding.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if sharding.zero == 3:
+            zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "gradient_clipping": training.max_grad_norm,
-        "zero_optimization": {"stage": config.zero},
+        "zero_optimization": zero,
+        # Ours is torch's AdamW with a look at the gradient, wherever its states are, so that
+        # results do not depend on sharding and offloading.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.bf16},
         "fp16": {"enabled": config.fp16},
         "steps_per_print": 2**31,
     }
+
+
+@dataclass
+class Saves:
+    """Where a stage's training is saved and where it goes on.
+
+    Args:
+        checkpoints: of the stage.
+        start: the checkpoint to go on from; None starts afresh.
+        inputs: digest of everything that decides the result; a checkpoint of others is refused.
+        phase: 0-based number of this ``fit`` among those of the stage.
+        last_phase: is no other ``fit`` to follow?
+    """
+
+    checkpoints: Checkpoints
+    start: Tag | None = None
+    inputs: str = ""
+    phase: int = 0
+    last_phase: bool = True
+
+
+@dataclass
+class _Position:
+    """Where a run is: what a checkpoint has to bring back beside weights and moments."""
+
+    step: int = 0
+    skipped_in_a_row: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    best_weights: dict[str, Tensor] | None = None  # on the first rank only
 
 
 def fit(
@@ -131,6 +129,7 @@ def fit(
     *,
     config: RunConfig,
     training: TrainingConfig,
+    sharding: Sharding,
     world: World,
     log: RunLog,
     title: str,
@@ -138,6 +137,7 @@ def fit(
     teacher: Callable[[Batch], Features] | None = None,
     columns: Callable[[int], dict[str, Tensor]] | None = None,
     score: Callable[[], dict[str, float]] | None = None,
+    saves: Saves | None = None,
 ) -> dict[str, float]:
     """Train ``module`` and leave it with the weights that scored best.
 
@@ -145,8 +145,9 @@ def fit(
         module: ``module(batch[, features]) -> StepOutput`` with one loss per example.
         split: training examples.
         collate: examples to a padded batch.
-        config: precision, ZeRO stage, logging.
+        config: precision, logging, saving.
         training: learning rate, epochs, batch sizes.
+        sharding: ZeRO stage and offloading.
         world: from ``join_world``.
         log: from ``RunLog``.
         title: of the progress bar.
@@ -156,13 +157,19 @@ def fit(
         columns: per-example values that change every epoch (false domain labels).
         score: after each epoch; its ``accuracy`` picks the weights that are kept. None keeps the
             last.
+        saves: checkpoints; None saves nothing. A phase that the checkpoint to start from has
+            behind it is not run at all.
 
     Returns:
         The best score with its ``epoch``; empty without ``score``.
 
     Raises:
-        DivergedError: the loss is not finite.
+        CheckpointError: a checkpoint cannot be written, or does not fit this run.
+        DivergedError: ten steps in a row, or all of them, had a loss that is not finite.
+        StoppedError: SIGTERM or SIGINT; the last finished step is saved.
     """
+    if saves is not None and saves.start is not None and saves.start.facts["phase"] > saves.phase:
+        return {}
     micro_batches = training.gradient_accumulation_steps * world.size
     sampler = StepSampler(
         split.lengths,
@@ -171,7 +178,7 @@ def fit(
         seed=seed,
         group_by_length=training.group_by_length,
     )
-    steps_per_epoch = len(sampler.epoch(0))
+    steps_per_epoch = len(sampler)
     total_steps = steps_per_epoch * training.num_train_epochs
     if training.max_steps > 0:
         total_steps = min(total_steps, training.max_steps)
@@ -181,63 +188,277 @@ def fit(
         model=module,
         optimizer=optimizer,
         lr_scheduler=scheduler,
-        config=deepspeed_config(config, training),
+        config=deepspeed_config(config, training, sharding),
     )
-    if config.zero == 0:
+    if sharding.zero == 0:
         # In half precision DeepSpeed allocates its state by a step on zero gradients, which would
         # shift Adam's bias correction by one and shorten the first updates by a quarter.
         optimizer.state.clear()
     torch.manual_seed(seed * world.size + world.rank)  # dropout differs between ranks
 
-    meter, best, best_state, step = Meter(), {}, None, 0
-    log.start(title, total_steps)
-    for epoch in range(math.ceil(total_steps / steps_per_epoch)):
-        examples = split
-        for name, values in (columns(epoch) if columns else {}).items():
-            examples = examples.with_column(name, values)
-        engine.train()
-        for micro in sampler.epoch(epoch)[: total_steps - step]:
-            size = sum(map(len, micro))
-            for rows in micro[world.rank :: world.size]:
-                batch = to_device(collate([examples[row] for row in rows]), world.device)
-                output: StepOutput = engine(batch, teacher(batch)) if teacher else engine(batch)
-                # The engine divides by accumulation steps and averages over ranks; undone, so that
-                # the sum over everything is divided by the examples of this step.
-                loss = output.rows.sum() * (micro_batches / size)
-                engine.backward(loss)
-                engine.step()
-                meter.add({"loss": output.rows.detach().mean(), **output.terms}, len(rows))
-            step += 1
-            log.advance(size)
-            if step % config.logging_steps == 0 or step == total_steps:
-                values = meter.read()
-                if not math.isfinite(values["loss"]):
-                    raise DivergedError(
-                        f"{title}: loss is {values['loss']} in the steps up to {step}",
-                        "lower the learning rate, or use bf16 instead of fp16",
-                    )
-                log.write(step, {**values, "learning_rate": scheduler.get_last_lr()[0]})
-        if score:
-            engine.eval()
-            scored = {**score(), "epoch": epoch + 1}
-            log.write(step, scored, "validation")
-            if scored["accuracy"] > best.get("accuracy", -1.0):
-                best = scored
-                best_state = {
-                    name: value.detach().to("cpu", copy=True)
-                    for name, value in module.state_dict().items()
-                }
+    meter, position = Meter(), _Position()
+    keeper = _Keeper(engine, saves, world, log, meter, position)
+    keeper.restore({"steps": total_steps, "zero": sharding.zero, "precision": config.precision})
+    log.start(title, total_steps, done=position.step)
+    with StopRequest(world) as stop, Watchdog(world, config.step_timeout):
+        for epoch in range(
+            position.step // steps_per_epoch, math.ceil(total_steps / steps_per_epoch)
+        ):
+            examples = split
+            for name, values in (columns(epoch) if columns else {}).items():
+                examples = examples.with_column(name, values)
+            engine.train()
+            first = epoch * steps_per_epoch
+            for micro in sampler.epoch(epoch)[position.step - first : total_steps - first]:
+                size = sum(map(len, micro))
+                seen: list[tuple[StepOutput, Tensor]] = []
+                for rows in micro[world.rank :: world.size]:
+                    world.progress.beat(f"step {position.step + 1}")
+                    batch = to_device(collate([examples[row] for row in rows]), world.device)
+                    output: StepOutput = engine(batch, teacher(batch)) if teacher else engine(batch)
+                    # The engine divides by accumulation steps and averages over ranks; undone, so
+                    # that the sum over everything is divided by the examples of this step.
+                    engine.backward(output.rows.sum() * (micro_batches / size))
+                    seen.append((StepOutput(output.rows.detach(), output.terms), batch["index"]))
+                    _step(engine, title, position.step + 1)
+                position.step += 1
+                if engine.was_step_applied():
+                    position.skipped_in_a_row = 0
+                    for output, index in seen:
+                        meter.add({"loss": output.rows.mean(), **output.terms}, len(index))
+                else:
+                    _note_skipped(seen, position, world, log, title, total_steps)
+                log.advance(size)
+                if position.step % config.logging_steps == 0 or position.step == total_steps:
+                    rate = {"learning_rate": scheduler.get_last_lr()[0]}
+                    log.write(position.step, meter.read(world) | rate)
+                if number := stop.poll():
+                    keeper.stop(number, title)
+                if position.step % config.save_steps == 0 and position.step < total_steps:
+                    keeper.save()
+            if score:
+                engine.eval()
+                with world.progress.interruptible(stop.poll):
+                    try:
+                        scored = {**score(), "epoch": epoch + 1}
+                    except StoppedError as error:
+                        keeper.stop(error.number, title)
+                log.write(position.step, scored, "validation")
+                if scored["accuracy"] > position.best.get("accuracy", -1.0):
+                    position.best = scored
+                    position.best_weights = whole_weights(module, world)
+        stop.settle()
+    if saves is not None and not saves.last_phase:
+        keeper.save()
     log.stop()
+    retire(engine, world)
+    del engine, optimizer, scheduler, keeper
+    gc.collect()
+    if position.best:
+        put_weights(module, position.best_weights, world)
+    module.eval()
+    return position.best
+
+
+def _step(engine, title: str, step: int) -> None:
+    try:
+        engine.step()
+    except Exception as error:  # DeepSpeed raises the base class
+        if "loss scale" not in str(error):
+            raise
+        raise DivergedError(
+            f"{title}: gradients overflow fp16 at the smallest loss scale, step {step}",
+            "use bf16 instead of fp16, or lower the learning rate",
+        ) from error
+
+
+def _note_skipped(
+    seen: list[tuple[StepOutput, Tensor]],
+    position: _Position,
+    world: World,
+    log: RunLog,
+    title: str,
+    total_steps: int,
+) -> None:
+    """Say which examples made the step's gradient useless; end the run after too many such steps.
+
+    fp16 leaves out steps on the way to its loss scale, with finite losses: those are no fault.
+    """
+    own = torch.cat([index[~output.rows.isfinite()] for output, index in seen]).tolist()
+    examples = sorted(chain.from_iterable(world.gather(own)))
+    log.note(position.step, "skipped", examples=examples)
+    if not examples:
+        return
+    position.skipped_in_a_row += 1
+    if position.skipped_in_a_row >= min(SKIPS_ALLOWED, total_steps):
+        shown = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")
+        raise DivergedError(
+            f"{title}: the loss was not finite in {position.skipped_in_a_row} steps in a row, the "
+            f"last of them {position.step}, with training rows {shown}",
+            "look at these rows, lower the learning rate, or use bf16 instead of fp16",
+        )
+
+
+@dataclass
+class _Keeper:
+    """Writes the state of one ``fit`` to checkpoints and brings it back."""
+
+    engine: deepspeed.DeepSpeedEngine
+    saves: Saves | None
+    world: World
+    log: RunLog
+    meter: Meter
+    position: _Position
+
+    def __post_init__(self):
+        # DeepSpeed would put a script beside the tags, unhashed and outside of them.
+        self.engine._copy_recovery_script = lambda folder: None
+
+    def save(self) -> None:
+        """Publish a checkpoint of the last finished step."""
+        if self.saves is None:
+            return
+        self._refuse_non_finite()
+        saves, position = self.saves, self.position
+        facts = {**self.facts, "phase": saves.phase, "step": position.step}
+        own = {
+            "random": random_state(self.world.device),
+            "meter": self.meter.state(),
+            "log": self.log.position(),
+            "skipped_in_a_row": position.skipped_in_a_row,
+            "best": position.best,
+        }
+
+        def write(files: HashedFiles) -> None:
+            self.engine.checkpoint_engine = files
+            self.engine.save_checkpoint(
+                str(files.folder.parent), tag=files.folder.name, save_latest=False
+            )
+            files.write(_rank_file(self.world), lambda file: torch.save(own, file))
+            if position.best_weights is not None:
+                best = safetensors.torch.save(position.best_weights)
+                files.write(BEST_WEIGHTS, lambda file: file.write(best))
+
+        saves.checkpoints.save(f"phase{saves.phase}-step{position.step:08d}", write, facts)
+
+    def stop(self, number: int, title: str) -> None:
+        """Save and end, on a signal."""
+        self.save()
+        saved = "" if self.saves is None else "saved; "
+        raise StoppedError(
+            f"{title}: stopped by signal {number} after step {self.position.step}",
+            f"{saved}go on with the same command",
+            number=number,
+        )
+
+    def restore(self, facts: dict) -> None:
+        """Go on from the checkpoint to start from, if it is one of this phase.
+
+        Args:
+            facts: what must be the same then and now.
+        """
+        self.facts = {**facts, "inputs": "" if self.saves is None else self.saves.inputs}
+        start = None if self.saves is None else self.saves.start
+        if start is None or start.facts["phase"] != self.saves.phase:
+            return
+        if start.facts["world_size"] != self.world.size:
+            raise CheckpointError(
+                f"{start.folder}: written by {start.facts['world_size']} processes, this run has "
+                f"{self.world.size}",
+                f"start {start.facts['world_size']} processes, or start afresh with --resume never",
+            )
+        wrong = [
+            f"{name} was {start.facts.get(name)}, is {now}"
+            for name, now in self.facts.items()
+            if start.facts.get(name) != now
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{start.folder}: {'; '.join(wrong)}", "start afresh with --resume never"
+            )
+        self.engine.checkpoint_engine = HashedFiles(start.folder, self.saves.checkpoints.disk)
+        self.engine.load_checkpoint(str(start.folder.parent), tag=start.folder.name)
+        own = safe_load(start.folder / _rank_file(self.world))
+        position = self.position
+        position.step = start.facts["step"]
+        position.skipped_in_a_row = own["skipped_in_a_row"]
+        position.best = own["best"]
+        best = start.folder / BEST_WEIGHTS
+        if self.world.is_main and best.exists():
+            position.best_weights = safetensors.torch.load_file(best)
+        self.meter.restore(own["meter"], self.world.device)
+        self.log.rewind(own["log"], position.step)
+        restore_random_state(own["random"], self.world.device)
+
+    def _refuse_non_finite(self) -> None:
+        held = [getattr(p, "ds_tensor", p).detach() for p in self.engine.module.parameters()]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(held)])
+        if not all(self.world.gather(bool(norms.isfinite().all()))):
+            raise DivergedError(
+                f"weights are not finite after step {self.position.step}; nothing was saved",
+                "go on from the last checkpoint with a lower learning rate",
+            )
+
+
+BEST_WEIGHTS = "best.safetensors"
+
+
+def _rank_file(world: World) -> str:
+    return f"rank-{world.rank:05d}.pt"
+
+
+# ---- Weights, whole or in shards -----------------------------------------------------------------
+
+
+def _gathered(parameters: list[nn.Parameter]):
+    """A context in which sharded parameters are whole; nothing for others."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded))
+
+
+def whole_weights(module: nn.Module, world: World) -> dict[str, Tensor] | None:
+    """A copy of every weight and buffer on the CPU of the first rank, None on the others."""
+    kept = {}
+    buffers = (
+        module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys()
+    )
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        with _gathered([parameter]):  # one at a time: the whole may not fit
+            if world.is_main:
+                kept[name] = parameter.detach().to("cpu", copy=True)
+    state = module.state_dict()
+    kept |= {name: state[name].detach().to("cpu", copy=True) for name in buffers}
+    return kept if world.is_main else None
+
+
+def put_weights(module: nn.Module, weights: dict[str, Tensor] | None, world: World) -> None:
+    """Load the first rank's ``whole_weights`` on every rank."""
+    for name, value in module.state_dict().items():
+        if world.is_main:
+            value.copy_(weights[name])
+        if world.size > 1:
+            dist.broadcast(value, group_src=0, group=world.data)
+
+
+def retire(engine, world: World) -> None:
+    """End an engine and leave its module as plain torch: whole weights, no hooks."""
+    module = engine.module
     engine.destroy()
     # Left on the module, the hooks would keep engine and moments alive through the next run.
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
-    del engine, optimizer, scheduler
-    gc.collect()
-    if best_state is not None:
-        module.load_state_dict(best_state)
-    module.eval()
-    return best
+    plain: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    for part in module.modules():
+        held = dict(part._parameters.items())
+        for name, parameter in held.items():
+            if parameter is None or not hasattr(parameter, "ds_id"):
+                continue
+            if id(parameter) not in plain:
+                with _gathered([parameter]):
+                    whole = parameter.detach().clone()
+                plain[id(parameter)] = nn.Parameter(whole, parameter.requires_grad)
+            held[name] = plain[id(parameter)]
+        part._parameters = held  # DeepSpeed's own kind of dict gathers on access
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -260,11 +481,16 @@ def predict(
     first."""
     order = torch.tensor(split.lengths).argsort(descending=True)
     predicted = torch.full((len(split),), -1, device=world.device)
-    for rows in order.split(batch_size)[world.rank :: world.size]:
+    batches = order.split(batch_size)
+    for number in range(0, len(batches), world.size):
+        # Every rank does as many, a spare one twice: under ZeRO-3 a forward pass is collective.
+        rows = batches[min(number + world.rank, len(batches) - 1)]
         batch = to_device(collate([split[row] for row in rows.tolist()]), world.device)
         predicted[rows.to(world.device)] = classify(batch).argmax(-1)
+        world.progress.beat(f"batch {number + 1} of an evaluation")
+        world.progress.end_if_asked()
     if world.size > 1:
-        dist.all_reduce(predicted, op=dist.ReduceOp.MAX)
+        dist.all_reduce(predicted, op=dist.ReduceOp.MAX, group=world.data)
     return predicted.cpu()
 
 

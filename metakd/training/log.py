@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from metakd.training.world import World
+
 
 class Meter:
     """Running means per example of device scalars, read with one transfer."""
@@ -30,16 +32,28 @@ class Meter:
             self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._examples += examples
 
-    def read(self) -> dict[str, float]:
-        """Means since the last read, over all ranks; synchronises with the host."""
+    def read(self, world: World) -> dict[str, float]:
+        """Means since the last read, over all ranks; synchronises with the host. Empty if nothing
+        was added."""
+        if not self._sums:
+            return {}
         names = sorted(self._sums)
         sums = torch.stack([self._sums[name] for name in names])
         sums = torch.cat([sums, sums.new_tensor([self._examples])])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
+        if world.size > 1:
+            dist.all_reduce(sums, group=world.data)
         self._sums.clear()
         self._examples = 0
         return dict(zip(names, (sums[:-1] / sums[-1]).tolist()))
+
+    def state(self) -> dict:
+        """What has been added since the last read, as tensors and numbers."""
+        return {"sums": dict(self._sums), "examples": self._examples}
+
+    def restore(self, state: dict, device: torch.device) -> None:
+        """Put back what ``state`` returned."""
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._examples = state["examples"]
 
 
 class RunLog:
@@ -56,15 +70,15 @@ class RunLog:
         self, folder: Path | None, report_to: list[str], console: Console, active: bool = True
     ):
         self._active = active
+        self._console = console
+        self._folder = folder
         self._jsonl = self._board = None
         if active and folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if "jsonl" in report_to:
                 self._jsonl = (folder / "log.jsonl").open("a", encoding="utf-8", buffering=1)
             if "tensorboard" in report_to:
-                from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-                self._board = SummaryWriter(str(folder / "tensorboard"))
+                self._board = self._open_board()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -75,10 +89,28 @@ class RunLog:
             disable=not (active and console.is_terminal),
         )
 
-    def start(self, title: str, total_steps: int) -> None:
-        """Begin a bar of ``total_steps`` optimizer steps."""
+    def _open_board(self, purge_step: int | None = None):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge_step)
+
+    def position(self) -> int:
+        """How many bytes of ``log.jsonl`` are written; for ``rewind``."""
+        return self._jsonl.tell() if self._jsonl else 0
+
+    def rewind(self, position: int, step: int) -> None:
+        """Forget what was logged after ``position``, at an optimizer step."""
+        if self._jsonl:
+            self._jsonl.truncate(position)
+            self._jsonl.seek(position)
+        if self._board:
+            self._board.close()
+            self._board = self._open_board(purge_step=step + 1)
+
+    def start(self, title: str, total_steps: int, done: int = 0) -> None:
+        """Begin a bar of ``total_steps`` optimizer steps, of which some are done already."""
         self._progress.start()
-        self._task = self._progress.add_task(title, total=total_steps, status="")
+        self._task = self._progress.add_task(title, total=total_steps, completed=done, status="")
         self._since = time.perf_counter()
         self._samples = 0
 
@@ -106,6 +138,14 @@ class RunLog:
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(f"{prefix}/{name}", value, step)
+
+    def note(self, step: int, what: str, **facts) -> None:
+        """Log an event that is no number, to ``log.jsonl`` and the console."""
+        if self._jsonl:
+            self._jsonl.write(json.dumps({"step": step, "split": what, **facts}) + "\n")
+        if self._active:
+            told = ", ".join(f"{name} {value}" for name, value in facts.items())
+            self._console.print(f"step {step}: {what}, {told}", markup=False, highlight=False)
 
     def stop(self) -> None:
         """End the bar."""

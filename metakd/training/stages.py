@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from metakd.method.taps import model_inputs
 from metakd.method.teacher import FrozenTeacher, Teacher, domain_loss_floor, false_domains
 from metakd.training.card import write_card
 from metakd.training.engine import (
-    World,
+    Saves,
     compute_dtype,
     evaluate,
     fit,
@@ -48,6 +48,7 @@ from metakd.training.engine import (
 )
 from metakd.training.log import RunLog
 from metakd.training.store import StageStore, content_digest
+from metakd.training.world import World
 
 ALL_DOMAINS = "all"
 
@@ -99,12 +100,14 @@ class Run:
         world: from ``engine.join_world``.
         console: where the first rank talks.
         command: how the run was started; recorded with every stage.
+        resume: see ``StageStore``.
     """
 
     config: RunConfig
     world: World = field(default_factory=World)
     console: Console = field(default_factory=Console)
     command: str = ""
+    resume: str = "auto"
 
     @cached_property
     def folder(self) -> Path:
@@ -163,10 +166,18 @@ class Run:
             "content": content_digest((*files, config.teacher.model, config.student.model)),
             "seed": config.seed,
             "zero": config.zero,
-            "precision": [config.bf16, config.fp16],
+            "precision": config.precision,
             "compat": config.compat,
         }
-        return StageStore(self.folder, self.world, common, self.command, self.say)
+        return StageStore(
+            self.folder,
+            self.world,
+            common,
+            self.command,
+            self.say,
+            resume=self.resume,
+            keep=config.save_total_limit,
+        )
 
     @property
     def teacher_kind(self) -> str | None:
@@ -219,7 +230,8 @@ class Run:
         self.store.get(place, inputs, self._build_prototypes)
         return place
 
-    def _build_prototypes(self, folder: Path) -> dict:
+    def _build_prototypes(self, folder: Path, _saves: Saves) -> dict:
+        # Nothing to go on from: a pass over the data at inference speed.
         if not self.world.is_main:
             return {}
         train = self.corpus.train
@@ -289,11 +301,13 @@ class Run:
             self.store.get(
                 place,
                 inputs,
-                lambda folder, domain=domain: self._build_teacher(folder, kind, domain, seed),
+                lambda folder, saves, domain=domain: self._build_teacher(
+                    folder, saves, kind, domain, seed
+                ),
             )
         return list(places)
 
-    def _build_teacher(self, folder: Path, kind: str, domain: str, seed: int) -> dict:
+    def _build_teacher(self, folder: Path, saves: Saves, kind: str, domain: str, seed: int) -> dict:
         config, corpus = self.config.teacher, self.corpus
         seed_everything(seed)
         outputs = len(corpus.label2id) * len(corpus.domains) if kind == "mtl" else None
@@ -324,12 +338,14 @@ class Run:
                 self.collate,
                 config=self.config,
                 training=config.training,
+                sharding=self.config.sharding(config),
                 world=self.world,
                 log=log,
                 title=f"teacher {kind}",
                 seed=seed,
                 columns=corrupt if teacher.trains_domain_loss else None,
                 score=lambda: self._score(teacher.logits, validation, config.training),
+                saves=saves,
             )
             result = {"validation": best}
             if corpus.test is not None:
@@ -416,7 +432,9 @@ class Run:
         result = self.store.get(
             place,
             inputs,
-            lambda folder: self._build_student(folder, domain, distill, teachers, seed, label),
+            lambda folder, saves: self._build_student(
+                folder, saves, domain, distill, teachers, seed, label
+            ),
             keep,
         )
         return place, result
@@ -424,6 +442,7 @@ class Run:
     def _build_student(
         self,
         folder: Path,
+        saves: Saves,
         domain: str,
         distill: DistillConfig,
         teacher_folders: list[Path],
@@ -504,10 +523,12 @@ class Run:
                         self.collate,
                         config=self.config,
                         training=training,
+                        sharding=self.config.sharding(self.config.student),
                         world=self.world,
                         log=log,
                         teacher=teacher,
                         score=judge,
+                        saves=replace(saves, phase=number, last_phase=number == len(phases) - 1),
                         seed=seed,
                         title=f"{label} {domain}{part}",
                     )

@@ -1,7 +1,8 @@
 """Finished stages on disk: each is a folder with the digest of its inputs.
 
 It is built aside and renamed into place, so that a folder of the run directory either holds a
-finished stage or does not exist; a stage whose inputs have not changed is not built again.
+finished stage or does not exist; a stage whose inputs have not changed is not built again. What an
+interrupted build left aside, its checkpoints above all, is taken up if the inputs are the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from metakd.errors import CheckpointError
-from metakd.training.engine import World
+from metakd.training.checkpoint import Checkpoints
+from metakd.training.engine import Saves
+from metakd.training.world import World
+
+CHECKPOINTS = "checkpoints"
+_INPUTS = "inputs.txt"
 
 
 def content_digest(sources: Iterable[str | None]) -> str:
@@ -38,6 +44,11 @@ class StageStore:
         common: inputs that every stage shares, as JSON values.
         command: recorded with every stage.
         say: tells a person what happens.
+        may_build: False makes a stage that is missing or out of date an error.
+        resume: ``auto`` goes on from the newest valid checkpoint of an interrupted build, a tag
+            from that one (the first stage that is built; the others go on as with ``auto``),
+            ``never`` starts every build afresh.
+        keep: checkpoints that stay on the disk while a stage is built.
     """
 
     folder: Path
@@ -45,7 +56,9 @@ class StageStore:
     common: dict
     command: str
     say: Callable[[str], None]
-    may_build: bool = True  # False: a stage that is missing or out of date is an error
+    may_build: bool = True
+    resume: str = "auto"
+    keep: int = 2
     _finished: dict[Path, dict] = field(default_factory=dict, repr=False)
     _digests: dict[Path, str] = field(default_factory=dict, repr=False)
 
@@ -54,18 +67,20 @@ class StageStore:
         return self._finished[place]
 
     def get(
-        self, place: Path, inputs: dict, build: Callable[[Path], dict], keep: bool = True
+        self, place: Path, inputs: dict, build: Callable[[Path, Saves], dict], keep: bool = True
     ) -> dict:
         """Build ``place`` unless it was built from these very inputs, and return its result.
 
         Args:
             place: folder of the stage, under the run directory.
             inputs: everything that decides the result, as JSON values.
-            build: writes into the folder it is given and returns the result; called on every rank.
+            build: writes into the folder it is given and returns the result, going on from the
+                checkpoints it is given; called on every rank.
             keep: keep the files ``build`` wrote; False leaves the result and the log alone.
 
         Raises:
-            CheckpointError: it would have to be built and may not.
+            CheckpointError: it would have to be built and may not, or there is nothing to go on
+                from where that was asked for.
         """
         described = json.dumps({**self.common, **inputs}, sort_keys=True)
         digest = hashlib.sha256(described.encode()).hexdigest()
@@ -88,12 +103,14 @@ class StageStore:
         self.say(f"{name}: running")
         building = place.with_name(f".tmp-{place.name}")
         if self.world.is_main:
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir(parents=True)
+            self._prepare(building, digest)
         self.world.barrier()
+        saves = self._open_saves(building, digest)
         since = time.perf_counter()
-        result = self.world.agree(build(building))
+        result = self.world.agree(build(building, saves))
         if self.world.is_main:
+            shutil.rmtree(building / CHECKPOINTS, ignore_errors=True)
+            (building / _INPUTS).unlink()
             if not keep:
                 for file in building.iterdir():
                     if file.is_file() and file.name != "log.jsonl":
@@ -111,3 +128,32 @@ class StageStore:
             building.rename(place)
         self.world.barrier()
         return result
+
+    def _prepare(self, building: Path, digest: str) -> None:
+        """An empty folder to build in, or the one that was left by a build from the same inputs."""
+        started = building / _INPUTS
+        if self.resume != "never" and started.is_file() and started.read_text() == digest:
+            return
+        if building.exists():
+            self.say(f"{building}: what was left there is of other inputs, or not wanted; removed")
+            shutil.rmtree(building)
+        building.mkdir(parents=True)
+        started.write_text(digest)
+
+    def _open_saves(self, building: Path, digest: str) -> Saves:
+        checkpoints = Checkpoints(
+            building / CHECKPOINTS, self.world, self.keep, lambda text: self.say(text)
+        )
+        start = None
+        if self.resume != "never":
+            start = checkpoints.find(self.resume)
+            self.resume = "auto"
+        if start is not None:
+            self.say(f"going on from checkpoint {start.folder.name}")
+        elif self.world.is_main:
+            # Without a checkpoint the build starts afresh: its log must, too.
+            for left in building.iterdir():
+                if left.name not in (_INPUTS, CHECKPOINTS):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+        self.world.barrier()
+        return Saves(checkpoints, start, digest)

@@ -1,0 +1,463 @@
+"""Checkpoints of a training run: written aside, hashed, published by one rename, verified before a
+tensor moves.
+
+Save: every rank writes its files into ``.tmp-<tag>-<nonce>/`` and hashes them on the way to the
+disk; if all ranks succeeded, the first writes ``MANIFEST.json`` (size and SHA-256 of every file,
+world size, position, ...) and renames the folder to its tag; otherwise nobody publishes and the old
+tags stay. Only then do the pointer and the rotation follow. A folder without a dot in front of its
+name is therefore always a whole checkpoint, whatever was killed in between.
+
+Load: the newest tag whose manifest and files verify, agreed by all ranks. ``safe_load`` is the only
+reader of pickled files: it builds tensors, numbers and DeepSpeed's own scalars, and runs nothing.
+
+DeepSpeed contributes its shards through ``HashedFiles``, which takes the place of its file writer:
+a full disk on one rank becomes an answer in the agreement and not an exception between collectives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from metakd.errors import CheckpointError
+from metakd.training.world import World
+
+MANIFEST = "MANIFEST.json"
+POINTER = "latest"
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_ALLOWED = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
+_READ_AT_ONCE = 1 << 20
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+class Disk:
+    """Every change that a checkpoint makes to the file system, so that a test can record them and
+    replay a crash after each."""
+
+    def make_folder(self, path: Path) -> None:
+        """Create a folder; its parents may be missing, it may exist."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def create(self, path: Path) -> BinaryIO:
+        """A new, empty, unbuffered file."""
+        return path.open("xb", buffering=0)
+
+    def sync(self, file: BinaryIO) -> None:
+        """Wait until the file's content is on the disk."""
+        os.fsync(file.fileno())
+
+    def sync_folder(self, path: Path) -> None:
+        """Wait until the folder's entries are on the disk."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename; a file replaces its target at once."""
+        os.replace(source, target)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, or a folder and what is in it; what cannot be removed stays."""
+        if path.is_dir() and not path.is_symlink():
+            # Out of sight at once: half a removed folder must not pass for a damaged checkpoint.
+            aside = path.with_name(f".tmp-gone-{secrets.token_hex(4)}")
+            try:
+                self.rename(path, aside)
+            except OSError:
+                aside = path
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+class _Hashing(io.RawIOBase):
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        view = memoryview(data).cast("B")
+        written = 0
+        while written < len(view):
+            written += self._file.write(view[written:])
+        self.digest.update(view)
+        self.size += len(view)
+        return len(view)
+
+
+class HashedFiles(CheckpointEngine):
+    """This rank's files of one checkpoint: hashed while written, synced, and the first failure
+    kept instead of raised, so that every rank goes on to the agreement.
+
+    Args:
+        folder: the unpublished folder they go to.
+        disk: see ``Disk``.
+    """
+
+    def __init__(self, folder: Path, disk: Disk):
+        self.folder = folder
+        self.disk = disk
+        self.entries: dict[str, dict] = {}
+        self.problem: str | None = None
+
+    def write(self, name: str, produce: Callable[[BinaryIO], Any]) -> None:
+        """Write one file by ``produce(file)``."""
+        if self.problem is not None:
+            return
+        path = self.folder / name
+        try:
+            self.disk.make_folder(path.parent)
+            with self.disk.create(path) as raw:
+                file = _Hashing(raw)
+                produce(file)
+                self.disk.sync(raw)
+            self.disk.sync_folder(path.parent)
+            self.entries[name] = {"sha256": file.digest.hexdigest(), "size": file.size}
+        except (OSError, RuntimeError) as error:  # torch's writer raises the second for the first
+            cause = error.__cause__ or error.__context__ or error
+            self.problem = f"{path}: {str(cause).splitlines()[0]}"
+
+    # DeepSpeed's side.
+
+    def create(self, info) -> None:
+        """Nothing to prepare."""
+
+    def commit(self, info) -> None:
+        """Nothing to do: ``Checkpoints.save`` publishes."""
+
+    def makedirs(self, path, exist_ok=False) -> None:
+        """Folders come with their files."""
+
+    def save(self, state_dict, path: str) -> None:
+        """Write one of DeepSpeed's files."""
+        name = str(Path(path).relative_to(self.folder))
+        self.write(name, lambda file: torch.save(state_dict, file))
+
+    def load(self, path: str, map_location=None):
+        """Read one of DeepSpeed's files."""
+        return safe_load(Path(path), map_location)
+
+
+def safe_load(path: Path, map_location="cpu") -> Any:
+    """Read a file that ``torch.save`` wrote, without running anything in it.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds more than tensors, plain values and DeepSpeed's
+            loss scalers.
+    """
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for a damaged file
+        raise CheckpointError(
+            f"{path}: {str(error).splitlines()[0]}", "remove this checkpoint; an older one is used"
+        ) from error
+
+
+def checked_tag(tag: str) -> str:
+    """``tag`` itself.
+
+    Raises:
+        CheckpointError: it is not a plain name, so it might lead out of the folder.
+    """
+    if not _TAG.fullmatch(tag):
+        raise CheckpointError(
+            f"tag {tag!r} is not a name of letters, digits, dot, dash and underscore",
+            "name a folder under checkpoints, or auto",
+        )
+    return tag
+
+
+# ---- Tags ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A published checkpoint: its folder and what its manifest says."""
+
+    folder: Path
+    facts: dict
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Later is larger: phase of the stage, optimizer step."""
+        return self.facts["phase"], self.facts["step"]
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one stage.
+
+    Args:
+        root: folder that holds the tags; all hosts must share it.
+        world: the processes that train together.
+        keep: published tags that stay, the newest ones (``save_total_limit``).
+        say: tells a person, called on the first rank.
+        disk: see ``Disk``.
+    """
+
+    root: Path
+    world: World
+    keep: int = 2
+    say: Callable[[str], None] = print
+    disk: Disk = field(default_factory=Disk)
+
+    def save(self, tag: str, write: Callable[[HashedFiles], None], facts: dict) -> Path:
+        """Publish a checkpoint, or leave everything as it was.
+
+        Args:
+            tag: its name.
+            write: writes this rank's files; called on every rank, must not raise on a single one.
+            facts: for the manifest, the same on every rank; ``phase`` and ``step`` order the tags.
+
+        Raises:
+            CheckpointError: some rank could not write; raised on every rank.
+        """
+        target = self.root / checked_tag(tag)
+        nonce = self.world.agree(secrets.token_hex(4))
+        folder = self.root / f".tmp-{tag}-{nonce}"
+        files = HashedFiles(folder, self.disk)
+        write(files)
+        told = self.world.gather((files.entries, files.problem))
+        problem = next((f"rank {r}: {text}" for r, (_, text) in enumerate(told) if text), None)
+        if problem is None and self.world.is_main:
+            entries = {name: entry for own, _ in told for name, entry in own.items()}
+            problem = self._publish(folder, target, entries, facts)
+        problem = self.world.agree(problem)
+        if problem is not None:
+            if self.world.is_main:
+                self.disk.remove(folder)
+            raise CheckpointError(
+                f"checkpoint {tag} was not written: {problem}",
+                "older checkpoints are intact; make room, then go on with --resume auto",
+            )
+        return target
+
+    def _publish(self, folder: Path, target: Path, entries: dict, facts: dict) -> str | None:
+        absent = [name for name in entries if not (folder / name).exists()]
+        if absent:
+            return f"{folder / absent[0]}: written by another host, which does not share this disk"
+        manifest = {**facts, "world_size": self.world.size, "files": entries}
+        manifest["sha256"] = _manifest_digest(manifest)
+        last = HashedFiles(folder, self.disk)
+        last.write(MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+        if last.problem is not None:
+            return last.problem
+        try:
+            if target.exists():  # the same step again, after a fall back to an older tag
+                self.disk.remove(target)
+            self.disk.rename(folder, target)
+            self.disk.sync_folder(self.root)
+            self._point_at(target.name)
+        except OSError as error:
+            return f"{target}: {error.strerror}"
+        self._rotate(target)
+        return None
+
+    def _point_at(self, tag: str) -> None:
+        pointer = HashedFiles(self.root, self.disk)
+        aside = f".tmp-{POINTER}-{secrets.token_hex(4)}"
+        pointer.write(aside, lambda file: file.write(tag.encode()))
+        if pointer.problem is None:  # a convenience for people: loading looks at the tags
+            self.disk.rename(self.root / aside, self.root / POINTER)
+            self.disk.sync_folder(self.root)
+
+    def _rotate(self, newest: Path) -> None:
+        newest_order = Tag(newest, _read_manifest(newest)).order
+        tags = sorted(self.tags(), key=lambda tag: tag.order)
+        # What claims to be later is left from a run that was taken up again before it.
+        given_up = [tag for tag in tags if tag.order > newest_order]
+        for tag in given_up + [tag for tag in tags if tag.order <= newest_order][: -self.keep]:
+            self.disk.remove(tag.folder)
+        for left in self.root.glob(".tmp-*"):
+            self.disk.remove(left)
+
+    def tags(self) -> list[Tag]:
+        """Published tags with a readable manifest, in no order; their files are not checked."""
+        found = []
+        for folder in self.root.iterdir() if self.root.is_dir() else ():
+            if _TAG.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+                with suppress(CheckpointError):
+                    found.append(Tag(folder, _read_manifest(folder)))
+        return found
+
+    def is_empty(self) -> bool:
+        """Is there nothing that was ever published here?"""
+        return not self.root.is_dir() or not any(
+            not path.name.startswith(".tmp-") for path in self.root.iterdir()
+        )
+
+    def find(self, resume: str) -> Tag | None:
+        """The checkpoint to go on from, the same on every rank; None to start afresh.
+
+        Args:
+            resume: ``auto`` for the newest that verifies, or a tag, which never falls back to
+                another.
+
+        Raises:
+            CheckpointError: the tag is absent or damaged; or ``auto`` and there are checkpoints of
+                which none verifies.
+        """
+        if resume != "auto":
+            folder = self.root / checked_tag(resume)
+            if not folder.is_dir() or folder.is_symlink():
+                raise CheckpointError(f"{folder}: no such checkpoint", self._known())
+            return self._verified(Tag(folder, _read_manifest(folder)))
+        names = [] if self.is_empty() else sorted(p.name for p in self.root.iterdir())
+        # The first rank lists, so that all try the same tags in the same order.
+        listed = self.world.agree(
+            [tag.folder.name for tag in sorted(self.tags(), key=lambda t: t.order, reverse=True)]
+        )
+        damaged = self.world.agree(
+            [n for n in names if _TAG.fullmatch(n) and n != POINTER and n not in listed]
+        )
+        for name in damaged:
+            self._tell(f"warning: checkpoint {name} has no valid manifest and is not used")
+        for name in listed:
+            try:
+                folder = self.root / name
+                tag = self._verified(Tag(folder, _read_manifest(folder)))
+            except CheckpointError as error:
+                self._tell(f"warning: checkpoint {name} is damaged and not used: {error.cause}")
+                continue
+            self._check_pointer(name)
+            return tag
+        if self.world.agree(not names):
+            return None
+        raise CheckpointError(
+            f"{self.root}: none of the checkpoints is whole",
+            "restore one, or start afresh with --resume never",
+        )
+
+    def _verified(self, tag: Tag) -> Tag:
+        """The tag, after all its files were read and found unchanged; ranks share the work."""
+        problem = None
+        try:
+            verify(tag, share=(self.world.rank, self.world.size))
+        except CheckpointError as error:
+            problem = error.cause
+        told = [text for text in self.world.gather(problem) if text]
+        if told:
+            raise CheckpointError(told[0], self._known())
+        return tag
+
+    def _check_pointer(self, newest: str) -> None:
+        pointer = self.root / POINTER
+        named = pointer.read_bytes().decode(errors="replace") if pointer.is_file() else "nothing"
+        if named != newest:
+            self._tell(f"warning: {pointer} names {named!r}; going on from {newest}, the newest")
+
+    def _known(self) -> str:
+        names = [t.folder.name for t in sorted(self.tags(), key=lambda t: t.order)]
+        return f"there are: {', '.join(names)}" if names else "start with --resume never"
+
+    def _tell(self, text: str) -> None:
+        if self.world.is_main:
+            self.say(text)
+
+
+def _manifest_digest(manifest: dict) -> str:
+    told = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        whole = manifest["sha256"] == _manifest_digest(manifest)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if not whole:
+        raise CheckpointError(f"{path}: was changed after it was written")
+    return manifest
+
+
+def verify(tag: Tag, share: tuple[int, int] = (0, 1)) -> None:
+    """Compare the files of a checkpoint with its manifest.
+
+    Args:
+        tag: the checkpoint.
+        share: rank and world size; each rank reads its share of the files.
+
+    Raises:
+        CheckpointError: a file is missing, extra, of another size or of other content.
+    """
+    wanted = tag.facts["files"]
+    present = {
+        str(path.relative_to(tag.folder)): path
+        for path in tag.folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+    for name in sorted(wanted.keys() | present.keys() - {MANIFEST}):
+        path = tag.folder / name
+        if name not in present:
+            raise CheckpointError(f"{path}: is missing")
+        if name not in wanted or path.is_symlink():
+            raise CheckpointError(f"{path}: does not belong to the checkpoint")
+        if path.stat().st_size != wanted[name]["size"]:
+            raise CheckpointError(
+                f"{path}: has {path.stat().st_size} bytes, was written with {wanted[name]['size']}"
+            )
+    rank, size = share
+    for name in sorted(wanted)[rank::size]:
+        with (tag.folder / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != wanted[name]["sha256"]:
+            raise CheckpointError(f"{tag.folder / name}: was changed after it was written")
+
+
+# ---- Random numbers ------------------------------------------------------------------------------
+
+
+def random_state(device: torch.device) -> dict:
+    """The state of every random generator of this process, as tensors and plain numbers."""
+    version, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, torch.tensor(numbers, dtype=torch.int64), gauss],
+        "numpy": [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict, device: torch.device) -> None:
+    """Put back what ``random_state`` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

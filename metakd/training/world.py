@@ -1,0 +1,144 @@
+"""The processes that train together: joining them, agreeing, and this one's place and device."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from metakd.errors import StoppedError
+
+
+class Progress:
+    """How often this process has gone on, and where it was last: what a watchdog looks at."""
+
+    def __init__(self):
+        self.count = 0
+        self._poll: Callable[[], int] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """A new loop begins: pauses and warm-up are counted afresh."""
+        self.where = "the start"
+        self.longest_pause = 0.0  # seconds
+        self._last = time.monotonic()
+        self._beats = 0
+
+    @property
+    def is_warm(self) -> bool:
+        """Are the first steps over, which load, compile and allocate?"""
+        return self._beats > 3
+
+    def beat(self, where: str) -> None:
+        """This process goes on; ``where`` names the place for a message."""
+        now = time.monotonic()
+        if self.is_warm:
+            self.longest_pause = max(self.longest_pause, now - self._last)
+        self._last, self.where = now, where
+        self.count += 1
+        self._beats += 1
+
+    @contextmanager
+    def interruptible(self, poll: Callable[[], int]) -> Iterator[None]:
+        """While it lasts, ``end_if_asked`` asks ``poll`` for the signal to stop on."""
+        self._poll = poll
+        try:
+            yield
+        finally:
+            self._poll = None
+
+    def end_if_asked(self) -> None:
+        """Called equally often on every rank.
+
+        Raises:
+            StoppedError: all ranks are to stop.
+        """
+        if self._poll is not None and (number := self._poll()):
+            raise StoppedError("stopped", number=number)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, and this one's place and device.
+
+    Args:
+        rank: of this process among them.
+        size: how many they are.
+        device: of this process.
+        control: group for agreements, on the CPU whatever the device; None for a world of one.
+        data: group that shares the work; None for all processes.
+        progress: counted by loops, looked at by ``faults.Watchdog``.
+        name: of the group, told apart from other groups of the same start.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: dist.ProcessGroup | None = None
+    data: dist.ProcessGroup | None = None
+    progress: Progress = field(default_factory=Progress)
+    name: str = "all"
+
+    @property
+    def is_main(self) -> bool:
+        """Does this process write files and talk?"""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def agree(self, value):
+        """The first rank's ``value``, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.control, group_src=0)
+        return box[0]
+
+    def gather(self, value) -> list:
+        """Every rank's ``value``, in order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+
+def join_world() -> World:
+    """Join the processes started by ``deepspeed`` or ``torchrun``; a plain process becomes a world
+    of one."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    cuda = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        # DeepSpeed looks for MPI where these are missing.
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    local = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        torch.cuda.set_device(local)
+    elif int(os.environ["WORLD_SIZE"]) > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks of one host share its cores; each with a full set of threads would be slower than
+        # one.
+        # torchrun tells their number in the first variable, deepspeed in the second.
+        sharing = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(sharing)))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    size = dist.get_world_size()
+    control = dist.new_group(backend="gloo") if size > 1 else None
+    return World(dist.get_rank(), size, device, control)
