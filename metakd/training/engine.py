@@ -39,7 +39,7 @@ from metakd.training.checkpoint import (
     restore_random_state,
     safe_load,
 )
-from metakd.training.faults import StopRequest, Watchdog
+from metakd.training.faults import SkippingAdamW, StopRequest, Watchdog
 from metakd.training.log import Meter, RunLog
 from metakd.training.schedule import optimizer_and_scheduler
 from metakd.training.world import World
@@ -83,9 +83,7 @@ def deepspeed_config(config: RunConfig, training: TrainingConfig, sharding: Shar
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "gradient_clipping": training.max_grad_norm,
         "zero_optimization": zero,
-        # Ours is torch's AdamW with a look at the gradient, wherever its states are, so that
-        # results do not depend on sharding and offloading.
-        "zero_allow_untested_optimizer": True,
+        # torch's AdamW wherever its states are, so that results do not depend on offloading.
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.bf16},
         "fp16": {"enabled": config.fp16},
@@ -117,6 +115,7 @@ class _Position:
     """Where a run is: what a checkpoint has to bring back beside weights and moments."""
 
     step: int = 0
+    epochs_scored: int = 0
     skipped_in_a_row: int = 0
     best: dict[str, float] = field(default_factory=dict)
     best_weights: dict[str, Tensor] | None = None  # on the first rank only
@@ -183,7 +182,11 @@ def fit(
     if training.max_steps > 0:
         total_steps = min(total_steps, training.max_steps)
 
-    optimizer, scheduler = optimizer_and_scheduler(module, training, total_steps)
+    # Elsewhere DeepSpeed looks at the gradient itself.
+    look = sharding.zero == 0 and config.precision == "fp32"
+    optimizer, scheduler = optimizer_and_scheduler(
+        module, training, total_steps, SkippingAdamW if look else torch.optim.AdamW
+    )
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
@@ -201,9 +204,9 @@ def fit(
     keeper.restore({"steps": total_steps, "zero": sharding.zero, "precision": config.precision})
     log.start(title, total_steps, done=position.step)
     with StopRequest(world) as stop, Watchdog(world, config.step_timeout):
-        for epoch in range(
-            position.step // steps_per_epoch, math.ceil(total_steps / steps_per_epoch)
-        ):
+        # A checkpoint of an epoch's last step was written before the epoch was scored.
+        begun = max(math.ceil(position.step / steps_per_epoch) - 1, 0)
+        for epoch in range(begun, math.ceil(total_steps / steps_per_epoch)):
             examples = split
             for name, values in (columns(epoch) if columns else {}).items():
                 examples = examples.with_column(name, values)
@@ -236,7 +239,7 @@ def fit(
                     keeper.stop(number, title)
                 if position.step % config.save_steps == 0 and position.step < total_steps:
                     keeper.save()
-            if score:
+            if score and epoch >= position.epochs_scored:
                 engine.eval()
                 with world.progress.interruptible(stop.poll):
                     try:
@@ -244,6 +247,7 @@ def fit(
                     except StoppedError as error:
                         keeper.stop(error.number, title)
                 log.write(position.step, scored, "validation")
+                position.epochs_scored = epoch + 1
                 if scored["accuracy"] > position.best.get("accuracy", -1.0):
                     position.best = scored
                     position.best_weights = whole_weights(module, world)
@@ -325,6 +329,7 @@ class _Keeper:
             "random": random_state(self.world.device),
             "meter": self.meter.state(),
             "log": self.log.position(),
+            "epochs_scored": position.epochs_scored,
             "skipped_in_a_row": position.skipped_in_a_row,
             "best": position.best,
         }
@@ -381,6 +386,7 @@ class _Keeper:
         own = safe_load(start.folder / _rank_file(self.world))
         position = self.position
         position.step = start.facts["step"]
+        position.epochs_scored = own["epochs_scored"]
         position.skipped_in_a_row = own["skipped_in_a_row"]
         position.best = own["best"]
         best = start.folder / BEST_WEIGHTS

@@ -127,8 +127,9 @@ class Watchdog:
             own = _Sign(progress.count, alive, progress.where)
             try:
                 store.set(keys[self._world.rank], json.dumps(own))
-                now = [_Sign(*json.loads(store.get(key))) for key in keys]
-            except RuntimeError:  # the host of the store does not answer, or a rank has not begun
+                begun = store.check(keys)
+                now = [_Sign(*json.loads(store.get(key))) for key in keys] if begun else seen
+            except RuntimeError:  # the host of the store does not answer
                 now = seen
             if not seen or [s.count for s in now] != [s.count for s in seen]:
                 since, seen = time.monotonic(), now

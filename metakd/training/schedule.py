@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import get_scheduler
 
 from metakd.config import TrainingConfig
-from metakd.training.faults import SkippingAdamW
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -28,10 +28,15 @@ def warmup(config: TrainingConfig, total_steps: int) -> int:
     )
 
 
-def optimizer_and_scheduler(module: nn.Module, config: TrainingConfig, total_steps: int):
+def optimizer_and_scheduler(
+    module: nn.Module,
+    config: TrainingConfig,
+    total_steps: int,
+    kind: type[torch.optim.AdamW] = torch.optim.AdamW,
+):
     """AdamW and its schedule: linear warm-up, then linear decay to 0 or a constant rate."""
     groups = [group for group in parameter_groups(module, config.weight_decay) if group["params"]]
-    optimizer = SkippingAdamW(groups, lr=config.learning_rate)
+    optimizer = kind(groups, lr=config.learning_rate)
     name = (
         "constant_with_warmup"
         if config.lr_scheduler_type == "constant"
