@@ -294,6 +294,8 @@ def check_contradictions(config: RunConfig) -> list[str]:
     found = []
     distill, student = config.distill, config.student
 
+    if distill.teacher_stream and config.sharding(config.teacher).zero == 3:
+        found.append("distill.teacher_stream: excluded by teacher.zero: 3, which needs all streams")
     if distill.domains is not None and distill.one_student_for_all:
         found.append("distill.domains: excluded by distill.one_student_for_all: true, give one")
     if config.compat == "easytransfer" and distill.schedule == "joint":

@@ -187,11 +187,13 @@ def fit(
     optimizer, scheduler = optimizer_and_scheduler(
         module, training, total_steps, SkippingAdamW if look else torch.optim.AdamW
     )
+    settings = deepspeed_config(config, training, sharding)
+    if sharding.zero == 3:
+        _shard(module, settings, config, world)
+    else:
+        module.to(world.device)
     engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        config=deepspeed_config(config, training, sharding),
+        model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings
     )
     if sharding.zero == 0:
         # In half precision DeepSpeed allocates its state by a step on zero gradients, which would
@@ -414,6 +416,15 @@ def _rank_file(world: World) -> str:
 
 
 # ---- Weights, whole or in shards -----------------------------------------------------------------
+
+
+def _shard(module: nn.Module, settings: dict, config: RunConfig, world: World) -> None:
+    """Spread the weights over the processes one by one: the whole may not fit one device."""
+    module.to(compute_dtype(config, world.device))
+    deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+    for part in module.modules():
+        for name, value in part._buffers.items():
+            part._buffers[name] = None if value is None else value.to(world.device)
 
 
 def _gathered(parameters: list[nn.Parameter]):

@@ -36,17 +36,17 @@ from metakd.method.prototypes import Prototypes, describe_scores, embed
 from metakd.method.recipe import RECIPES, Recipe
 from metakd.method.student import build_student, load_classifier
 from metakd.method.taps import model_inputs
-from metakd.method.teacher import FrozenTeacher, Teacher, domain_loss_floor, false_domains
+from metakd.method.teacher import Teacher, domain_loss_floor, false_domains
 from metakd.training.card import write_card
 from metakd.training.engine import (
     Saves,
-    compute_dtype,
     evaluate,
     fit,
     seed_everything,
     to_device,
 )
 from metakd.training.log import RunLog
+from metakd.training.serving import TeacherService
 from metakd.training.store import StageStore, content_digest
 from metakd.training.world import World
 
@@ -316,7 +316,6 @@ class Run:
         teacher = Teacher(
             model, kind, corpus.domains, config.gamma1, self.recipe, self.config.data.withhold
         )
-        teacher.to(self.world.device)
         train = self._taught_part(self._scored_train() if kind == "meta" else corpus.train, domain)
         validation = self._taught_part(corpus.validation, domain)
 
@@ -449,7 +448,7 @@ class Run:
         seed: int,
         label: str,
     ) -> dict:
-        corpus, device = self.corpus, self.world.device
+        corpus = self.corpus
         weighted = distill.method == "meta"
         train = self._part(self._scored_train() if weighted else corpus.train, domain)
         validation = self._part(corpus.validation, domain)
@@ -459,15 +458,13 @@ class Run:
                 "add some",
             )
 
-        dtype = compute_dtype(self.config, device)
-        teachers = [
-            Teacher.load(path, self.recipe).to(device=device, dtype=dtype)
-            for path in teacher_folders
-        ]
+        service = None
+        if teacher_folders:
+            service = TeacherService(teacher_folders, self.config, self.recipe, self.world)
         seed_everything(seed)
         copied = (
             teacher_folders[0]
-            if len(teachers) == 1 and self.config.student.copy_from == "teacher"
+            if len(teacher_folders) == 1 and self.config.student.copy_from == "teacher"
             else None
         )
         with _configured("student"):
@@ -478,7 +475,7 @@ class Run:
                 label2id=corpus.label2id,
                 max_length=self.config.data.max_length,
             )
-        shape = teachers[0].model.config if teachers else student.config
+        shape = service.teachers[0].model.config if service else student.config
         with _configured("distill"):
             terms = build_terms(
                 distill,
@@ -493,7 +490,7 @@ class Run:
                 num_domains=len(corpus.domains),
                 weigh_by_expertise=weighted,
                 recipe=self.recipe,
-            ).to(device)
+            )
 
         classify = _classifier(student)
 
@@ -513,10 +510,10 @@ class Run:
                 module.restrict(wanted)
                 needs = module.needs | ({"logits"} if weighted else set())
                 part = f", stage {number + 1} of 2" if len(phases) > 1 else ""
-                frozen = nullcontext()
-                if teachers:
-                    frozen = FrozenTeacher(teachers, needs, distill.teacher_stream)
-                with frozen as teacher:
+                showing = nullcontext()
+                if service is not None:
+                    showing = service.showing(needs, distill.teacher_stream)
+                with showing as teacher:
                     best = fit(
                         module,
                         train,

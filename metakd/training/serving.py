@@ -1,0 +1,116 @@
+"""A frozen teacher at work: replicated on every process, or sharded by ZeRO-3 over all of them.
+
+Sharded, it is read shard by shard from its files as well, so that it is never whole on any device;
+each layer's weights are gathered when the forward pass comes to it. Every process must then run as
+many forward passes as the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import deepspeed
+from torch import nn
+from transformers.integrations.deepspeed import (
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+
+from metakd.config import RunConfig
+from metakd.method.recipe import Recipe
+from metakd.method.taps import Features
+from metakd.method.teacher import FrozenTeacher, Teacher
+from metakd.training.engine import Batch, compute_dtype
+from metakd.training.world import World
+
+
+class _ShardedLoading:
+    """What transformers asks before it reads weights; its own class for this needs accelerate."""
+
+    def __init__(self, settings: dict):
+        self.config = settings
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+@contextmanager
+def _loading_into_shards(settings: dict) -> Iterator[None]:
+    """``from_pretrained`` builds modules whose weights are spread over the processes."""
+    loading = _ShardedLoading(settings)  # transformers keeps a weak reference
+    set_hf_deepspeed_config(loading)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+
+
+class _Showing(nn.Module):
+    """What DeepSpeed shards: the teachers, called through whoever asks for features."""
+
+    def __init__(self, teachers: Sequence[Teacher]):
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+        self.show: Callable[[Batch], Features] | None = None
+
+    def forward(self, batch: Batch) -> dict:
+        # A dict, because DeepSpeed looks for tensors in what modules return.
+        return dict(vars(self.show(batch)))
+
+
+class TeacherService:
+    """The teachers of one student, loaded once and asked for different features in each phase.
+
+    Args:
+        folders: of one teacher, or of several whose logits are averaged; written by
+            ``Teacher.save``.
+        config: precision; ``teacher.zero: 3`` shards, with ``teacher.offload`` into host memory.
+        recipe: paper or released form.
+        world: the processes that share a sharded teacher.
+    """
+
+    def __init__(self, folders: Sequence[Path], config: RunConfig, recipe: Recipe, world: World):
+        dtype = compute_dtype(config, world.device)
+        sharding = config.sharding(config.teacher)
+        self._engine = None
+        if sharding.zero < 3:
+            self.teachers = [
+                Teacher.load(folder, recipe).to(device=world.device, dtype=dtype)
+                for folder in folders
+            ]
+            return
+        zero: dict = {"stage": 3}
+        if sharding.offload:
+            zero["offload_param"] = {"device": "cpu"}
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": zero,
+            "bf16": {"enabled": config.bf16},
+            "fp16": {"enabled": config.fp16},
+        }
+        with _loading_into_shards(settings):
+            self.teachers = [Teacher.load(folder, recipe) for folder in folders]
+        for teacher in self.teachers:
+            for name, part in teacher.named_children():
+                if name != "model":
+                    part.to(device=world.device, dtype=dtype)
+        self._engine, *_ = deepspeed.initialize(model=_Showing(self.teachers), config=settings)
+
+    @contextmanager
+    def showing(
+        self, needs: frozenset[str], own_stream: bool = False
+    ) -> Iterator[Callable[[Batch], Features]]:
+        """While it lasts, a function from a batch to the features asked for.
+
+        Args:
+            needs: see ``FrozenTeacher``.
+            own_stream: see ``FrozenTeacher``; not for a sharded teacher.
+        """
+        with FrozenTeacher(self.teachers, needs, own_stream) as frozen:
+            if self._engine is None:
+                yield frozen
+            else:
+                self._engine.module.show = frozen
+                yield lambda batch: Features(**self._engine(batch))
