@@ -43,9 +43,13 @@ Resume = Annotated[
         help="go on from the newest valid checkpoint, from none, or from this one",
     ),
 ]
+Reshard = Annotated[
+    bool,
+    typer.Option("--reshard", help="go on from a checkpoint of another number of processes"),
+]
 
 
-def _open(config: RunConfig, resume: str = "auto"):
+def _open(config: RunConfig, resume: str = "auto", reshard: bool = False):
     """A run with its world; here and not above, since torch and DeepSpeed take seconds to
     import."""
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -57,7 +61,12 @@ def _open(config: RunConfig, resume: str = "auto"):
     disable_progress_bar()
     set_verbosity_error()
     return Run(
-        config, join_world(), console, command=shlex.join(["metakd", *sys.argv[1:]]), resume=resume
+        config,
+        join_world(),
+        console,
+        command=shlex.join(["metakd", *sys.argv[1:]]),
+        resume=resume,
+        reshard=reshard,
     )
 
 
@@ -69,17 +78,27 @@ def prototypes(config: ConfigPath, overrides: Overrides = None):
 
 
 @app.command()
-def teach(config: ConfigPath, overrides: Overrides = None, resume: Resume = "auto"):
+def teach(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Resume = "auto",
+    reshard: Reshard = False,
+):
     """Train the teacher (teacher.kind: meta, mix, mtl or single)."""
-    run = _open(load_config(config, overrides or []), resume)
+    run = _open(load_config(config, overrides or []), resume, reshard)
     for place in run.teach():
         run.say(f"teacher is in {place}")
 
 
 @app.command()
-def distill(config: ConfigPath, overrides: Overrides = None, resume: Resume = "auto"):
+def distill(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Resume = "auto",
+    reshard: Reshard = False,
+):
     """Train one student per domain (or one for all) from the teacher."""
-    run = _open(load_config(config, overrides or []), resume)
+    run = _open(load_config(config, overrides or []), resume, reshard)
     for place in run.distill():
         run.say(f"student is in {place}")
 
@@ -93,9 +112,14 @@ def evaluate(config: ConfigPath, overrides: Overrides = None):
 
 
 @app.command(name="run")
-def run_all(config: ConfigPath, overrides: Overrides = None, resume: Resume = "auto"):
+def run_all(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Resume = "auto",
+    reshard: Reshard = False,
+):
     """All stages in order; what is done already is skipped."""
-    run = _open(load_config(config, overrides or []), resume)
+    run = _open(load_config(config, overrides or []), resume, reshard)
     _show_evaluation(run, run.evaluate())
 
 
@@ -113,6 +137,7 @@ def compare(
         str | None, typer.Option(help="weights of L_TKD to sweep, as in 0,0.2,0.5")
     ] = None,
     resume: Resume = "auto",
+    reshard: Reshard = False,
 ):
     """Compare methods x domains over several seeds; print and write the table."""
     weights = _weights(gamma2)
@@ -129,7 +154,7 @@ def compare(
     checked = checked.model_copy(update={"output_dir": checked.output_dir + suffix})
     from metakd.training.compare import compare as run_compare
 
-    run = _open(checked, resume)
+    run = _open(checked, resume, reshard)
     _show_comparison(run, run_compare(run, weights))
 
 

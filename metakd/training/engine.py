@@ -41,6 +41,7 @@ from metakd.training.checkpoint import (
 )
 from metakd.training.faults import SkippingAdamW, StopRequest, Watchdog
 from metakd.training.log import Meter, RunLog
+from metakd.training.reshard import ReshardedFiles
 from metakd.training.schedule import optimizer_and_scheduler
 from metakd.training.world import World
 
@@ -79,8 +80,6 @@ def deepspeed_config(config: RunConfig, training: TrainingConfig, sharding: Shar
         if sharding.zero == 3:
             zero["offload_param"] = {"device": "cpu"}
     return {
-        "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "gradient_clipping": training.max_grad_norm,
         "zero_optimization": zero,
         # torch's AdamW wherever its states are, so that results do not depend on offloading.
@@ -99,6 +98,8 @@ class Saves:
         checkpoints: of the stage.
         start: the checkpoint to go on from; None starts afresh.
         inputs: digest of everything that decides the result; a checkpoint of others is refused.
+        reshard: go on from a checkpoint of another number of processes, with as many examples in a
+            step as before.
         phase: 0-based number of this ``fit`` among those of the stage.
         last_phase: is no other ``fit`` to follow?
     """
@@ -106,6 +107,7 @@ class Saves:
     checkpoints: Checkpoints
     start: Tag | None = None
     inputs: str = ""
+    reshard: bool = False
     phase: int = 0
     last_phase: bool = True
 
@@ -169,10 +171,15 @@ def fit(
     """
     if saves is not None and saves.start is not None and saves.start.facts["phase"] > saves.phase:
         return {}
-    micro_batches = training.gradient_accumulation_steps * world.size
+    accumulation = training.gradient_accumulation_steps
+    step_size = training.per_device_train_batch_size * accumulation * world.size
+    if saves is not None and saves.start is not None and saves.reshard:
+        step_size = saves.start.facts["step_size"]
+        accumulation = max(1, round(saves.start.facts["micro_batches"] / world.size))
+    micro_batches = accumulation * world.size
     sampler = StepSampler(
         split.lengths,
-        step_size=training.per_device_train_batch_size * micro_batches,
+        step_size=step_size,
         micro_batches=micro_batches,
         seed=seed,
         group_by_length=training.group_by_length,
@@ -187,7 +194,10 @@ def fit(
     optimizer, scheduler = optimizer_and_scheduler(
         module, training, total_steps, SkippingAdamW if look else torch.optim.AdamW
     )
-    settings = deepspeed_config(config, training, sharding)
+    settings = deepspeed_config(config, training, sharding) | {
+        "train_micro_batch_size_per_gpu": math.ceil(step_size / micro_batches),
+        "gradient_accumulation_steps": accumulation,
+    }
     if sharding.zero == 3:
         _shard(module, settings, config, world)
     else:
@@ -203,7 +213,11 @@ def fit(
 
     meter, position = Meter(), _Position()
     keeper = _Keeper(engine, saves, world, log, meter, position)
-    keeper.restore({"steps": total_steps, "zero": sharding.zero, "precision": config.precision})
+    keeper.restore(
+        {"zero": sharding.zero, "precision": config.precision, "step_size": step_size},
+        {"micro_batches": micro_batches, "steps": total_steps},
+        seed,
+    )
     log.start(title, total_steps, done=position.step)
     with StopRequest(world) as stop, Watchdog(world, config.step_timeout):
         # A checkpoint of an epoch's last step was written before the epoch was scored.
@@ -341,7 +355,7 @@ class _Keeper:
             self.engine.save_checkpoint(
                 str(files.folder.parent), tag=files.folder.name, save_latest=False
             )
-            files.write(_rank_file(self.world), lambda file: torch.save(own, file))
+            files.write(_rank_file(self.world.rank), lambda file: torch.save(own, file))
             if position.best_weights is not None:
                 best = safetensors.torch.save(position.best_weights)
                 files.write(BEST_WEIGHTS, lambda file: file.write(best))
@@ -358,35 +372,45 @@ class _Keeper:
             number=number,
         )
 
-    def restore(self, facts: dict) -> None:
+    def restore(self, facts: dict, plan: dict, seed: int) -> None:
         """Go on from the checkpoint to start from, if it is one of this phase.
 
         Args:
             facts: what must be the same then and now.
+            plan: what must be the same unless the number of processes has changed.
+            seed: of the processes that another number of processes starts afresh.
         """
-        self.facts = {**facts, "inputs": "" if self.saves is None else self.saves.inputs}
+        inputs = "" if self.saves is None else self.saves.inputs
+        self.facts = {**facts, **plan, "inputs": inputs}
         start = None if self.saves is None else self.saves.start
         if start is None or start.facts["phase"] != self.saves.phase:
             return
-        if start.facts["world_size"] != self.world.size:
+        before, changed = start.facts["world_size"], start.facts["world_size"] != self.world.size
+        if changed and not self.saves.reshard:
             raise CheckpointError(
-                f"{start.folder}: written by {start.facts['world_size']} processes, this run has "
-                f"{self.world.size}",
-                f"start {start.facts['world_size']} processes, or start afresh with --resume never",
+                f"{start.folder}: written by {before} processes, this run has {self.world.size}",
+                f"start {before} processes (deepspeed --num_gpus {before} --module metakd ...), or "
+                "convert it: the same command with --reshard",
             )
+        fixed = self.facts.keys() - (plan.keys() if changed else ())
         wrong = [
-            f"{name} was {start.facts.get(name)}, is {now}"
-            for name, now in self.facts.items()
-            if start.facts.get(name) != now
+            f"{name} was {start.facts.get(name)}, is {self.facts[name]}"
+            for name in sorted(fixed)
+            if start.facts.get(name) != self.facts[name]
         ]
         if wrong:
             raise CheckpointError(
                 f"{start.folder}: {'; '.join(wrong)}", "start afresh with --resume never"
             )
-        self.engine.checkpoint_engine = HashedFiles(start.folder, self.saves.checkpoints.disk)
+        self.engine.checkpoint_engine = (
+            ReshardedFiles(start, self.engine, self.world)
+            if changed
+            else HashedFiles(start.folder, self.saves.checkpoints.disk)
+        )
         self.engine.load_checkpoint(str(start.folder.parent), tag=start.folder.name)
-        own = safe_load(start.folder / _rank_file(self.world))
-        position = self.position
+        sidecars = [self.world.rank] if not changed else range(before)
+        told = [safe_load(start.folder / _rank_file(rank)) for rank in sidecars]
+        own, position = told[0], self.position
         position.step = start.facts["step"]
         position.epochs_scored = own["epochs_scored"]
         position.skipped_in_a_row = own["skipped_in_a_row"]
@@ -394,12 +418,18 @@ class _Keeper:
         best = start.folder / BEST_WEIGHTS
         if self.world.is_main and best.exists():
             position.best_weights = safetensors.torch.load_file(best)
-        self.meter.restore(own["meter"], self.world.device)
         self.log.rewind(own["log"], position.step)
-        restore_random_state(own["random"], self.world.device)
+        if not changed:
+            self.meter.include(own["meter"], self.world.device)
+            restore_random_state(own["random"], self.world.device)
+            return
+        if self.world.is_main:
+            for other in told:
+                self.meter.include(other["meter"], self.world.device)
+        torch.manual_seed((seed + position.step) * self.world.size + self.world.rank)
 
     def _refuse_non_finite(self) -> None:
-        held = [getattr(p, "ds_tensor", p).detach() for p in self.engine.module.parameters()]
+        held = [_own_part(p, self.world.rank) for p in self.engine.module.parameters()]
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(held)])
         if not all(self.world.gather(bool(norms.isfinite().all()))):
             raise DivergedError(
@@ -411,8 +441,8 @@ class _Keeper:
 BEST_WEIGHTS = "best.safetensors"
 
 
-def _rank_file(world: World) -> str:
-    return f"rank-{world.rank:05d}.pt"
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.pt"
 
 
 # ---- Weights, whole or in shards -----------------------------------------------------------------
@@ -425,6 +455,14 @@ def _shard(module: nn.Module, settings: dict, config: RunConfig, world: World) -
     for part in module.modules():
         for name, value in part._buffers.items():
             part._buffers[name] = None if value is None else value.to(world.device)
+
+
+def _own_part(parameter: nn.Parameter, rank: int) -> Tensor:
+    """What this rank holds of a parameter, without the padding of the last shard."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    part = parameter.ds_tensor
+    return part.flatten()[: max(0, parameter.ds_numel - rank * part.numel())]
 
 
 def _gathered(parameters: list[nn.Parameter]):

@@ -50,10 +50,11 @@ class Meter:
         """What has been added since the last read, as tensors and numbers."""
         return {"sums": dict(self._sums), "examples": self._examples}
 
-    def restore(self, state: dict, device: torch.device) -> None:
-        """Put back what ``state`` returned."""
-        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self._examples = state["examples"]
+    def include(self, state: dict, device: torch.device) -> None:
+        """Add what ``state`` returned, here or on another rank."""
+        for name, value in state["sums"].items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.to(device)
+        self._examples += state["examples"]
 
 
 class RunLog:

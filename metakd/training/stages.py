@@ -101,6 +101,7 @@ class Run:
         console: where the first rank talks.
         command: how the run was started; recorded with every stage.
         resume: see ``StageStore``.
+        reshard: see ``engine.Saves``.
     """
 
     config: RunConfig
@@ -108,6 +109,7 @@ class Run:
     console: Console = field(default_factory=Console)
     command: str = ""
     resume: str = "auto"
+    reshard: bool = False
 
     @cached_property
     def folder(self) -> Path:
@@ -176,6 +178,7 @@ class Run:
             self.command,
             self.say,
             resume=self.resume,
+            reshard=self.reshard,
             keep=config.save_total_limit,
         )
 

@@ -48,6 +48,7 @@ class StageStore:
         resume: ``auto`` goes on from the newest valid checkpoint of an interrupted build, a tag
             from that one (the first stage that is built; the others go on as with ``auto``),
             ``never`` starts every build afresh.
+        reshard: see ``engine.Saves``.
         keep: checkpoints that stay on the disk while a stage is built.
     """
 
@@ -58,6 +59,7 @@ class StageStore:
     say: Callable[[str], None]
     may_build: bool = True
     resume: str = "auto"
+    reshard: bool = False
     keep: int = 2
     _finished: dict[Path, dict] = field(default_factory=dict, repr=False)
     _digests: dict[Path, str] = field(default_factory=dict, repr=False)
@@ -156,4 +158,4 @@ class StageStore:
                 if left.name not in (_INPUTS, CHECKPOINTS):
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
         self.world.barrier()
-        return Saves(checkpoints, start, digest)
+        return Saves(checkpoints, start, digest, self.reshard)
