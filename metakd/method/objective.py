@@ -24,7 +24,7 @@ from metakd import functional as loss
 from metakd.config import DistillConfig
 from metakd.method.recipe import PAPER, Recipe
 from metakd.method.taps import Features, Taps, layer_map, pool
-from metakd.method.teacher import DomainLayer, StepOutput
+from metakd.method.teacher import DomainLayer, StepOutput, check_packed
 
 Batch = dict[str, Tensor]
 
@@ -255,9 +255,11 @@ class Distillation(nn.Module):
         num_domains: K.
         weigh_by_expertise: multiply terms by lambda_i (meta-distillation); otherwise lambda is 1.
         recipe: paper or released form.
+        packed: run the student's layers on real tokens only.
 
     Raises:
         ValueError: a width does not split into the relation heads.
+        UnsupportedError: packed, in a recipe that counts padding.
     """
 
     def __init__(
@@ -269,8 +271,11 @@ class Distillation(nn.Module):
         num_domains: int = 1,
         weigh_by_expertise: bool = False,
         recipe: Recipe = PAPER,
+        packed: bool = False,
     ):
         super().__init__()
+        check_packed(packed, recipe)
+        self.packed = packed
         self.student = student
         self.terms = list(terms)
         self.weigh_by_expertise = weigh_by_expertise
@@ -301,7 +306,7 @@ class Distillation(nn.Module):
         needs = self.needs - {"logits", "domain"} | (
             {"last_hidden"} if "domain" in self.needs else set()
         )
-        return Taps(self.student, needs)
+        return Taps(self.student, needs, self.packed)
 
     def restrict(self, terms: Sequence[Term]) -> None:
         """Train only these terms from now on (a stage of two): features of the others are no longer

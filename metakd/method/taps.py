@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from metakd.functional import masked_mean
+from metakd.method.packing import PACKING_KEYWORD, Packing, Unpacked, check_packable
 
 TAPPED_SDPA = "metakd_sdpa"
 ATTENTION_INPUTS = frozenset({"query", "key", "value"})
@@ -54,13 +55,21 @@ class Features:
     mask: Tensor  # [B, L], 1 for real tokens
     logits: Tensor | None = None  # [B, M]
     embedding: Tensor | None = None  # [B, L, H], the input of the first layer
-    hidden: list[Tensor] = field(default_factory=list)  # per layer [B, L, H]
+    hidden: Sequence[Tensor] = field(default_factory=list)  # per layer [B, L, H]
     last_hidden: Tensor | None = None  # [B, L, H], after a final norm where the model has one
-    query: list[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
-    key: list[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
-    value: list[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
+    query: Sequence[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
+    key: Sequence[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
+    value: Sequence[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
     domain: Tensor | None = None  # [B, H], the domain-corrupted representation h_d
     stream: torch.cuda.Stream | None = None  # that computes them, if not the current one
+    packing: Packing | None = None  # under which the layers ran, if they ran packed
+
+    def __post_init__(self):
+        if packing := self.packing:
+            self.hidden = Unpacked(packing, packing.unpack)
+            self.query, self.key, self.value = (
+                Unpacked(packing, packing.unpack_heads) for _ in range(3)
+            )
 
     def arrive(self) -> None:
         """Makes the current CUDA stream wait for them."""
@@ -69,6 +78,8 @@ class Features:
         current = torch.cuda.current_stream(self.mask.device)
         current.wait_stream(self.stream)
         for value in vars(self).values():
+            if isinstance(value, Unpacked):
+                value = value.held()
             for tensor in value if isinstance(value, list) else [value]:
                 if isinstance(tensor, Tensor):
                     # Allocated on the other stream: not to be reused before this one is through.
@@ -77,6 +88,8 @@ class Features:
 
 
 def _tapped_sdpa(module, query, key, value, attention_mask, **kwargs):
+    packing = kwargs.pop(PACKING_KEYWORD, None)
+    attend = sdpa_attention_forward if packing is None else packing.attend
     taps, features = _recording.get() or (None, None)
     if taps is not None and taps.needs & ATTENTION_INPUTS:
         features.query.append(query)
@@ -84,7 +97,7 @@ def _tapped_sdpa(module, query, key, value, attention_mask, **kwargs):
         groups = query.shape[1] // key.shape[1]
         features.key.append(key.repeat_interleave(groups, dim=1) if groups > 1 else key)
         features.value.append(value.repeat_interleave(groups, dim=1) if groups > 1 else value)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(TAPPED_SDPA, _tapped_sdpa)
@@ -98,21 +111,28 @@ class Taps:
     Args:
         model: any transformers encoder, bare or with a classification head.
         needs: the ``Features`` to collect, of embedding, hidden, last_hidden, query, key, value.
+        packed: run the layers on real tokens only. Features keep their shapes and, at real tokens,
+            their values; at padding ``hidden``, queries, keys and values are zero.
 
     Raises:
-        ValueError: the model's stack of layers cannot be found, or it does not use the attention
-            interface.
+        ValueError: the model's stack of layers cannot be found, it does not use the attention
+            interface, or its layers cannot run packed.
     """
 
-    def __init__(self, model: PreTrainedModel, needs: frozenset[str] | set[str]):
+    def __init__(
+        self, model: PreTrainedModel, needs: frozenset[str] | set[str], packed: bool = False
+    ):
         unknown = set(needs) - ATTENTION_INPUTS - {"embedding", "hidden", "last_hidden"}
         if unknown:
             raise ValueError(f"needs: {sorted(unknown)} cannot be tapped")
         self.model = model
         self.needs = frozenset(needs)
+        self.packed = packed
         self._handles = []
-        layers = encoder_layers(model) if self.needs & {"embedding", "hidden"} else None
-        if self.needs & ATTENTION_INPUTS:
+        layers = encoder_layers(model) if packed or self.needs & {"embedding", "hidden"} else None
+        if packed:
+            check_packable(model, layers)
+        if packed or self.needs & ATTENTION_INPUTS:
             own = model.config._attn_implementation
             model.set_attn_implementation(TAPPED_SDPA)
             if model.config._attn_implementation != TAPPED_SDPA:
@@ -127,12 +147,22 @@ class Taps:
                 first,
                 *(layer.register_forward_hook(self._note_hidden) for layer in layers),
             ]
+        if packed:  # after the hooks above: they see padded embeddings and packed hidden states
+            self._first = layers[0]
+            self._handles += [
+                *(
+                    layer.register_forward_pre_hook(self._pack, with_kwargs=True)
+                    for layer in layers
+                ),
+                layers[-1].register_forward_hook(self._unpack),
+            ]
         if "last_hidden" in self.needs:
             self._handles.append(model.base_model.register_forward_hook(self._note_last_hidden))
 
     def __call__(self, batch: dict[str, Tensor]) -> Features:
         """Forward the model's part of ``batch``; logits are kept if the model has any."""
-        features = Features(mask=batch["attention_mask"])
+        packing = Packing.of(batch) if self.packed else None
+        features = Features(mask=batch["attention_mask"], packing=packing)
         token = _recording.set((self, features))
         try:
             output = self.model(**model_inputs(batch))
@@ -161,6 +191,22 @@ class Taps:
     def _features(self, kind: str) -> Features | None:
         taps, features = _recording.get() or (None, None)
         return features if taps is self and kind in self.needs else None
+
+    def _packing(self) -> Packing | None:
+        taps, features = _recording.get() or (None, None)
+        return features.packing if taps is self else None
+
+    def _pack(self, layer, args, kwargs):
+        if packing := self._packing():
+            return packing.layer_inputs(args, kwargs, first=layer is self._first)
+        return None
+
+    def _unpack(self, _module, _args, output):
+        if not (packing := self._packing()):
+            return None
+        if isinstance(output, Tensor):
+            return packing.unpack(output)
+        return packing.unpack(output[0]), *output[1:]
 
     def _note_embedding(self, _module, args, kwargs):
         if features := self._features("embedding"):

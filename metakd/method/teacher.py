@@ -36,6 +36,15 @@ class StepOutput(NamedTuple):
     terms: dict[str, Tensor]  # detached scalars, on the device
 
 
+def check_packed(packed: bool, recipe: Recipe) -> None:
+    """Raises UnsupportedError where padding, which packed layers never see, has a say."""
+    if packed and (recipe.pooling != "masked_mean" or recipe.attention_mean != "real"):
+        raise UnsupportedError(
+            "packed batches: the released form averages over padding too",
+            "leave out packed, or use compat: paper",
+        )
+
+
 class DomainLayer(nn.Module):
     """``h_d = tanh((E + DomEmb[k]) W + b)`` [B, H]: the domain-corrupted representation.
 
@@ -92,6 +101,10 @@ class Teacher(nn.Module):
         recipe: paper or released form.
         withheld: domains it never sees; a multi-task teacher answers for them with the mean of its
             other heads.
+        packed: run the encoder's layers on real tokens only.
+
+    Raises:
+        UnsupportedError: packed, in a recipe that counts padding.
     """
 
     def __init__(
@@ -102,8 +115,10 @@ class Teacher(nn.Module):
         gamma1: float = 0.2,
         recipe: Recipe = PAPER,
         withheld: Sequence[str] = (),
+        packed: bool = False,
     ):
         super().__init__()
+        check_packed(packed, recipe)
         self.model = model
         self.kind = kind
         self.domains = domains
@@ -120,7 +135,7 @@ class Teacher(nn.Module):
                 model.config.hidden_size, len(domains), recipe.tanh_on_transfer
             )
             self.domain_classifier = nn.Linear(model.config.hidden_size, len(domains))
-        self._taps = Taps(model, {"last_hidden"} if kind == "meta" else set())
+        self._taps = Taps(model, {"last_hidden"} if kind == "meta" else set(), packed)
 
     @property
     def trains_domain_loss(self) -> bool:
@@ -248,14 +263,21 @@ class FrozenTeacher:
         needs: the ``Features`` to collect; an ensemble gives logits only.
         own_stream: compute on a CUDA stream of its own, beside the student's forward pass, until
             ``Features.arrive``.
+        packed: run the encoders' layers on real tokens only.
 
     Raises:
         ValueError: an ensemble is asked for more than logits, or a teacher without domain layer for
             h_d.
-        UnsupportedError: a stream of its own without CUDA.
+        UnsupportedError: a stream of its own without CUDA; packed, in a recipe that counts padding.
     """
 
-    def __init__(self, teachers: list[Teacher], needs: frozenset[str], own_stream: bool = False):
+    def __init__(
+        self,
+        teachers: list[Teacher],
+        needs: frozenset[str],
+        own_stream: bool = False,
+        packed: bool = False,
+    ):
         if len(teachers) > 1 and needs - {"logits"}:
             raise ValueError(
                 "needs: an ensemble of teachers gives logits only, "
@@ -270,7 +292,9 @@ class FrozenTeacher:
         tapped = set(needs) - {"logits", "domain"} | (
             {"last_hidden"} if "domain" in needs else set()
         )
-        self._taps = [Taps(teacher.model, tapped) for teacher in teachers]
+        for teacher in teachers:
+            check_packed(packed, teacher.recipe)
+        self._taps = [Taps(teacher.model, tapped, packed) for teacher in teachers]
         for teacher in teachers:
             teacher.requires_grad_(False)
             # The release taught with dropout on; reproduced only when asked for by its recipe.
