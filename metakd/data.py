@@ -1,27 +1,73 @@
 """Domains, tokenising and batching: from the ``data`` block of a configuration to batches.
 
-``load_corpus`` reads, checks (``metakd.reading``), tokenises and splits; a ``Split`` holds its
-examples in memory; ``StepSampler`` decides which examples make up each optimizer step; ``collate``
-pads them. Imports ``metakd.reading``, ``metakd.config``, ``metakd.errors`` and torch.
+``load_corpus`` reads, checks (``metakd.reading``), tokenises and splits, or takes from a cache
+what it tokenised before; a ``Split`` holds its examples in memory; ``StepSampler`` decides which
+examples make up each optimizer step; ``collate`` pads them; ``prefetch`` runs ahead of the loop.
+Imports ``metakd.reading``, ``metakd.tensor_cache``, ``metakd.config``, ``metakd.errors`` and torch.
 
 Sizes: N examples of a split, B of a batch, L tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from queue import Empty, Queue
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from metakd import __version__
 from metakd.config import DataConfig
 from metakd.errors import ConfigError, DataError
 from metakd.reading import Row, read_corpus
+from metakd.tensor_cache import TensorCache, content_key
+
+Batch = dict[str, Tensor]
 
 _TOKENISE_AT_ONCE = 1024
 _STEPS_PER_BLOCK = 50
+_OWN_COLUMNS = (
+    *("input_ids", "attention_mask", "token_type_ids", "real_tokens"),
+    *("labels", "domain", "index"),
+)
+
+
+class Tokens(Sequence[list[int]]):
+    """Token ids of N examples in one tensor; reads as a list of lists, in a fraction of the memory.
+
+    Args:
+        flat: ids of all examples one after the other, an integer tensor.
+        lengths: tokens of each example, ``[N]`` int64.
+    """
+
+    def __init__(self, flat: Tensor, lengths: Tensor):
+        self.flat = flat
+        self.lengths = lengths
+        self._ends = lengths.cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> list[int]:
+        end = int(self._ends[i])
+        return self.flat[end - int(self.lengths[i]) : end].tolist()
+
+    def select(self, rows: Tensor) -> Tokens:
+        """The examples ``rows`` [n], in that order."""
+        lengths = self.lengths[rows]
+        # Positions in ``flat``: those of each example's start, plus 0, 1, 2, ... inside it.
+        shift = self._ends[rows] - lengths.cumsum(0)
+        positions = torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
+        return Tokens(self.flat[positions], lengths)
 
 
 @dataclass(eq=False)
@@ -39,17 +85,17 @@ class Split(Dataset):
             name.
     """
 
-    input_ids: list[list[int]]
+    input_ids: Tokens
     labels: Tensor
     domain: Tensor
     index: Tensor
-    token_type_ids: list[list[int]] | None = None
+    token_type_ids: Tokens | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:
         """Number of tokens of each example."""
-        return [len(ids) for ids in self.input_ids]
+        return self.input_ids.lengths.tolist()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -90,22 +136,20 @@ class Split(Dataset):
         Raises:
             ValueError: if ``name`` is one of the split's own or the values are not one per example.
         """
-        if name in ("input_ids", "attention_mask", "token_type_ids", "labels", "domain", "index"):
+        if name in _OWN_COLUMNS:
             raise ValueError(f"name: {name!r} is reserved")
         if len(values) != len(self):
             raise ValueError(f"values: {len(values)} for {len(self)} examples")
         return replace(self, columns={**self.columns, name: values})
 
     def select(self, rows: Tensor) -> Split:
-        def pick(values):
-            return None if values is None else [values[i] for i in rows.tolist()]
-
+        kinds = self.token_type_ids
         return Split(
-            pick(self.input_ids),
+            self.input_ids.select(rows),
             self.labels[rows],
             self.domain[rows],
             self.index[rows],
-            pick(self.token_type_ids),
+            None if kinds is None else kinds.select(rows),
             {name: values[rows] for name, values in self.columns.items()},
         )
 
@@ -121,7 +165,18 @@ class Corpus:
     label2id: dict[str, int]
 
 
-def load_corpus(config: DataConfig, tokenizer, *, seed: int = 0) -> Corpus:
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
+def load_corpus(
+    config: DataConfig,
+    tokenizer,
+    *,
+    seed: int = 0,
+    cache: Path | None = None,
+    say: Callable[[str], None] = _warn,
+) -> Corpus:
     """Reads, checks and tokenises a corpus; ``metakd.reading.read_corpus`` says what is accepted.
 
     Domains are sorted by name; label ids follow the sorted labels of train, integers in numeric
@@ -136,6 +191,12 @@ def load_corpus(config: DataConfig, tokenizer, *, seed: int = 0) -> Corpus:
         tokenizer: a Hugging Face tokenizer. Longer examples are cut at ``config.max_length``
             tokens, of a pair the longer text first.
         seed: of the held-out split and the subsample.
+        cache: folder that keeps the tokenised splits between runs, keyed by the content of the
+            sources, the tokenizer, ``max_length``, the columns and the version. Only a corpus
+            without a problem is kept; one from the hub, whose content has no digest here, is not.
+            Several processes may share the folder; to have it tokenised once, let one of them come
+            first.
+        say: told in a line when a cache could not be used or written.
 
     Raises:
         DataError: with every problem of every file.
@@ -147,50 +208,140 @@ def load_corpus(config: DataConfig, tokenizer, *, seed: int = 0) -> Corpus:
             f"data.max_length is {config.max_length}, the tokenizer's model takes {limit} tokens",
             f"Set data.max_length to at most {limit}.",
         )
-    raw = read_corpus(config)
+    whole = _cached(config, tokenizer, cache, say)
+    for text in whole.warnings:
+        warnings.warn(text, stacklevel=2)
+    train, validation = whole.splits["train"], whole.splits.get("validation")
+    if validation is None:
+        train, validation = _hold_out(train, whole.first_alike, config, seed)
+    train = train.view(fraction=config.data_fraction, seed=seed)
+    label2id = {name: i for i, name in enumerate(whole.labels)}
+    return Corpus(train, validation, whole.splits.get("test"), whole.domains, label2id)
+
+
+@dataclass
+class _Whole:
+    """A corpus as its sources hold it, tokenised."""
+
+    splits: dict[str, Split]
+    first_alike: Tensor  # [N] of train: the first row with the same text, pair and domain
+    domains: list[str]
+    labels: list[str]
+    warnings: list[str]  # of the checks
+
+
+def _cached(
+    config: DataConfig, tokenizer, folder: Path | None, say: Callable[[str], None]
+) -> _Whole:
+    sources = [Path(s) for s in (config.train, config.validation, config.test) if s is not None]
+    if folder is None or not all(source.exists() for source in sources):
+        return _read_and_tokenise(config, tokenizer)
+    decides = config.model_dump(mode="json", exclude={"validation_fraction", "data_fraction"})
+    settled = json.dumps([__version__, decides], sort_keys=True)
+    key = content_key(settled, *sources, *_tokenizer_state(tokenizer))
+    store = TensorCache(folder, say)
+    if found := store.get("corpus", key):
+        return _from_tensors(*found)
+    whole = _read_and_tokenise(config, tokenizer)
+    store.put("corpus", key, *_to_tensors(whole))
+    return whole
+
+
+def _tokenizer_state(tokenizer) -> Iterator[str | bytes]:
+    """All that decides what a tokenizer says, from the files it would save."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            if file.name == "tokenizer.json":
+                # Its last call left its truncation and padding in there.
+                state = json.loads(file.read_bytes()) | {"truncation": None, "padding": None}
+                yield from (file.name, json.dumps(state, sort_keys=True))
+            elif file.is_file():
+                yield from (file.name, file.read_bytes())
+
+
+def _to_tensors(whole: _Whole) -> tuple[dict[str, Tensor], dict]:
+    tensors = {"first_alike": whole.first_alike}
+    for name, split in whole.splits.items():
+        tensors |= {
+            f"{name}.input_ids": split.input_ids.flat,
+            f"{name}.lengths": split.input_ids.lengths,
+            f"{name}.labels": split.labels,
+            f"{name}.domain": split.domain,
+        }
+        if split.token_type_ids is not None:
+            tensors[f"{name}.token_type_ids"] = split.token_type_ids.flat
+    described = {"domains": whole.domains, "labels": whole.labels, "warnings": whole.warnings}
+    return tensors, described | {"splits": list(whole.splits)}
+
+
+def _from_tensors(tensors: dict[str, Tensor], described: dict) -> _Whole:
+    splits = {}
+    for name in described.pop("splits"):
+        lengths, kinds = tensors[f"{name}.lengths"], tensors.get(f"{name}.token_type_ids")
+        splits[name] = Split(
+            Tokens(tensors[f"{name}.input_ids"], lengths),
+            tensors[f"{name}.labels"],
+            tensors[f"{name}.domain"],
+            torch.arange(len(lengths)),
+            None if kinds is None else Tokens(kinds, lengths),
+        )
+    return _Whole(splits, tensors["first_alike"], **described)
+
+
+def _read_and_tokenise(config: DataConfig, tokenizer) -> _Whole:
+    with warnings.catch_warnings(record=True) as raised:
+        raw = read_corpus(config)
     domain_id = {name: i for i, name in enumerate(raw.domains)}
     label2id = {name: i for i, name in enumerate(raw.labels)}
     splits = {
         name: _tokenise(rows, tokenizer, config.max_length, domain_id, label2id)
         for name, rows in raw.splits.items()
     }
-    train, validation = splits["train"], splits.get("validation")
-    if validation is None:
-        train, validation = _hold_out(train, raw.splits["train"], config, seed)
-    train = train.view(fraction=config.data_fraction, seed=seed)
-    return Corpus(train, validation, splits.get("test"), raw.domains, label2id)
+    first: dict[tuple, int] = {}
+    alike = [first.setdefault(row.example, i) for i, row in enumerate(raw.splits["train"])]
+    said = [str(warning.message) for warning in raised]
+    return _Whole(splits, torch.tensor(alike), raw.domains, raw.labels, said)
 
 
 def _tokenise(
     rows: list[Row], tokenizer, max_length: int, domain_id: dict[str, int], label2id: dict[str, int]
 ) -> Split:
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "token_type_ids": []}
+    lengths: list[int] = []
+    flat: dict[str, list[Tensor]] = {"input_ids": [], "token_type_ids": []}
     for start in range(0, len(rows), _TOKENISE_AT_ONCE):
         part = rows[start : start + _TOKENISE_AT_ONCE]
         pairs = None if part[0].pair is None else [row.pair for row in part]
         encoded = tokenizer(
             [row.text for row in part], pairs, truncation=True, max_length=max_length
         )
-        for name, values in columns.items():
-            values += encoded.get(name, [])
+        lengths += map(len, encoded["input_ids"])
+        for name, chunks in flat.items():
+            ids = list(chain.from_iterable(encoded.get(name, [])))
+            chunks += [torch.tensor(ids, dtype=torch.int32)] if ids else []
+    tokens = {
+        name: Tokens(torch.cat(chunks), torch.tensor(lengths))
+        for name, chunks in flat.items()
+        if chunks
+    }
     return Split(
-        columns["input_ids"],
+        tokens["input_ids"],
         torch.tensor([label2id[row.label] for row in rows]),
         torch.tensor([domain_id[row.domain] for row in rows]),
         torch.arange(len(rows)),
-        columns["token_type_ids"] or None,
+        tokens.get("token_type_ids"),
     )
 
 
-def _hold_out(train: Split, rows: list[Row], config: DataConfig, seed: int) -> tuple[Split, Split]:
+def _hold_out(
+    train: Split, first_alike: Tensor, config: DataConfig, seed: int
+) -> tuple[Split, Split]:
     kept = torch.zeros(len(train), dtype=torch.bool)
     kept[_stratified(train.domain, train.labels, 1.0 - config.validation_fraction, seed)] = True
-    examples = [row.example for row in rows]
-    seen = {example for example, keep in zip(examples, kept.tolist(), strict=True) if keep}
-    kept |= torch.tensor([example in seen for example in examples])
+    kept |= torch.isin(first_alike, first_alike[kept])
     if kept.all():
         raise DataError(
-            f"{config.train}: {len(rows)} rows are too few to hold out a share of "
+            f"{config.train}: {len(train)} rows are too few to hold out a share of "
             f"{config.validation_fraction:g} for validation, every domain and label keeping one",
             "Give data.validation, or a larger data.validation_fraction.",
         )
@@ -217,13 +368,15 @@ def _stratified(domain: Tensor, labels: Tensor, fraction: float, seed: int) -> T
 
 
 def collate(
-    tokenizer, pad_to_multiple_of: int | None = None
-) -> Callable[[list[dict]], dict[str, Tensor]]:
+    tokenizer, pad_to_multiple_of: int | None = None, packed: bool = False
+) -> Callable[[list[dict]], Batch]:
     """A function that turns examples of a ``Split`` into a batch padded to its longest example.
 
     Args:
         tokenizer: says how to pad.
         pad_to_multiple_of: pad on to such a length, which suits tensor cores.
+        packed: add ``real_tokens``, the positions ``[T]`` of real tokens among the B x L, which
+            packed models would otherwise wait for the device to find.
 
     Returns:
         ``list[dict] -> dict`` of ``input_ids``, ``attention_mask``, ``token_type_ids`` if the
@@ -234,7 +387,7 @@ def collate(
 
     pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
 
-    def batch(examples: list[dict]) -> dict[str, Tensor]:
+    def batch(examples: list[dict]) -> Batch:
         tokens = [name for name in ("input_ids", "token_type_ids") if name in examples[0]]
         padded = pad(
             [
@@ -243,9 +396,68 @@ def collate(
             ]
         )
         rest = {n: torch.stack([e[n] for e in examples]) for n in examples[0] if n not in tokens}
+        if packed:
+            rest["real_tokens"] = padded["attention_mask"].flatten().nonzero().flatten()
         return dict(padded) | rest
 
     return batch
+
+
+def prefetch(batches: Iterable[Batch], device: torch.device, depth: int = 2) -> Generator[Batch]:
+    """The same batches in the same order on ``device``, each made while earlier ones are used.
+
+    A thread draws from ``batches`` and, for a GPU, pins what it drew; the copy starts when the
+    consumer asks, on its own stream. The thread must not draw random numbers that the consumer
+    draws as well; ``collate`` draws none. It ends with the iterator, also when that is closed
+    early.
+
+    Args:
+        batches: drawn from in the thread; may do work for each.
+        device: where the consumer wants them.
+        depth: how many are made ahead, at least 1.
+
+    Raises:
+        ValueError: depth is not positive.
+        Exception: what ``batches`` raises, in its place in the order.
+    """
+    if depth < 1:
+        raise ValueError(f"depth: {depth} batches ahead; at least 1")
+    return _ahead(batches, device, depth)
+
+
+def _ahead(batches: Iterable[Batch], device: torch.device, depth: int) -> Generator[Batch]:
+    made: Queue[tuple[Batch | None, BaseException | None]] = Queue(depth)
+    stopped = threading.Event()
+
+    def produce() -> None:
+        error = None
+        try:
+            for batch in batches:
+                if device.type == "cuda":
+                    batch = {name: value.pin_memory() for name, value in batch.items()}
+                made.put((batch, None))
+                if stopped.is_set():
+                    return
+        except BaseException as raised:
+            error = raised
+        made.put((None, error))
+
+    thread = threading.Thread(target=produce, name="metakd-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            batch, error = made.get()
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    finally:
+        stopped.set()
+        with suppress(Empty):  # room for the one batch that the thread may be waiting to hand over
+            while True:
+                made.get_nowait()
+        thread.join()
 
 
 class StepSampler:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-REAL_TOKENS = "real_tokens"
 PACKING_KEYWORD = "metakd_packing"
 
 
@@ -79,7 +78,7 @@ class Packing:
         its ``real_tokens`` they are found here, at the price of one wait for the device.
         """
         mask = batch["attention_mask"]
-        index = batch[REAL_TOKENS] if REAL_TOKENS in batch else real_tokens(mask)
+        index = batch["real_tokens"] if "real_tokens" in batch else real_tokens(mask)
         return None if len(index) in (0, mask.numel()) else cls(index, mask)
 
     def pack(self, padded: Tensor) -> Tensor:

@@ -113,19 +113,24 @@ class RunLog:
         self._progress.start()
         self._task = self._progress.add_task(title, total=total_steps, completed=done, status="")
         self._since = time.perf_counter()
-        self._samples = 0
+        self._samples = self._tokens = 0
 
-    def advance(self, samples: int) -> None:
-        """One optimizer step over ``samples`` examples (all ranks) is done."""
+    def advance(self, samples: int, tokens: int = 0) -> None:
+        """One optimizer step over ``samples`` examples of ``tokens`` real tokens (all ranks) is
+        done."""
         self._samples += samples
+        self._tokens += tokens
         self._progress.advance(self._task)
 
     def write(self, step: int, values: dict[str, float], prefix: str = "train") -> None:
         """Log scalars at an optimizer step."""
         if prefix == "train":
             now = time.perf_counter()
-            values = {**values, "samples_per_second": self._samples / max(now - self._since, 1e-9)}
-            self._since, self._samples = now, 0
+            seconds = max(now - self._since, 1e-9)
+            values = {**values, "samples_per_second": self._samples / seconds}
+            if self._tokens:
+                values["tokens_per_second"] = self._tokens / seconds
+            self._since, self._samples, self._tokens = now, 0, 0
             shown = {
                 k: v
                 for k, v in values.items()

@@ -1,0 +1,27 @@
+"""Throughput in the log."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from metakd.training import log as module
+from metakd.training.log import RunLog
+
+
+@pytest.mark.parametrize("tokens", [0, 250])  # a caller that does not count tokens, one that does
+def test_rates_are_since_the_last_line(tmp_path, monkeypatch, tokens):
+    clock = iter([10.0, 14.0, 15.0])  # start, first and second line
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    with RunLog(tmp_path, ["jsonl"], Console()) as log:
+        log.start("title", 3)
+        for _ in range(2):
+            log.advance(8, tokens)
+        log.write(2, {"loss": 1.0})
+        log.advance(8, tokens)
+        log.write(3, {"loss": 0.5})
+        log.write(3, {"accuracy": 1.0}, "validation")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line.get("samples_per_second") for line in lines] == [4.0, 8.0, None]
+    rates = [line.get("tokens_per_second") for line in lines]
+    assert rates == ([125.0, 250.0, None] if tokens else [None] * 3)
