@@ -126,12 +126,12 @@ class Scene:
         }
 
 
-def training(module: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def training(module: nn.Module, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # A learning rate of 0 costs what any other does and leaves the losses comparable.
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.0)
 
-    def step() -> Tensor:
-        value = loss()
+    def step(*inputs) -> Tensor:
+        value = loss(*inputs)
         value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

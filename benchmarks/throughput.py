@@ -1,0 +1,268 @@
+"""Real tokens per second of a distillation step: ``python -m benchmarks.throughput --data FOLDER
+--encoder FOLDER``.
+
+A step is collating, the meta-teacher's forward pass, the student's forward and backward pass with
+all terms of the method, and the optimizer, on the texts of ``FOLDER/train.jsonl``. The student is
+every second layer of the encoder. Batches are padded or packed (``metakd.method.packing``), their
+examples drawn at random or grouped by length (``metakd.data.StepSampler``). Packed and padded steps
+see the same batches and must give the same loss; all four take their steps in turn, so that a drift
+of the machine hits all alike.
+
+Steps differ in length, so tokens are counted: real ones, padding never. Samples/s is tokens/s over
+the mean length of the corpus. "Of padded" is the median over the steps of the time of a padded step
+over that of the packed step on the same batch. "Of grouped" is tokens/s over that of padded,
+grouped batches. Model flops of a batch whose examples have n_i tokens, real ones, are
+
+    sum_i n_i (6 N_s + 2 N_t) + sum_i n_i^2 (12 l_s H_s + 4 l_t H_t)
+
+with N the weights in the matrices of the layers and l the layers of student and teacher: a forward
+pass multiplies and adds once per weight, and 2 n^2 H times for each of scores and mixed values; a
+backward pass costs twice a forward pass. Embeddings, heads and losses, which are small, count as
+nothing. MFU is that over the time and over the rate of a large matrix product of the same dtype on
+the same machine. Writes ``results/<device>/throughput.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from benchmarks.run import RESULTS, device_folder, environment, heading, matmul_rate
+from benchmarks.step import training
+from metakd.config import DataConfig, DistillConfig
+from metakd.data import Corpus, Split, StepSampler, collate, load_corpus
+from metakd.method.objective import Distillation, build_terms
+from metakd.method.student import keep_layers, load_classifier
+from metakd.method.taps import encoder_layers
+from metakd.method.teacher import FrozenTeacher, Teacher
+
+LAYOUTS = {  # name -> packed, grouped by length
+    "padded, random": (False, False),
+    "padded, grouped": (False, True),
+    "packed, random": (True, False),
+    "packed, grouped": (True, True),
+}
+
+
+def matrix_weights(model: nn.Module) -> int:
+    """N: weights in the matrices of the layers."""
+    return sum(p.numel() for p in encoder_layers(model).parameters() if p.dim() == 2)
+
+
+@dataclass
+class Scene:
+    """A teacher, its student, and a step for padded and for packed batches."""
+
+    corpus: Corpus
+    encoder: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self):
+        torch.manual_seed(0)
+        model = load_classifier(self.encoder, self.corpus.label2id)
+        self.student = keep_layers(model, list(range(1, model.config.num_hidden_layers, 2)))
+        self.teacher = Teacher(model, "meta", self.corpus.domains).to(self.device, self.dtype)
+        config = DistillConfig(method="meta")
+        layers = (len(encoder_layers(m)) for m in (self.student, model))
+        self.terms = build_terms(config, **dict(zip(("student_layers", "teacher_layers"), layers)))
+
+    def distillation(self, packed: bool) -> tuple[Distillation, FrozenTeacher]:
+        torch.manual_seed(1)
+        module = Distillation(
+            self.student,
+            self.terms,
+            teacher_hidden=self.teacher.model.config.hidden_size,
+            num_domains=len(self.corpus.domains),
+            weigh_by_expertise=True,
+            packed=packed,
+        ).to(self.device, self.dtype)
+        needs = module.needs | {"logits"}
+        return module, FrozenTeacher([self.teacher], needs, packed=packed)
+
+    def model_flops(self, lengths: Tensor) -> float:
+        """Of one step on examples of these lengths [B]."""
+        linear = square = 0
+        for model, passes in ((self.student, 3), (self.teacher.model, 1)):
+            linear += 2 * passes * matrix_weights(model)
+            square += 4 * passes * len(encoder_layers(model)) * model.config.hidden_size
+        return float(lengths.sum()) * linear + float(lengths.square().sum()) * square
+
+
+def check_same_loss(modules: dict[bool, tuple], batch: dict[str, Tensor], dtype) -> None:
+    """Stops the benchmark where packed batches give another loss; dropout is off for it."""
+    losses = {}
+    for packed, (module, frozen) in modules.items():
+        module.eval()
+        with torch.no_grad():
+            losses[packed] = float(module(batch, frozen(batch)).rows.mean())
+        module.train()
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    if abs(losses[True] - losses[False]) > tolerance * abs(losses[False]):
+        raise SystemExit(f"packed batches give the loss {losses[True]}, padded {losses[False]}")
+
+
+def timed(function: Callable, *inputs) -> float:
+    start = time.perf_counter()
+    function(*inputs)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(scene: Scene, tokenizer, batch_size: int, budget_s: float) -> dict:
+    train: Split = scene.corpus.train.with_column("t", torch.rand(len(scene.corpus.train)))
+    lengths = torch.tensor(train.lengths)
+    plans = {
+        grouped: [
+            micro
+            for (micro,) in StepSampler(
+                train.lengths,
+                step_size=batch_size,
+                micro_batches=1,
+                seed=0,
+                group_by_length=grouped,
+            ).epoch(0)
+        ]
+        for grouped in (False, True)
+    }
+    modules = {packed: scene.distillation(packed) for packed in (False, True)}
+    pads = {packed: collate(tokenizer, packed=packed) for packed in (False, True)}
+
+    def batch_of(rows: list[int], packed: bool) -> dict[str, Tensor]:
+        batch = pads[packed]([train[row] for row in rows])
+        return {name: value.to(scene.device) for name, value in batch.items()}
+
+    check_same_loss(modules, batch_of(plans[False][0], packed=True), scene.dtype)
+    steps = {}
+    for packed, (module, frozen) in modules.items():
+        learn = training(module, lambda b, m=module, f=frozen: m(b, f(b)).rows.mean())
+        steps[packed] = lambda rows, p=packed, s=learn: s(batch_of(rows, p))
+        steps[packed](max(plans[False][:50], key=lambda rows: lengths[rows].max()))  # warm
+
+    rates = [matmul_rate(str(scene.device), scene.dtype)]
+    seconds = {name: [] for name in LAYOUTS}
+    end = time.perf_counter() + budget_s
+    count = 0
+    while count < min(map(len, plans.values())) and (count < 5 or time.perf_counter() < end):
+        for name, (packed, grouped) in LAYOUTS.items():
+            seconds[name].append(timed(steps[packed], plans[grouped][count]))
+        count += 1
+    rates.append(matmul_rate(str(scene.device), scene.dtype))
+
+    rows = {}
+    for name, (_, grouped) in LAYOUTS.items():
+        sizes = [lengths[micro] for micro in plans[grouped][:count]]
+        tokens, total = sum(int(n.sum()) for n in sizes), sum(seconds[name])
+        padded = [p / s for p, s in zip(seconds[name.replace("packed", "padded")], seconds[name])]
+        flops = sum(map(scene.model_flops, sizes))
+        rows[name] = {
+            "tokens_per_s": tokens / total,
+            "samples_per_s": tokens / total / float(lengths.double().mean()),
+            "padding": 1 - tokens / sum(len(n) * int(n.max()) for n in sizes),
+            "times_padded": statistics.median(padded),
+            "times_padded_quantiles": statistics.quantiles(padded, n=10)[1:8:6],
+            "mfu": flops / total / statistics.mean(rates),
+            "seconds": seconds[name],
+        }
+    for row in rows.values():
+        row["times_padded_grouped"] = row["tokens_per_s"] / rows["padded, grouped"]["tokens_per_s"]
+    examples = plans[False][0]
+    return {
+        "max_length": int(lengths.max()),
+        "mean_length": float(lengths.double().mean()),
+        "batch": batch_size,
+        "dtype": str(scene.dtype).removeprefix("torch."),
+        "steps": count,
+        "matmul_before_and_after": rates,
+        "load": os.getloadavg(),
+        "collate_s": statistics.median(timed(batch_of, examples, True) for _ in range(20)),
+        "layouts": rows,
+    }
+
+
+def markdown(report: dict) -> str:
+    lines = [
+        "# Throughput of distillation on review texts",
+        "",
+        *heading(report["environment"]),
+        f"Encoder of {report['layers'][0]} layers to {report['layers'][1]} of them, Meta-KD with "
+        "all terms, dropout on",
+    ]
+    for row in report["rows"]:
+        before, after = (rate / 1e9 for rate in row["matmul_before_and_after"])
+        step = statistics.median(row["layouts"]["packed, random"]["seconds"])
+        lines += [
+            "",
+            f"## Up to {row['max_length']} tokens (mean {row['mean_length']:.0f}), batch "
+            f"{row['batch']}, {row['dtype']}",
+            "",
+            f"{row['steps']} steps of each, in turn. Matrix products before and after: "
+            f"{before:.0f} and {after:.0f} Gflop/s; load of the machine at the end "
+            f"{row['load'][0]:.1f}. Collating, which prefetching could hide, is "
+            f"{row['collate_s'] / step:.2%} of a packed step.",
+            "",
+            "| | padding | tokens/s | samples/s | of padded (20-80 %) | of padded, grouped | MFU |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for name, entry in row["layouts"].items():
+            low, high = entry["times_padded_quantiles"]
+            cells = (
+                name,
+                f"{entry['padding']:.1%}",
+                f"{entry['tokens_per_s']:.0f}",
+                f"{entry['samples_per_s']:.1f}",
+                f"{entry['times_padded']:.2f} ({low:.2f}-{high:.2f})" if "packed" in name else "1",
+                f"{entry['times_padded_grouped']:.2f}",
+                f"{entry['mfu']:.0%}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl")
+    parser.add_argument("--encoder", required=True, help="folder of a BERT-like encoder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU")
+    parser.add_argument("--max-length", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--seconds", type=float, default=140.0, help="per length")
+    parser.add_argument("--out", type=Path, help="results folder")
+    options = parser.parse_args()
+    for needed in (options.data / "train.jsonl", Path(options.encoder) / "config.json"):
+        if not needed.exists():
+            raise SystemExit(f"nothing is timed: {needed} does not exist")
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    usual = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, options.dtype or usual)
+    tokenizer = AutoTokenizer.from_pretrained(options.encoder)
+    report = {"environment": environment(device.type, options.threads), "rows": []}
+    for max_length in options.max_length:
+        data = DataConfig(train=str(options.data / "train.jsonl"), max_length=max_length)
+        scene = Scene(load_corpus(data, tokenizer), options.encoder, device, dtype)
+        models = scene.teacher.model, scene.student
+        report["layers"] = [len(encoder_layers(model)) for model in models]
+        report["rows"].append(measure(scene, tokenizer, options.batch, options.seconds))
+    folder = options.out or RESULTS / device_folder(device.type)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "throughput.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "throughput.md").write_text(markdown(report))
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()
