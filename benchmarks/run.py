@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -136,12 +137,18 @@ def copy_rate(device: str, budget_s: float = 1.0) -> float:
     return 2 * source.nbytes / (1e-3 * times["copy"][0])
 
 
-def matmul_rate(device: str, dtype: torch.dtype, budget_s: float = 1.0) -> float:
-    """Flops per second of a large square matrix product."""
+def large_product(device: str, dtype: torch.dtype) -> tuple[Callable, int]:
+    """A large square matrix product, and its flops."""
     size = 8192 if device == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
-    times = quantiles({"product": lambda: left @ right}, device, budget_s)
-    return 2 * size**3 / (1e-3 * times["product"][0])
+    return lambda: left @ right, 2 * size**3
+
+
+def matmul_rate(device: str, dtype: torch.dtype, budget_s: float = 1.0) -> float:
+    """Flops per second of a large square matrix product."""
+    product, flops = large_product(device, dtype)
+    times = quantiles({"product": product}, device, budget_s)
+    return flops / (1e-3 * times["product"][0])
 
 
 def peak_memory(step) -> int:

@@ -5,21 +5,21 @@ A step is collating, the meta-teacher's forward pass, the student's forward and 
 all terms of the method, and the optimizer, on the texts of ``FOLDER/train.jsonl``. The student is
 every second layer of the encoder. Batches are padded or packed (``metakd.method.packing``), their
 examples drawn at random or grouped by length (``metakd.data.StepSampler``). Packed and padded steps
-see the same batches and must give the same loss; all four take their steps in turn, so that a drift
-of the machine hits all alike.
+see the same batches and must give the same loss; all four and a large matrix product take turns, so
+that a drift of the machine hits all alike.
 
-Steps differ in length, so tokens are counted: real ones, padding never. Samples/s is tokens/s over
-the mean length of the corpus. "Of padded" is the median over the steps of the time of a padded step
-over that of the packed step on the same batch. "Of grouped" is tokens/s over that of padded,
-grouped batches. Model flops of a batch whose examples have n_i tokens, real ones, are
+Steps differ in length, so tokens are counted: real ones, padding never; the rate is the median over
+the steps. Samples/s is tokens/s over the mean length of the corpus. "Of padded" is the median over
+the steps of the time of a padded step over that of the packed step on the same batch. "Of padded,
+grouped" compares tokens/s. Model flops of a batch whose examples have n_i real tokens are
 
     sum_i n_i (6 N_s + 2 N_t) + sum_i n_i^2 (12 l_s H_s + 4 l_t H_t)
 
 with N the weights in the matrices of the layers and l the layers of student and teacher: a forward
 pass multiplies and adds once per weight, and 2 n^2 H times for each of scores and mixed values; a
 backward pass costs twice a forward pass. Embeddings, heads and losses, which are small, count as
-nothing. MFU is that over the time and over the rate of a large matrix product of the same dtype on
-the same machine. Writes ``results/<device>/throughput.json`` and ``.md``.
+nothing. MFU is that over the time and over the rate of the matrix product, which is of the same
+dtype. Writes ``results/<device>/throughput.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from benchmarks.run import RESULTS, device_folder, environment, heading, matmul_rate
+from benchmarks.run import RESULTS, device_folder, environment, heading, large_product
 from benchmarks.step import training
 from metakd.config import DataConfig, DistillConfig
 from metakd.data import Corpus, Split, StepSampler, collate, load_corpus
@@ -120,6 +120,10 @@ def timed(function: Callable, *inputs) -> float:
     return time.perf_counter() - start
 
 
+def median_rate(amounts: list[float], seconds: list[float]) -> float:
+    return statistics.median(a / s for a, s in zip(amounts, seconds, strict=True))
+
+
 def measure(scene: Scene, tokenizer, batch_size: int, budget_s: float) -> dict:
     train: Split = scene.corpus.train.with_column("t", torch.rand(len(scene.corpus.train)))
     lengths = torch.tensor(train.lengths)
@@ -148,31 +152,33 @@ def measure(scene: Scene, tokenizer, batch_size: int, budget_s: float) -> dict:
     for packed, (module, frozen) in modules.items():
         learn = training(module, lambda b, m=module, f=frozen: m(b, f(b)).rows.mean())
         steps[packed] = lambda rows, p=packed, s=learn: s(batch_of(rows, p))
-        steps[packed](max(plans[False][:50], key=lambda rows: lengths[rows].max()))  # warm
+        steps[packed](plans[False][0])  # warm
 
-    rates = [matmul_rate(str(scene.device), scene.dtype)]
-    seconds = {name: [] for name in LAYOUTS}
+    product, product_flops = large_product(scene.device.type, scene.dtype)
+    product()
+    seconds = {name: [] for name in (*LAYOUTS, "product")}
     end = time.perf_counter() + budget_s
     count = 0
     while count < min(map(len, plans.values())) and (count < 5 or time.perf_counter() < end):
         for name, (packed, grouped) in LAYOUTS.items():
             seconds[name].append(timed(steps[packed], plans[grouped][count]))
+        seconds["product"].append(timed(product))
         count += 1
-    rates.append(matmul_rate(str(scene.device), scene.dtype))
 
+    rate = product_flops / statistics.median(seconds["product"])
     rows = {}
     for name, (_, grouped) in LAYOUTS.items():
         sizes = [lengths[micro] for micro in plans[grouped][:count]]
-        tokens, total = sum(int(n.sum()) for n in sizes), sum(seconds[name])
         padded = [p / s for p, s in zip(seconds[name.replace("packed", "padded")], seconds[name])]
-        flops = sum(map(scene.model_flops, sizes))
+        tokens_per_s = median_rate([int(n.sum()) for n in sizes], seconds[name])
         rows[name] = {
-            "tokens_per_s": tokens / total,
-            "samples_per_s": tokens / total / float(lengths.double().mean()),
-            "padding": 1 - tokens / sum(len(n) * int(n.max()) for n in sizes),
+            "tokens_per_s": tokens_per_s,
+            "samples_per_s": tokens_per_s / float(lengths.double().mean()),
+            "padding": 1
+            - sum(int(n.sum()) for n in sizes) / sum(len(n) * int(n.max()) for n in sizes),
             "times_padded": statistics.median(padded),
             "times_padded_quantiles": statistics.quantiles(padded, n=10)[1:8:6],
-            "mfu": flops / total / statistics.mean(rates),
+            "mfu": median_rate(list(map(scene.model_flops, sizes)), seconds[name]) / rate,
             "seconds": seconds[name],
         }
     for row in rows.values():
@@ -184,7 +190,10 @@ def measure(scene: Scene, tokenizer, batch_size: int, budget_s: float) -> dict:
         "batch": batch_size,
         "dtype": str(scene.dtype).removeprefix("torch."),
         "steps": count,
-        "matmul_before_and_after": rates,
+        "matmul": rate,
+        "matmul_slowest_and_fastest": [
+            product_flops / pick(seconds["product"]) for pick in (max, min)
+        ],
         "load": os.getloadavg(),
         "collate_s": statistics.median(timed(batch_of, examples, True) for _ in range(20)),
         "layouts": rows,
@@ -200,16 +209,16 @@ def markdown(report: dict) -> str:
         "all terms, dropout on",
     ]
     for row in report["rows"]:
-        before, after = (rate / 1e9 for rate in row["matmul_before_and_after"])
+        slowest, fastest = (rate / 1e9 for rate in row["matmul_slowest_and_fastest"])
         step = statistics.median(row["layouts"]["packed, random"]["seconds"])
         lines += [
             "",
             f"## Up to {row['max_length']} tokens (mean {row['mean_length']:.0f}), batch "
             f"{row['batch']}, {row['dtype']}",
             "",
-            f"{row['steps']} steps of each, in turn. Matrix products before and after: "
-            f"{before:.0f} and {after:.0f} Gflop/s; load of the machine at the end "
-            f"{row['load'][0]:.1f}. Collating, which prefetching could hide, is "
+            f"{row['steps']} steps of each, in turn. Matrix products between them: median "
+            f"{row['matmul'] / 1e9:.0f}, {slowest:.0f} to {fastest:.0f} Gflop/s; the machine's "
+            f"load at the end: {row['load'][0]:.1f}. Collating, which prefetching could hide, is "
             f"{row['collate_s'] / step:.2%} of a packed step.",
             "",
             "| | padding | tokens/s | samples/s | of padded (20-80 %) | of padded, grouped | MFU |",
@@ -236,10 +245,10 @@ def main() -> None:
     parser.add_argument("--encoder", required=True, help="folder of a BERT-like encoder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU")
-    parser.add_argument("--max-length", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--max-length", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
-    parser.add_argument("--seconds", type=float, default=140.0, help="per length")
+    parser.add_argument("--seconds", type=float, default=130.0, help="per length")
     parser.add_argument("--out", type=Path, help="results folder")
     options = parser.parse_args()
     for needed in (options.data / "train.jsonl", Path(options.encoder) / "config.json"):
