@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+# With 1 % of padding a packed step took 2 to 5 % longer than a padded one on a CPU
+# (benchmarks/throughput.py): packing pays from about this share on.
+LEAST_PADDING = 0.03
 PACKING_KEYWORD = "metakd_packing"
 
 
@@ -72,14 +75,15 @@ class Packing:
 
     @classmethod
     def of(cls, batch: dict[str, Tensor]) -> Packing | None:
-        """The packing of a batch, None where it holds no padding, or nothing else.
+        """The packing of a batch, None where it holds next to no padding, or nothing else.
 
         ``collate(..., packed=True)`` finds the real tokens while the batch is on the host; without
         its ``real_tokens`` they are found here, at the price of one wait for the device.
         """
         mask = batch["attention_mask"]
         index = batch["real_tokens"] if "real_tokens" in batch else real_tokens(mask)
-        return None if len(index) in (0, mask.numel()) else cls(index, mask)
+        few = len(index) > (1 - LEAST_PADDING) * mask.numel()
+        return None if few or not len(index) else cls(index, mask)
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, L, ...] to [1, T, ...]."""
