@@ -5,7 +5,8 @@ A step is collating, the meta-teacher's forward pass, the student's forward and 
 all terms of the method, and the optimizer, on the texts of ``FOLDER/train.jsonl``. The student is
 every second layer of the encoder. Batches are padded or packed (``metakd.method.packing``), their
 examples drawn at random or grouped by length (``metakd.data.StepSampler``). Packed and padded steps
-see the same batches and must give the same loss; all four and a large matrix product take turns, so
+see the same batches and must give the same loss (those with next to no padding run alike, which
+shows the noise); all four and a large matrix product take turns, so
 that a drift of the machine hits all alike.
 
 Steps differ in length, so tokens are counted: real ones, padding never; the rate is the median over

@@ -169,8 +169,8 @@ def test_a_batch_without_padding_runs_as_it_is(build, batch):
     assert isinstance(packed.hidden, list)
 
 
-# real tokens of 4 x 25; 97 is where packing begins not to pay
-@pytest.mark.parametrize(("real", "packs"), [(100, False), (98, False), (97, True), (1, True)])
+# real tokens of 4 x 25: none is padding, too few are, just enough, all but one
+@pytest.mark.parametrize(("real", "packs"), [(100, False), (99, False), (98, True), (1, True)])
 def test_next_to_no_padding_is_left_where_it_is(real, packs):
     mask = (torch.arange(100) < real).long().reshape(4, 25)
     assert (Packing.of({"attention_mask": mask}) is not None) == packs
