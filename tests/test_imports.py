@@ -14,17 +14,26 @@ PACKAGE = Path(__file__).resolve().parents[1] / "metakd"
 # The parts of the package, and the parts each may import besides its own. Arrows point downwards.
 ARROWS = {
     "errors": set(),
+    "deepspeed_schema": {"errors"},
     "reference": set(),
     "kernels": {"errors"},
     "ops": {"errors", "kernels", "_C"},
     "soft": {"ops", "reference"},
     "functional": {"errors", "ops", "reference", "soft"},
     "verify": {"functional", "ops"},
-    "config": {"errors"},
+"config": {"errors", "deepspeed_schema"},
     "data": {"errors", "config", "__init__"},
     "demo": {"errors", "config", "data"},
     "method": {"errors", "config", "functional"},
-    "training": {"errors", "config", "data", "method", "functional", "__init__"},
+    "training": {
+        "errors",
+        "config",
+        "data",
+        "deepspeed_schema",
+        "method",
+        "functional",
+        "__init__",
+    },
     "deploy": {"errors", "config", "data", "method", "training", "__init__"},
     "cli": {
         "errors",
@@ -53,6 +62,7 @@ LOW = {
     "verify": {"torch"},
     "kernels": {"torch", "triton"},
     "errors": set(),
+    "deepspeed_schema": set(),
     "config": {"pydantic", "yaml"},
 }
 
