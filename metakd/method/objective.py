@@ -245,6 +245,20 @@ def build_terms(
     return [replace(term, backend=config.backend) for term in terms if term.weight > 0]
 
 
+def check_widths(terms: Sequence[Term], student: int, teacher: int | None) -> None:
+    """Can these terms compare hidden states of these widths? Projected ones can compare any.
+
+    Raises:
+        ValueError: a width does not split into the relation heads.
+    """
+    for term in terms:
+        if isinstance(term, RelationTerm) and (student % term.heads or teacher % term.heads):
+            raise ValueError(
+                f"relation_heads: {term.heads} must divide the student's width {student} "
+                f"and the teacher's {teacher}"
+            )
+
+
 class Distillation(nn.Module):
     """A student under training, with the projections and domain layer that only training needs.
 
@@ -282,14 +296,7 @@ class Distillation(nn.Module):
         self.recipe = recipe
         self.needs = frozenset().union(*(term.needs for term in self.terms))
         hidden = student.config.hidden_size
-        for term in self.terms:
-            if isinstance(term, RelationTerm) and (
-                hidden % term.heads or teacher_hidden % term.heads
-            ):
-                raise ValueError(
-                    f"relation_heads: {term.heads} must divide the student's width {hidden} "
-                    f"and the teacher's {teacher_hidden}"
-                )
+        check_widths(self.terms, hidden, teacher_hidden)
         self.projections = nn.ParameterDict()
         if teacher_hidden is not None and teacher_hidden != hidden:
             for name in sorted({self._projection_name(term) for term in self.terms} - {None}):

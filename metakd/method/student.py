@@ -1,5 +1,5 @@
 """Students: small encoders made from a preset, from a teacher's own layers, or loaded from a
-directory or the hub.
+directory or the hub; and whether teacher, student and data fit together.
 
 A student is a plain ``AutoModelForSequenceClassification``; everything that only distillation needs
 (projections, the domain layer) lives in ``objective.Distillation`` and is never saved with it.
@@ -8,19 +8,27 @@ A student is a plain ``AutoModelForSequenceClassification``; everything that onl
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
-import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from metakd.config import StudentConfig
+from metakd.config import RunConfig, StudentConfig
+from metakd.errors import ConfigError
+from metakd.method.objective import build_terms, check_widths
+from metakd.method.recipe import PAPER, Recipe
+from metakd.method.sources import (
+    check_embeddings,
+    check_labels,
+    check_vocabulary,
+    load_classifier,
+    load_config,
+)
 from metakd.method.taps import encoder_layers
 
 # Layers, hidden width, heads, feed-forward width. The first is TinyBERT-4 (Jiao et al. 2020), the
@@ -32,31 +40,71 @@ PRESETS = {
 }
 
 
-def load_classifier(
-    source: str, label2id: dict[str, int], num_labels: int | None = None
-) -> PreTrainedModel:
-    """A sequence classifier from a directory or hub id, under SDPA, its head fresh where the
-    classes differ.
+def check_models(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    label2id: dict[str, int],
+    recipe: Recipe = PAPER,
+) -> None:
+    """Do teacher, student, objective and data fit together? Reads configurations and tokenizers,
+    no weights, so that a run can ask before it trains anything.
 
     Args:
-        source: directory or hub id; never runs code from the hub.
-        label2id: written into the configuration.
-        num_labels: outputs, where they are more than the labels (a multi-task teacher's K x M).
+        config: the whole configuration.
+        tokenizer: the teacher's.
+        label2id: of the data.
+        recipe: form of the method.
+
+    Raises:
+        ConfigError: every pair that does not fit, with both values: number of tokens and token
+            numbers, labels, positions, layers, widths.
     """
-    # A K x M head has no names of its own.
-    names = (
-        {}
-        if num_labels
-        else {"label2id": label2id, "id2label": {i: name for name, i in label2id.items()}}
-    )
-    return AutoModelForSequenceClassification.from_pretrained(
-        source,
-        num_labels=num_labels or len(label2id),
-        attn_implementation="sdpa",
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        **names,
-    )
+    problems: list[str] = []
+
+    def note(key: str, check: Callable, *arguments, **options):
+        try:
+            return check(*arguments, **options)
+        except (OSError, ValueError) as error:
+            problems.append(f"{key}: {str(error).splitlines()[0]}")
+            return None
+
+    source, student = config.teacher.model, config.student
+    taught = note("teacher.model", load_config, source)
+    if taught is not None:
+        note("teacher.model", check_embeddings, source, taught, tokenizer)
+        if config.teacher.kind != "mtl":  # whose head is always fresh
+            note("teacher.model", check_labels, source, taught, label2id)
+    if student.model is not None:
+        shape = note("student.model", load_config, student.model)
+        if shape is not None:
+            note("student.model", check_vocabulary, student.model, shape, tokenizer)
+            note("student.model", check_labels, student.model, shape, label2id)
+            length = config.data.max_length
+            note("student.model", _check_positions, student.model, shape, length)
+    elif student.preset is not None:
+        depth, hidden, *_ = PRESETS[student.preset]
+        shape = BertConfig(num_hidden_layers=depth, hidden_size=hidden)
+    else:
+        shape = copy.copy(taught)
+        if shape is not None:
+            note("student.layers", _check_layers, student.layers, taught.num_hidden_layers)
+            shape.num_hidden_layers = len(student.layers)
+    if taught is not None and shape is not None:
+        terms = note(
+            "distill",
+            build_terms,
+            config.distill,
+            student_layers=shape.num_hidden_layers,
+            teacher_layers=taught.num_hidden_layers,
+            recipe=recipe,
+        )
+        note("distill", check_widths, terms or [], shape.hidden_size, taught.hidden_size)
+    if problems:
+        listed = "\n  ".join([f"{len(problems)} problems:", *problems])
+        raise ConfigError(
+            problems[0] if len(problems) == 1 else listed,
+            "Choose models that fit each other and the data; nothing was trained.",
+        )
 
 
 def build_student(
@@ -81,12 +129,10 @@ def build_student(
             with fewer positions than ``max_length``.
     """
     if config.model is not None:
-        _check_vocabulary(config.model, tokenizer)
-        student = load_classifier(config.model, label2id)
-        positions = getattr(student.config, "max_position_embeddings", max_length)
-        if positions < max_length:
-            raise ValueError(f"{config.model} takes {positions} tokens, max_length is {max_length}")
-        return student
+        shape = load_config(config.model)
+        check_vocabulary(config.model, shape, tokenizer)
+        _check_positions(config.model, shape, max_length)
+        return load_classifier(config.model, label2id)
     if config.layers is not None:
         return keep_layers(load_classifier(source, label2id), config.layers)
     layers, hidden, heads, feed_forward = PRESETS[config.preset]
@@ -105,29 +151,17 @@ def build_student(
     return BertForSequenceClassification(shape)
 
 
-def _check_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    own = _vocabulary(model)
-    if own is None:  # weights without a tokenizer: their size has to do
-        size = AutoConfig.from_pretrained(model).vocab_size
-        if size < len(tokenizer):
-            raise ValueError(
-                f"{model} knows {size} tokens, the teacher's tokenizer has {len(tokenizer)}"
-            )
-    elif own != tokenizer.get_vocab():
+def _check_positions(model: str, shape: PretrainedConfig, max_length: int) -> None:
+    positions = getattr(shape, "max_position_embeddings", max_length)
+    if positions < max_length:
+        raise ValueError(f"{model} takes {positions} tokens, max_length is {max_length}")
+
+
+def _check_layers(layers: list[int], depth: int) -> None:
+    if any(layer >= depth for layer in layers):
         raise ValueError(
-            f"{model} has a vocabulary of {len(own)} tokens, the teacher another of "
-            f"{len(tokenizer)}: student and teacher must read the same tokens"
+            f"student.layers: {layers} names a layer outside 0..{depth - 1} of the source"
         )
-
-
-def _vocabulary(model: str) -> dict[str, int] | None:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError):
-        return None
-    # Without tokenizer files transformers makes one up that knows the special tokens alone.
-    vocabulary = tokenizer.get_vocab()
-    return vocabulary if set(vocabulary) - set(tokenizer.all_special_tokens) else None
 
 
 def keep_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
@@ -137,11 +171,7 @@ def keep_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
     Raises:
         ValueError: a layer number is out of range.
     """
-    depth = model.config.num_hidden_layers
-    if any(layer >= depth for layer in layers):
-        raise ValueError(
-            f"student.layers: {layers} names a layer outside 0..{depth - 1} of the source"
-        )
+    _check_layers(layers, model.config.num_hidden_layers)
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None):  # architectures that alternate kinds of attention

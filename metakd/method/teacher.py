@@ -19,12 +19,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from metakd.errors import CheckpointError, UnsupportedError
 from metakd.method.recipe import PAPER, Recipe
+from metakd.method.sources import check_finite, load_trained_classifier
 from metakd.method.taps import Features, Taps, pool
 
 
@@ -223,35 +225,49 @@ class Teacher(nn.Module):
         """Read what ``save`` wrote.
 
         Raises:
-            CheckpointError: the folder holds no teacher of ours, or a meta-teacher without its
-                domain parts.
+            CheckpointError: the folder holds no teacher of ours, or a damaged one: a description
+                that cannot be read, or weights that are missing, of another shape or not finite.
         """
         try:
             described = json.loads((folder / "metakd.json").read_text())
-        except FileNotFoundError:
+            model = load_trained_classifier(folder)
+            teacher = cls(
+                model,
+                described["kind"],
+                described["domains"],
+                described["gamma1"],
+                recipe,
+                described["withheld"],
+            )
+            teacher._load_domain_parts(folder / "domain.safetensors")
+        except FileNotFoundError as error:
+            missing = Path(error.filename or folder).name
             raise CheckpointError(
-                f"{folder}: no teacher here (metakd.json is missing)", "run `metakd teach` first"
+                f"{folder}: no teacher here ({missing} is missing)", "run `metakd teach` first"
             ) from None
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, attn_implementation="sdpa"
-        )
-        teacher = cls(
-            model,
-            described["kind"],
-            described["domains"],
-            described["gamma1"],
-            recipe,
-            described["withheld"],
-        )
-        if wanted := teacher._domain_parts():
-            parts = folder / "domain.safetensors"
-            stored = load_file(parts) if parts.exists() else {}
-            if missing := wanted.keys() - stored.keys():
-                raise CheckpointError(
-                    f"{parts}: {', '.join(sorted(missing))} missing", "run `metakd teach` again"
-                )
-            teacher.load_state_dict(stored, strict=False)
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            reason = (str(error).splitlines() or ["unreadable"])[0]
+            raise CheckpointError(
+                f"{folder}: damaged teacher: {reason}",
+                f"remove {folder} and run `metakd teach` again",
+            ) from error
         return teacher
+
+    def _load_domain_parts(self, file: Path) -> None:
+        wanted = self._domain_parts()
+        if not wanted:
+            return
+        stored = load_file(file) if file.exists() else {}
+        if missing := wanted.keys() - stored.keys():
+            raise ValueError(f"{file.name}: {', '.join(sorted(missing))} missing")
+        for name, tensor in wanted.items():
+            if stored[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{file.name}: {name} is {tuple(stored[name].shape)}, "
+                    f"the encoder and domains make it {tuple(tensor.shape)}"
+                )
+        check_finite(file, stored)
+        self.load_state_dict(stored, strict=False)
 
 
 class FrozenTeacher:

@@ -1,0 +1,239 @@
+"""Pre-trained models from directories and the hub, loaded without trust.
+
+Nothing that a model's folder holds is ever run: weights come from safetensors only, and code of a
+model's own stays where it is. Nothing is taken for granted either: weights that are missing, of
+another shape or not finite are refused, except for a fresh classification head, and so are a
+vocabulary and label names that do not fit the data. Messages are ``ValueError`` naming the source,
+which the stages turn into errors of the configuration.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+_SHOWN = 3
+
+
+def load_config(source: str) -> PretrainedConfig:
+    """The configuration of a directory or hub id.
+
+    Raises:
+        ValueError: it needs code of its own.
+        OSError: there is none.
+    """
+    return _without_code(AutoConfig, source)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or hub id.
+
+    Raises:
+        ValueError: it needs code of its own.
+        OSError: there is none.
+    """
+    return _without_code(AutoTokenizer, source)
+
+
+def load_encoder(source: str) -> PreTrainedModel:
+    """An encoder without head, fp32, under SDPA.
+
+    Raises:
+        ValueError: it cannot be loaded without running something, or its weights are incomplete or
+            not finite.
+        OSError: there is none.
+    """
+    return _load(AutoModel, source)
+
+
+def load_classifier(
+    source: str, label2id: dict[str, int], num_labels: int | None = None
+) -> PreTrainedModel:
+    """A sequence classifier, fp32, under SDPA, its head fresh where the classes differ in number.
+
+    Args:
+        source: directory or hub id.
+        label2id: written into the configuration.
+        num_labels: outputs, where they are more than the labels (a multi-task teacher's K x M).
+
+    Raises:
+        ValueError: as ``load_encoder``; or its own labels have these names in another order.
+        OSError: there is none.
+    """
+    # A K x M head has no names of its own.
+    names = {}
+    if not num_labels:
+        check_labels(source, load_config(source), label2id)
+        names = {"label2id": label2id, "id2label": {i: name for name, i in label2id.items()}}
+    return _load(
+        AutoModelForSequenceClassification,
+        source,
+        num_labels=num_labels or len(label2id),
+        ignore_mismatched_sizes=True,
+        **names,
+    )
+
+
+def load_trained_classifier(folder: Path) -> PreTrainedModel:
+    """A classifier that this toolkit has saved: every weight must be there, the head's included.
+
+    Raises:
+        ValueError: as ``load_encoder``.
+        OSError: there is none.
+    """
+    return _load(AutoModelForSequenceClassification, str(folder), whole=True)
+
+
+def check_labels(source: str, config: PretrainedConfig, label2id: dict[str, int]) -> None:
+    """A head that answers to the same names in another order would be renamed without a word.
+
+    A head of another number of classes is replaced, and one without names (``LABEL_0``) or with
+    quite other names is trained anew: both are fine.
+
+    Raises:
+        ValueError: with both maps.
+    """
+    own = {name.casefold(): number for name, number in config.label2id.items()}
+    wanted = {name.casefold(): number for name, number in label2id.items()}
+    moved = [name for name, number in wanted.items() if own.get(name, number) != number]
+    if moved and len(own) == len(wanted):
+        theirs = dict(sorted(config.label2id.items(), key=lambda item: item[1]))
+        raise ValueError(
+            f"{source} has the labels {theirs}, the data {label2id}: its head would give "
+            f"wrong names to {', '.join(moved[:_SHOWN])}; save the model without its head to train "
+            "a fresh one"
+        )
+
+
+def check_vocabulary(
+    source: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Student and teacher must read the same tokens, and have an embedding for each.
+
+    Raises:
+        ValueError: with both sizes, or the first token whose numbers differ.
+    """
+    own = _vocabulary(source)  # None: weights without a tokenizer, whose size has to do
+    if own is not None and own != (taught := tokenizer.get_vocab()):
+        token = min(
+            token for token in own.keys() | taught.keys() if own.get(token) != taught.get(token)
+        )
+        raise ValueError(
+            f"{source} has a vocabulary of {len(own)} tokens, the teacher another of "
+            f"{len(taught)}: they must read the same tokens, but {token!r} is number "
+            f"{own.get(token, 'none')} there and {taught.get(token, 'none')} here"
+        )
+    check_embeddings(source, config, tokenizer)
+
+
+def check_embeddings(
+    source: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Has every token of the tokenizer an embedding?
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"{source} knows {config.vocab_size} tokens, the teacher's tokenizer has "
+            f"{len(tokenizer)}"
+        )
+
+
+def check_finite(source: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    """One NaN among the weights of a teacher makes every loss NaN, many steps later.
+
+    Raises:
+        ValueError: with the first tensor's name, how many of its values are not finite, and one.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
+            wrong = tensor[~finite]
+            raise ValueError(
+                f"{source}: {wrong.numel()} of the {tensor.numel()} values of {name} are not "
+                f"finite (the first is {wrong[0].item()})"
+            )
+
+
+def _load(auto: type, source: str, whole: bool = False, **options) -> PreTrainedModel:
+    _refuse_pickles(source)
+    try:
+        model, found = _without_code(
+            auto,
+            source,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
+        )
+    except (SafetensorError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source}: its weights cannot be read: {first}") from error
+    different = {
+        name: f"{stored} for {wanted}"
+        for name, *sizes in found["mismatched_keys"]
+        for stored, wanted in [(tuple(size) for size in sizes)]
+    }
+    lost = dict.fromkeys(found["missing_keys"], "missing") | different
+    if not whole:
+        lost = {name: why for name, why in lost.items() if not _may_be_fresh(name, model)}
+    if lost:
+        shown = ", ".join(f"{name} ({why})" for name, why in sorted(lost.items())[:_SHOWN])
+        raise ValueError(f"{source}: {len(lost)} weights do not fit its config.json: {shown}")
+    check_finite(source, model.state_dict())
+    return model
+
+
+def _may_be_fresh(name: str, model: nn.Module) -> bool:
+    """Is this a weight that a pre-trained encoder need not have: the head's or the pooler's?"""
+    prefix = f"{model.base_model_prefix}."
+    is_head = model.base_model is not model and not name.startswith(prefix)
+    return is_head or name.removeprefix(prefix).startswith("pooler.")
+
+
+def _refuse_pickles(source: str) -> None:
+    folder = Path(source)
+    files = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    pickled = sorted(name for name in files if Path(name).suffix in _PICKLES)
+    if pickled and not any(name.endswith(".safetensors") for name in files):
+        raise ValueError(
+            f"{source} holds {', '.join(pickled[:_SHOWN])} and no safetensors: such files can run "
+            "code when they are read, save the model with save_pretrained first"
+        )
+
+
+def _without_code(auto: type, source: str, **options):
+    try:
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} needs code of its own, which is never run; use a model that transformers "
+            "knows by itself"
+        ) from None
+
+
+def _vocabulary(source: str) -> dict[str, int] | None:
+    try:
+        tokenizer = load_tokenizer(source)
+    except (OSError, ValueError):
+        return None
+    # Without tokenizer files transformers makes one up that knows the special tokens alone.
+    vocabulary = tokenizer.get_vocab()
+    return vocabulary if set(vocabulary) - set(tokenizer.all_special_tokens) else None

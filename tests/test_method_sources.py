@@ -1,0 +1,329 @@
+"""Models that do not fit: each mismatch is refused naming both values, before anything trains."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+
+from metakd.config import RunConfig, StudentConfig
+from metakd.demo import train_tokenizer
+from metakd.errors import CheckpointError, ConfigError
+from metakd.method.sources import load_classifier, load_encoder
+from metakd.method.student import build_student, check_models
+from metakd.method.teacher import Teacher
+
+LABELS = {"bad": 0, "good": 1}
+WORDS = [f"word{i} other{i}" for i in range(40)]
+
+
+def shape(**options) -> BertConfig:
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertConfig(
+        **{"vocab_size": 300, "intermediate_size": 16, "max_position_embeddings": 64}
+        | small
+        | options
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(WORDS, vocab_size=300)
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer):
+    """``saved("name", **config)``: a classifier with these labels and a tokenizer, on disk."""
+
+    def save(name: str, vocabulary=tokenizer, kind=BertForSequenceClassification, **options) -> str:
+        kind(shape(**options)).save_pretrained(tmp_path / name)
+        if vocabulary is not None:
+            vocabulary.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+def change(folder: str, edit) -> str:
+    """The folder after ``edit`` has changed its weights."""
+    file = f"{folder}/model.safetensors"
+    weights = load_file(file)
+    edit(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def names(labels: dict[str, int]) -> dict:
+    return {"label2id": labels, "id2label": {i: name for name, i in labels.items()}}
+
+
+# Labels
+
+FITTING = {
+    "the same": {"bad": 0, "good": 1},
+    "no names": {"LABEL_0": 0, "LABEL_1": 1},
+    "other names, so another task whose head is trained anew": {"no": 0, "yes": 1},
+    "another number of classes, so a fresh head": {"good": 0, "bad": 1, "none": 2},
+}
+
+
+@pytest.mark.parametrize("case", FITTING)
+def test_labels_that_fit(saved, case):
+    model = load_classifier(saved("m", **names(FITTING[case])), LABELS)
+    assert model.config.label2id == LABELS and model.config.num_labels == 2
+
+
+@pytest.mark.parametrize("labels", [{"good": 0, "bad": 1}, {"GOOD": 0, "Bad": 1}])
+def test_the_same_labels_in_another_order_are_refused(saved, tokenizer, labels):
+    folder = saved("m", **names(labels))
+    for load in (
+        lambda: load_classifier(folder, LABELS),
+        lambda: build_student(
+            StudentConfig(model=folder), source="", tokenizer=tokenizer, label2id=LABELS
+        ),
+    ):
+        with pytest.raises(ValueError, match="wrong names to bad, good") as caught:
+            load()
+        assert str(labels) in str(caught.value) and str(LABELS) in str(caught.value)
+
+
+def test_a_label_that_changed_its_place_among_new_ones_is_refused(saved):
+    folder = saved("m", **names({"good": 0, "awful": 1}))
+    with pytest.raises(ValueError, match="wrong names to good"):
+        load_classifier(folder, LABELS)
+
+
+def test_a_multi_task_head_asks_for_no_names(saved):
+    folder = saved("m", **names({"good": 0, "bad": 1}))
+    assert load_classifier(folder, LABELS, num_labels=6).config.num_labels == 6
+
+
+# Weights
+
+NOT_FINITE = {
+    "NaN": (float("nan"), "nan"),
+    "infinite": (float("inf"), "inf"),
+    "minus infinite": (float("-inf"), "-inf"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+@pytest.mark.parametrize("load", [load_encoder, lambda source: load_classifier(source, LABELS)])
+def test_a_weight_that_is_not_finite_is_named(saved, case, load):
+    value, shown = NOT_FINITE[case]
+
+    def spoil(weights):
+        weights["bert.encoder.layer.1.output.dense.weight"][3, 5] = value
+
+    folder = change(saved("m"), spoil)
+    expected = rf"1 of the 256 values of .*layer\.1\.output\.dense\.weight.*\(the first is {shown}"
+    with pytest.raises(ValueError, match=expected):
+        load(folder)
+
+
+def test_a_missing_layer_is_not_made_up(saved):
+    folder = change(saved("m"), lambda w: w.pop("bert.encoder.layer.0.attention.self.key.weight"))
+    with pytest.raises(ValueError, match=r"1 weights do not fit .*self\.key\.weight \(missing\)"):
+        load_classifier(folder, LABELS)
+
+
+def test_embeddings_of_another_size_are_not_made_up(saved):
+    folder = saved("m")
+    with open(f"{folder}/config.json", "r+") as file:
+        described = json.load(file) | {"vocab_size": 310}
+        file.seek(0)
+        json.dump(described, file)
+        file.truncate()
+    with pytest.raises(ValueError, match=r"word_embeddings\.weight \(\(300, 16\) for \(310, 16\)"):
+        load_classifier(folder, LABELS)
+
+
+@pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM], ids=["encoder", "masked LM"])
+def test_a_fresh_head_and_pooler_are_legitimate(saved, kind):
+    assert load_classifier(saved("m", kind=kind), LABELS).classifier.out_features == 2
+    load_encoder(saved("m", kind=kind))
+
+
+def test_damaged_files_are_named(saved, tmp_path):
+    folder = saved("m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(ValueError, match="its weights cannot be read"):
+        load_encoder(folder)
+
+
+# Teachers of our own runs
+
+
+@pytest.fixture
+def teacher(tmp_path, tokenizer):
+    folder = tmp_path / "teacher"
+    model = BertForSequenceClassification(shape(**names(LABELS)))
+    Teacher(model, "meta", ["a", "b"]).save(folder, tokenizer)
+    return folder
+
+
+def rewrite(name, edit):
+    def damage(folder):
+        change_file = folder / name
+        weights = load_file(change_file)
+        edit(weights)
+        save_file(weights, change_file, metadata={"format": "pt"})
+
+    return damage
+
+
+def describe(**changes):
+    def damage(folder):
+        file = folder / "metakd.json"
+        described = {
+            k: v for k, v in (json.loads(file.read_text()) | changes).items() if v is not None
+        }
+        file.write_text(json.dumps(described))
+
+    return damage
+
+
+# What is done to the folder, and what is said.
+DAMAGED = {
+    "no description": (lambda f: (f / "metakd.json").unlink(), "metakd.json is missing"),
+    "cut description": (lambda f: (f / "metakd.json").write_text('{"kind"'), "damaged teacher"),
+    "half a description": (describe(domains=None), "domains"),
+    "another number of domains": (
+        describe(domains=["a", "b", "c"]),
+        r"embedding\.weight is \(2, 16\), .* \(3, 16\)",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "cut weights": (
+        lambda f: (f / "model.safetensors").write_bytes(
+            (f / "model.safetensors").read_bytes()[:-100]
+        ),
+        "cannot be read",
+    ),
+    "NaN": (
+        rewrite("model.safetensors", lambda w: w["classifier.bias"].fill_(torch.nan)),
+        r"2 of the 2 values of classifier\.bias are not finite",
+    ),
+    "no head": (
+        rewrite("model.safetensors", lambda w: w.pop("classifier.weight")),
+        r"classifier\.weight \(missing\)",
+    ),
+    "NaN in the domain layer": (
+        rewrite("domain.safetensors", lambda w: w["domain_layer.dense.bias"].fill_(torch.nan)),
+        r"16 of the 16 values of domain_layer\.dense\.bias",
+    ),
+    "cut domain parts": (
+        lambda f: (f / "domain.safetensors").write_bytes(b"12345678"),
+        "damaged teacher",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_teacher_is_a_checkpoint_error(teacher, case):
+    damage, message = DAMAGED[case]
+    damage(teacher)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Teacher.load(teacher)
+    assert caught.value.exit_code == 4 and str(teacher) in caught.value.cause
+    assert "metakd teach" in caught.value.remedy and "\n" not in caught.value.cause
+
+
+def test_an_undamaged_teacher_loads(teacher):
+    assert Teacher.load(teacher).domains == ["a", "b"]
+
+
+# Everything at once, before anything trains
+
+
+def config(teacher: str, student: dict, **blocks) -> RunConfig:
+    return RunConfig(
+        output_dir="unused",
+        data={"train": "unused", "max_length": 64},
+        teacher={"model": teacher},
+        student=student,
+        **blocks,
+    )
+
+
+def refused(*arguments) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check_models(*arguments)
+    assert caught.value.exit_code == 2 and caught.value.remedy
+    first, *rest = caught.value.cause.split("\n  ")
+    return rest or [first]
+
+
+@pytest.mark.parametrize(
+    "student",
+    [{"preset": "tiny-2l-128"}, {"layers": [1]}, {"model": "copy"}],
+    ids=lambda student: next(iter(student)),
+)
+def test_models_that_fit(saved, tokenizer, student):
+    source = saved("teacher")
+    if "model" in student:  # of another width: projections make it comparable
+        student = {"model": saved("student", hidden_size=32, **names(LABELS))}
+    check_models(config(source, student), tokenizer, LABELS)
+
+
+def test_every_mismatch_is_named_with_both_values(saved):
+    mine = train_tokenizer(WORDS, vocab_size=300)
+    other = train_tokenizer([word.replace("word", "term") for word in WORDS], vocab_size=300)
+    source = saved("teacher", vocab_size=len(mine) - 1, **names({"good": 0, "bad": 1}))
+    student = saved(
+        "student",
+        vocabulary=other,
+        max_position_embeddings=32,
+        num_hidden_layers=3,
+        **names({"good": 0, "bad": 1}),
+    )
+    found = refused(config(source, {"model": student}), mine, LABELS)
+    expected = [
+        ("teacher.model", f"knows {len(mine) - 1} tokens", f"tokenizer has {len(mine)}"),
+        ("teacher.model", "'good': 0", "'good': 1"),
+        ("student.model", f"of {len(other)} tokens", f"another of {len(mine)}"),
+        ("student.model", "'good': 0", "'good': 1"),
+        ("student.model", "takes 32 tokens", "max_length is 64"),
+        ("distill", "student has 3 layers", "teacher only 2"),
+    ]
+    assert len(found) == len(expected)
+    for line, (key, *parts) in zip(found, expected, strict=True):
+        assert line.startswith(f"{key}: ") and all(part in line for part in parts)
+
+
+def test_the_first_token_that_differs_is_named(saved, tokenizer, tmp_path):
+    other = train_tokenizer(WORDS, vocab_size=300)
+    vocabulary = json.loads(other.backend_tokenizer.to_str())
+    words = vocabulary["model"]["vocab"]
+    words["word1"], words["word2"] = words["word2"], words["word1"]
+    other.backend_tokenizer.from_str(json.dumps(vocabulary))
+    folder = saved("student", vocabulary=other)
+    file = tmp_path / "student" / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    stored["model"]["vocab"] = words
+    file.write_text(json.dumps(stored))
+    (line,) = refused(config(saved("teacher"), {"model": folder}), tokenizer, LABELS)
+    numbers = tokenizer.get_vocab()
+    assert f"'word1' is number {numbers['word2']} there and {numbers['word1']} here" in line
+
+
+def test_weights_without_a_tokenizer_need_enough_embeddings(saved, tokenizer):
+    folder = saved("student", vocabulary=None, vocab_size=7)
+    (line,) = refused(config(saved("teacher"), {"model": folder}), tokenizer, LABELS)
+    assert "knows 7 tokens" in line and f"has {len(tokenizer)}" in line
+
+
+def test_layers_and_widths_against_the_teacher(saved, tokenizer):
+    source = saved("teacher")
+    (line,) = refused(config(source, {"layers": [0, 2]}), tokenizer, LABELS)
+    assert "[0, 2] names a layer outside 0..1" in line
+    relations = {"method": "minilmv2", "relation_heads": 12}
+    student = {"model": saved("student", hidden_size=24)}
+    (line,) = refused(config(source, student, distill=relations), tokenizer, LABELS)
+    assert "student's width 24" in line and "teacher's 16" in line
+
+
+def test_models_that_are_not_there(tmp_path, tokenizer):
+    nowhere = str(tmp_path / "nowhere")
+    found = refused(config(nowhere, {"model": nowhere}), tokenizer, LABELS)
+    assert [line.split(":")[0] for line in found] == ["teacher.model", "student.model"]
