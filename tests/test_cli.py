@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import yaml
-from test_config import UNREADABLE, VALID, WRONG, with_fault
+from broken_data import CASES
+from test_config import CONTRADICTIONS, GENERATED, UNREADABLE, VALID, WRONG, with_fault
 from test_data import BROKEN, TEST, put
 
 from metakd import cli, demo, ops
@@ -46,31 +47,65 @@ def refused(result: tuple[int, str, str], code: int) -> str:
     return err
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_data_ends_with_exit_code_3(name, call, encoder, tmp_path):
-    files, keys, expected = BROKEN[name]
-    for file, content in ({"test.csv": TEST} | files).items():
-        if content is not None:
-            put(tmp_path / file, content)
-    data = {"train": "{d}/train.csv"} | keys
+def read_broken(call, encoder, folder, files: dict, data: dict) -> str:
+    """What `metakd prototypes` says of a corpus of these files, which it must refuse."""
+    for file, content in files.items():
+        put(folder / file, content)
     settings = yaml.safe_load(VALID) | {
-        "output_dir": str(tmp_path / "run"),
+        "output_dir": str(folder / "run"),
         "data": {
-            k: v.replace("{d}", str(tmp_path)) if isinstance(v, str) else v for k, v in data.items()
+            k: v.replace("{d}", str(folder)) if isinstance(v, str) else v for k, v in data.items()
         },
         "teacher": {"model": str(encoder)},
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    message = refused(call("prototypes", tmp_path / "config.yaml"), 3)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    message = refused(call("prototypes", folder / "config.yaml"), 3)
+    assert not (folder / "run" / "prototypes").exists()
+    return message
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_data_ends_with_exit_code_3(name, call, encoder, tmp_path):
+    files, keys, expected = BROKEN[name]
+    files = {f: c for f, c in ({"test.csv": TEST} | files).items() if c is not None}
+    message = read_broken(call, encoder, tmp_path, files, {"train": "{d}/train.csv"} | keys)
     assert all(line.replace("{d}", str(tmp_path)) in message for line in expected)
-    assert not (tmp_path / "run" / "prototypes").exists()
 
 
-@pytest.mark.parametrize("name", [*UNREADABLE, *WRONG])
+@pytest.mark.parametrize("name", CASES)
+def test_every_damage_in_every_format_is_told_with_its_place(name, call, encoder, tmp_path):
+    case = CASES[name]
+    head, *lines = read_broken(call, encoder, tmp_path, case.files, case.keys).splitlines()
+    found, (remedy,) = lines[:-1], lines[-1:]
+    assert head.startswith(f"metakd: {len(case.expected)} problem") and "no row was" in remedy
+    assert len(found) == min(len(case.expected), 20)
+    for line, reason in zip(found, case.expected, strict=False):
+        assert line.startswith(f"  {tmp_path}/{reason.replace('{d}', str(tmp_path))}")
+
+
+def test_the_broken_corpora_are_many():
+    assert len(CASES) >= 300 and len(CASES) + len(BROKEN) >= 120
+
+
+BROKEN_CONFIGS = (
+    {name: content for name, (content, _) in UNREADABLE.items()}
+    | {name: with_fault(text) for name, (text, _) in WRONG.items()}
+    | {name: with_fault(text) for name, (text, _) in CONTRADICTIONS.items()}
+    | {name: text for name, (text, _) in GENERATED.items()}
+)
+
+
+def test_the_broken_configs_are_many():
+    assert len(BROKEN_CONFIGS) >= 100
+
+
+@pytest.mark.parametrize("name", BROKEN_CONFIGS)
 def test_a_broken_config_ends_with_exit_code_2(name, call, tmp_path):
-    content = UNREADABLE[name][0] if name in UNREADABLE else with_fault(WRONG[name][0])
-    put(tmp_path / "config.yaml", content)
-    assert str(tmp_path / "config.yaml") in refused(call("run", tmp_path / "config.yaml"), 2)
+    put(tmp_path / "config.yaml", BROKEN_CONFIGS[name])
+    message = refused(call("run", tmp_path / "config.yaml"), 2)
+    assert str(tmp_path / "config.yaml") in message
+    if name in GENERATED:
+        assert GENERATED[name][1] in message
 
 
 def test_usage_errors_end_with_exit_code_2(call, tmp_path):

@@ -3,10 +3,14 @@
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 import yaml
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from metakd.config import DistillConfig, RunConfig, check_contradictions, load_config
 from metakd.errors import ConfigError
@@ -223,6 +227,101 @@ def test_wrong_keys(write, text, expected):
     assert len(found) == len(expected)
     for line, start in zip(found, expected, strict=True):
         assert line.startswith(f"{path}: {start}")
+
+
+# Faults made from the models themselves, so that a new key is covered as soon as it exists.
+
+Place = tuple[str | int, ...]
+
+
+def blocks(model: type[BaseModel] = RunConfig, path: Place = ()) -> dict[Place, type[BaseModel]]:
+    """Every block by its place; of a list of blocks the first."""
+    found = {path: model}
+    for key, field in model.model_fields.items():
+        pending = [(field.annotation, (*path, key))]
+        while pending:
+            annotation, place = pending.pop()
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                found |= blocks(annotation, place)
+            in_list = get_origin(annotation) is list
+            pending += [(a, (*place, 0) if in_list else place) for a in get_args(annotation)]
+    return found
+
+
+def tree_with(path: Place) -> tuple[dict, dict]:
+    """A valid configuration that spells out the block at ``path``, and that block."""
+    tree = yaml.safe_load(VALID)
+    block = tree
+    for key, following in zip(path, [*path[1:], ""]):
+        if isinstance(key, int):
+            block = block[key]
+        elif isinstance(following, int):
+            block = block.setdefault(key, [{"method": "finetune"}])
+        else:
+            block = block.setdefault(key, {})
+    return tree, block
+
+
+def leaf_faults() -> Iterator[tuple[str, dict, str]]:
+    """(name, tree, beginning of the one line to expect)."""
+    for path, model in blocks().items():
+        for key, field in model.model_fields.items():
+            dotted = ".".join(map(str, (*path, key)))
+            # A letter less, a letter more, and a word like none.
+            for typo in (key[:-1], key + "x", key[::-1].upper()):
+                tree, block = tree_with(path)
+                default = field.get_default(call_default_factory=True)
+                default = None if field.is_required() else to_jsonable_python(default)
+                block[typo] = block.pop(key, default)
+                where = ".".join(map(str, (*path, typo)))
+                yield f"{typo} for {dotted}", tree, f"{where}: unknown key"
+            holds_list = "list" in str(field.annotation)
+            wrong = {"a list in a list": [[1]], "a word": "?!"}
+            if holds_list:
+                wrong = {"a number": 3}
+            elif "str" in str(field.annotation):
+                wrong.pop("a word")
+            if type(None) not in get_args(field.annotation):
+                wrong["nothing"] = None
+            for what, value in wrong.items():
+                tree, block = tree_with(path)
+                block[key] = value
+                yield f"{what} for {dotted}", tree, dotted
+            for limit in field.metadata:
+                beyond = {
+                    "ge": lambda bound: bound - 1,
+                    "gt": lambda bound: bound,
+                    "le": lambda bound: bound + 1,
+                    "lt": lambda bound: bound,
+                }
+                for name, make in beyond.items():
+                    if hasattr(limit, name):
+                        tree, block = tree_with(path)
+                        block[key] = make(getattr(limit, name))
+                        yield f"{name} of {dotted}", tree, dotted
+
+
+GENERATED = {name: (yaml.safe_dump(tree), start) for name, tree, start in leaf_faults()}
+
+
+def test_the_generated_faults_cover_every_key():
+    assert len(GENERATED) >= 300
+    assert len(blocks()) >= 12 and ("compare", "rows", 0) in blocks()
+    keys = {name.rpartition(" ")[2] for name in GENERATED}
+    for path, model in blocks().items():
+        assert keys >= {".".join(map(str, (*path, key))) for key in model.model_fields}
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_no_generated_fault_passes(write, name):
+    text, start = GENERATED[name]
+    path = write(text)
+    found = problems(refused(path))
+    assert found[0].startswith(f"{path}: {start}"), found
+    # A key like none is not taken for another, so that a required one is missing beside it.
+    missing = ("required key is missing", "(given: none)")
+    others = [line for line in found[1:] if not line.endswith(missing)]
+    assert not others and len(found) <= 2
 
 
 CONTRADICTIONS = {

@@ -638,3 +638,33 @@ def test_step_sampler_refuses_what_it_cannot_cut():
         StepSampler([5, 5, 5], step_size=8, micro_batches=4, seed=0)
     with pytest.raises(ValueError, match="step_size: 2 examples"):
         StepSampler([5] * 9, step_size=2, micro_batches=4, seed=0)
+
+
+# What one byte of a file can become: nothing, a line end, a mark, a byte that is no UTF-8.
+ONE_BYTE = [b"", b"\n", b"\r", b",", b"\t", b'"', b"\0", b"\xff", b"{", b"x"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+def test_whatever_happens_to_one_byte_no_row_is_dropped(kind, tmp_path):
+    """Each byte of a small file is replaced by each of ten: the file is refused with a place in it,
+    or every row is still there."""
+    rows = [row(text=f"w{i}", label=("a", "b")[i % 2], domain="d") for i in range(4)]
+    content = {
+        "csv": HEADER + "".join(f"{r['text']},{r['label']},{r['domain']}\n" for r in rows),
+        "tsv": "text\tlabel\tdomain\n"
+        + "".join(f"{r['text']}\t{r['label']}\t{r['domain']}\n" for r in rows),
+        "jsonl": jsonl(*rows),
+    }[kind].encode()
+    path = tmp_path / f"train.{kind}"
+    refused = 0
+    for position in range(len(content)):
+        for byte in ONE_BYTE:
+            path.write_bytes(content[:position] + byte + content[position + 1 :])
+            try:
+                read = read_corpus(DataConfig(train=str(path))).splits["train"]
+            except DataError as error:
+                refused += 1
+                assert f"  {path}:" in error.cause
+            else:
+                assert len(read) == len(rows), (position, byte)
+    assert refused > len(content)
