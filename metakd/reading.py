@@ -31,6 +31,9 @@ PROBLEMS_SHOWN = 20
 OVERLAP_ALLOWED = 0.01
 """Share of the rows of validation or test that may also be in train without being a problem."""
 
+LONGEST_DOMAIN = 200
+"""Bytes of a domain's name; file systems allow 255, and stages are built beside their place."""
+
 _LINE_END = re.compile(rb"(?<=\n)|(?<=\r)(?!\n)")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")
@@ -398,12 +401,14 @@ def _check_rows(
     if config.text_pair is not None:
         checks.append(("pair", config.text_pair, _check_text))
     if domain is None:
-        checks.append(("domain", config.domain, partial(_check_name, "domain")))
+        checks.append(("domain", config.domain, _check_domain))
     for _, column, _ in checks:
         if column not in table.columns:
             reason = f"missing column: {_unknown(column, table.columns)}"
             problems.add(table.file, table.header, column, reason)
     checks = [(name, column, check) for name, column, check in checks if column in table.columns]
+    if domain is not None and (reason := _check_domain(domain)[1]):
+        problems.add(table.file, None, None, reason)
     rows = []
     for row, values in table.rows:
         fields = {} if domain is None else {"domain": domain}
@@ -457,6 +462,18 @@ def _check_name(what: str, value: Any) -> tuple[str | None, str | None]:
     if value != value.strip():
         return None, f"{what} {_show(value)} has white space around it"
     return _check_characters(value)
+
+
+def _check_domain(value: Any) -> tuple[str | None, str | None]:
+    """A domain's name, which is also that of its student's folder: it must not lead elsewhere."""
+    name, reason = _check_name("domain", value)
+    if name is not None and (
+        name.startswith(".")
+        or re.search(r"[/\\\x00-\x1f\x7f]", name)
+        or len(name.encode()) > LONGEST_DOMAIN
+    ):
+        return None, f"domain {_show(name)} cannot name a folder"
+    return name, reason
 
 
 def _check_characters(value: str) -> tuple[str | None, str | None]:
