@@ -244,9 +244,22 @@ def _verification_table(report: list[dict]) -> Table:
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False):
-    """Print versions, devices, and each backend with the reason why it cannot run an operation."""
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="YAML file: estimate its memory")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+):
+    """Print versions, devices, and each backend with the reason why it cannot run an operation; of
+    a CONFIG also the memory that its models need per process."""
+    checked = load_config(config, overrides or []) if config else None
     report = _diagnose()
+    if checked is not None:
+        from metakd.training.memory import memory_table
+
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        report["memory per process, estimated"] = memory_table(checked, processes)
     if as_json:
         print(json.dumps(report, indent=1))
         return
@@ -295,7 +308,30 @@ def _diagnose() -> dict[str, dict[str, str]]:
             backends[f"{backend} on {kind}"] = f"{ready} of {len(ops.OPS)} losses" + (
                 f"; {missing}" if missing else ""
             )
-    return {"versions": versions, "devices": devices, "extension": extension, "backends": backends}
+    report = {
+        "versions": versions,
+        "devices": devices,
+        "extension": extension,
+        "backends": backends,
+    }
+    return report | ({"build locks": locks} if (locks := _build_locks()) else {})
+
+
+def _build_locks() -> dict[str, str]:
+    """Locks under torch's extension cache, where DeepSpeed compiles its operators at first use."""
+    import time
+    from pathlib import Path
+
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return {
+        str(lock): f"{(time.time() - lock.stat().st_mtime) / 60:.0f} min old; a process that was "
+        "killed while it compiled leaves this behind, and every later start waits for it in "
+        f"silence. If nothing compiles now: rm {shlex.quote(str(lock))}"
+        for lock in sorted(root.rglob("lock"))
+        if lock.is_file()
+    }
 
 
 def _show_evaluation(run, scores: dict) -> None:

@@ -128,7 +128,14 @@ def test_an_encoder_that_does_not_exist(call, tmp_path):
     assert "teacher.model" in refused(call("prototypes", tmp_path / "config.yaml"), 2)
 
 
-def test_doctor_names_each_backend_and_why_not(call, monkeypatch):
+@pytest.fixture
+def build_cache(monkeypatch, tmp_path):
+    """An extension cache of the test's own."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    return tmp_path / "extensions"
+
+
+def test_doctor_names_each_backend_and_why_not(call, monkeypatch, build_cache):
     monkeypatch.setitem(ops.ABSENT, ("triton", "cpu"), frozenset({"hidden_mse"}))
     code, out, err = call("doctor", "--json")
     report = json.loads(out)
@@ -137,6 +144,32 @@ def test_doctor_names_each_backend_and_why_not(call, monkeypatch):
     assert "12 of 13" in report["backends"]["triton on cpu"]
     assert "'triton' does not implement hidden_mse" in report["backends"]["triton on cpu"]
     assert report["backends"]["reference on cpu"].startswith("13 of 13")
+
+
+def test_doctor_names_a_build_lock_and_the_remedy(call, build_cache):
+    put(build_cache / "py311_cpu" / "deepspeed_shm_comm" / "lock", "")
+    put(build_cache / "py311_cpu" / "deepspeed_shm_comm" / "build.ninja", "")
+    code, out, _ = call("doctor", "--json")
+    ((lock, advice),) = json.loads(out)["build locks"].items()
+    assert code == 0 and lock.endswith("py311_cpu/deepspeed_shm_comm/lock")
+    assert "0 min old" in advice and advice.endswith(f"rm {lock}")
+
+
+def test_doctor_estimates_the_memory_of_a_configuration(call, encoder, tmp_path, build_cache):
+    put(
+        tmp_path / "config.yaml",
+        yaml.safe_dump(yaml.safe_load(VALID) | {"teacher": {"model": str(encoder)}}),
+    )
+    code, out, _ = call("doctor", tmp_path / "config.yaml", "bf16=true", "--json")
+    table = json.loads(out)["memory per process, estimated"]
+    assert code == 0 and table["counted for"] == "1 process, bf16"
+    assert {f"student training, ZeRO {stage}" for stage in (1, 2, 3)} < set(table)
+    assert "weights" in table["teacher training, ZeRO 0 (configured)"]
+    code, out, _ = call("doctor", tmp_path / "config.yaml")
+    assert code == 0 and "frozen teacher beside the student" in out
+    assert "seed" in refused(call("doctor", tmp_path / "config.yaml", "seed=x"), 2)
+    message = refused(call("doctor", tmp_path / "config.yaml", "teacher.model=nowhere/at/all"), 2)
+    assert "nowhere/at/all" in message
 
 
 @pytest.mark.parametrize("stage", ["prototypes", "teach", "distill", "run", "compare"])

@@ -81,14 +81,8 @@ def check_models(
             note("student.model", check_labels, student.model, shape, label2id)
             length = config.data.max_length
             note("student.model", _check_positions, student.model, shape, length)
-    elif student.preset is not None:
-        depth, hidden, *_ = PRESETS[student.preset]
-        shape = BertConfig(num_hidden_layers=depth, hidden_size=hidden)
     else:
-        shape = copy.copy(taught)
-        if shape is not None:
-            note("student.layers", _check_layers, student.layers, taught.num_hidden_layers)
-            shape.num_hidden_layers = len(student.layers)
+        shape = None if taught is None else note("student", student_shape, student, taught)
     if taught is not None and shape is not None:
         terms = note(
             "distill",
@@ -105,6 +99,36 @@ def check_models(
             problems[0] if len(problems) == 1 else listed,
             "Choose models that fit each other and the data; nothing was trained.",
         )
+
+
+def student_shape(student: StudentConfig, taught: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the student's model, as far as its sizes go.
+
+    Args:
+        student: preset, layers to copy, or a model.
+        taught: the teacher's configuration.
+
+    Raises:
+        ValueError: a layer to copy does not exist in the teacher.
+        OSError: there is no such model.
+    """
+    if student.model is not None:
+        return load_config(student.model)
+    if student.layers is not None:
+        return _shortened(taught, student.layers)
+    return _preset_shape(student.preset, taught.vocab_size)
+
+
+def _preset_shape(name: str, vocab_size: int, **options) -> BertConfig:
+    layers, hidden, heads, feed_forward = PRESETS[name]
+    return BertConfig(
+        vocab_size=vocab_size,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=feed_forward,
+        **options,
+    )
 
 
 def build_student(
@@ -135,13 +159,9 @@ def build_student(
         return load_classifier(config.model, label2id)
     if config.layers is not None:
         return keep_layers(load_classifier(source, label2id), config.layers)
-    layers, hidden, heads, feed_forward = PRESETS[config.preset]
-    shape = BertConfig(
-        vocab_size=len(tokenizer),
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        intermediate_size=feed_forward,
+    shape = _preset_shape(
+        config.preset,
+        len(tokenizer),
         max_position_embeddings=max(512, max_length),
         pad_token_id=tokenizer.pad_token_id,
         label2id=label2id,
@@ -157,11 +177,17 @@ def _check_positions(model: str, shape: PretrainedConfig, max_length: int) -> No
         raise ValueError(f"{model} takes {positions} tokens, max_length is {max_length}")
 
 
-def _check_layers(layers: list[int], depth: int) -> None:
+def _shortened(taught: PretrainedConfig, layers: list[int]) -> PretrainedConfig:
+    depth = taught.num_hidden_layers
     if any(layer >= depth for layer in layers):
         raise ValueError(
             f"student.layers: {layers} names a layer outside 0..{depth - 1} of the source"
         )
+    shape = copy.deepcopy(taught)
+    shape.num_hidden_layers = len(layers)
+    if getattr(shape, "layer_types", None):  # architectures that alternate kinds of attention
+        shape.layer_types = [shape.layer_types[layer] for layer in layers]
+    return shape
 
 
 def keep_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
@@ -171,11 +197,7 @@ def keep_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
     Raises:
         ValueError: a layer number is out of range.
     """
-    _check_layers(layers, model.config.num_hidden_layers)
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):  # architectures that alternate kinds of attention
-        config.layer_types = [config.layer_types[layer] for layer in layers]
+    config = _shortened(model.config, layers)
     stack = encoder_layers(model)
     prefix = next(name for name, module in model.named_modules() if module is stack) + "."
     position = {str(layer): str(new) for new, layer in enumerate(layers)}

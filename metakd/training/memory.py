@@ -1,0 +1,230 @@
+"""How much memory a run needs, per process, before anything is loaded.
+
+Weights, gradients and AdamW's state are counted exactly, as DeepSpeed holds them at each ZeRO
+stage; activations are a rough formula. Models are built from their configuration on the ``meta``
+device: no weights are read and none allocated.
+
+With P parameters, N processes and b bytes of the dtype (4 for fp32, 2 for bf16 and fp16):
+
+- weights ``b P``, divided by N at stage 3;
+- gradients ``b P``, divided by N from stage 2 on;
+- optimizer ``8 P`` for two moments in fp32, and ``4 P`` more for fp32 copies of the weights, which
+  DeepSpeed keeps in half precision and, whatever the dtype, from stage 1 on; all of it divided by N
+  from stage 1 on;
+- activations ``layers B L (17 b H + 4 A)`` of one micro-batch in which every example is as long as
+  the longest. In fp32 BERT kept 0.95 to 1.13 times that (``tests/test_memory.py``); on a CPU, where
+  SDPA keeps its maps under attention dropout, up to 1.8 times.
+
+``offload`` moves the optimizer's part to the host, with a gradient in fp32, and at stage 3 the
+weights too. Left out: DeepSpeed's buckets, the gathered layers of stage 3, the cache of the
+allocator, CUDA's context (about 0.5 GB), logits, and what only distillation needs beside its two
+models: projections and domain layers, a few H x H matrices.
+
+Sizes: A heads, B batch, H hidden width, L tokens, N processes, P parameters.
+
+Source: Rajbhandari et al. 2020 (ZeRO), section 3; Korthikanti et al. 2022, section 4.1, for the
+34 B L H bytes of a layer in half precision, without the attention maps that SDPA does not keep.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
+
+from metakd.config import RunConfig, TrainingConfig
+from metakd.errors import ConfigError
+from metakd.method.sources import load_config
+from metakd.method.student import student_shape
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per process, on the device and on the host."""
+
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    host: int = 0
+
+    @property
+    def device(self) -> int:
+        """All of it that lies on the device."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        parts = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "activations about": self.activations,
+        }
+        listed = ", ".join(f"{name} {_shown(size)}" for name, size in parts.items() if size)
+        host = f"; on the host {_shown(self.host)}" if self.host else ""
+        return f"{_shown(self.device)} ({listed}){host}"
+
+
+def estimate(
+    parameters: int,
+    *,
+    zero: int,
+    offload: bool,
+    dtype: str,
+    world_size: int,
+    batch: int,
+    length: int,
+    layers: int,
+    hidden: int,
+    heads: int,
+) -> Memory:
+    """Memory of a model under training with AdamW.
+
+    Args:
+        parameters: P, all of them trained.
+        zero: stage, 0 to 3.
+        offload: the optimizer's part, and at stage 3 the weights, lie on the host.
+        dtype: fp32, bf16 or fp16.
+        world_size: N.
+        batch: examples of a micro-batch per process.
+        length: tokens of the longest example.
+        layers: of the encoder.
+        hidden: H.
+        heads: A per layer.
+    """
+    size = BYTES[dtype]
+
+    def part(sharded: bool) -> int:
+        """P, or the part of one process, rounded up as DeepSpeed pads it."""
+        return -(-parameters // world_size) if sharded else parameters
+
+    own = part(zero >= 1)
+    weights = size * part(zero >= 3)
+    optimizer = (8 + 4 * (size < 4 or zero >= 1)) * own
+    host = 0
+    if offload:
+        host = optimizer + 4 * own
+        optimizer = 0
+        if zero >= 3:
+            host, weights = host + weights, 0
+    return Memory(
+        weights=weights,
+        gradients=size * part(zero >= 2),
+        optimizer=optimizer,
+        activations=layers * batch * length * (17 * size * hidden + 4 * heads),
+        host=host,
+    )
+
+
+def estimate_frozen(
+    parameters: int,
+    *,
+    zero: int,
+    offload: bool,
+    dtype: str,
+    world_size: int,
+    batch: int,
+    length: int,
+    layers: int,
+    hidden: int,
+) -> Memory:
+    """Memory of a teacher that only answers: its weights, and of each layer hidden state, queries
+    and keys, which the student's losses wait for. Arguments as for ``estimate``; ``zero`` 3 shards
+    the weights, any other stage leaves them whole."""
+    size = BYTES[dtype]
+    weights = size * (-(-parameters // world_size) if zero >= 3 else parameters)
+    features = 3 * size * layers * batch * length * hidden
+    if offload:
+        return Memory(weights=0, activations=features, host=weights)
+    return Memory(weights=weights, activations=features)
+
+
+def count_parameters(shape: PretrainedConfig) -> int:
+    """P of a sequence classifier of this shape; nothing is allocated."""
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(shape, trust_remote_code=False)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
+    """What ``metakd doctor CONFIG`` prints: the teacher's training and the student's, as configured
+    and at every ZeRO stage, and the frozen teacher beside the student.
+
+    Args:
+        config: the checked configuration.
+        world_size: N.
+
+    Raises:
+        ConfigError: a model's configuration cannot be read.
+    """
+    teacher, student = _settings(config)
+    try:
+        taught = load_config(config.teacher.model)
+        learning = student_shape(config.student, taught)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"models: {str(error).splitlines()[0]}", "correct teacher.model and student"
+        ) from error
+    dtype = "bf16" if config.bf16 else "fp16" if config.fp16 else "fp32"
+    table = {"counted for": f"{world_size} process{'es' * (world_size > 1)}, {dtype}"}
+    for title, shape, settings in (
+        ("teacher training", taught, teacher),
+        ("student training", learning, student),
+    ):
+        parameters = count_parameters(shape)
+        table[title] = f"{parameters / 1e6:.1f} M parameters"
+        for stage in dict.fromkeys((settings.zero, *STAGES)):
+            name = f"{title}, ZeRO {stage}" + " (configured)" * (stage == settings.zero)
+            table[name] = str(
+                estimate(
+                    parameters,
+                    zero=stage,
+                    offload=settings.offload and stage == settings.zero,
+                    dtype=dtype,
+                    world_size=world_size,
+                    batch=settings.training.per_device_train_batch_size,
+                    length=config.data.max_length,
+                    layers=shape.num_hidden_layers,
+                    hidden=shape.hidden_size,
+                    heads=shape.num_attention_heads,
+                )
+            )
+    table["frozen teacher beside the student"] = str(
+        estimate_frozen(
+            count_parameters(taught),
+            zero=teacher.zero,
+            offload=teacher.offload,
+            dtype=dtype,
+            world_size=world_size,
+            batch=student.training.per_device_train_batch_size,
+            length=config.data.max_length,
+            layers=taught.num_hidden_layers,
+            hidden=taught.hidden_size,
+        )
+    )
+    return table
+
+
+@dataclass(frozen=True)
+class _Settings:
+    zero: int
+    offload: bool
+    training: TrainingConfig
+
+
+def _settings(config: RunConfig) -> tuple[_Settings, _Settings]:
+    """How teacher and student are trained: the one place that knows the keys."""
+    return (
+        _Settings(config.zero, False, config.teacher.training),
+        _Settings(config.zero, False, config.distill.training),
+    )
+
+
+def _shown(size: int) -> str:
+    power = min(int(math.log10(max(size, 1)) // 3), 4)
+    return f"{size / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
