@@ -256,9 +256,12 @@ def doctor(
     checked = load_config(config, overrides or []) if config else None
     report = _diagnose()
     if checked is not None:
+        import torch
+
         from metakd.training.memory import memory_table
 
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        # Not yet started as a world, one process per GPU is what it will be.
+        processes = int(os.environ.get("WORLD_SIZE") or max(1, torch.cuda.device_count()))
         report["memory per process, estimated"] = memory_table(checked, processes)
     if as_json:
         print(json.dumps(report, indent=1))
