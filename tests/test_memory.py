@@ -7,7 +7,6 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from metakd.config import RunConfig
 from metakd.errors import ConfigError
-from metakd.training.engine import join_world
 from metakd.training.memory import (
     BYTES,
     STAGES,
@@ -16,6 +15,7 @@ from metakd.training.memory import (
     estimate_frozen,
     memory_table,
 )
+from metakd.training.world import join_world
 
 SHAPE = {"batch": 4, "length": 16, "layers": 2, "hidden": 32, "heads": 4}
 FROZEN = {name: value for name, value in SHAPE.items() if name != "heads"}

@@ -24,8 +24,8 @@ from metakd.method.sources import load_config as load_shape
 from metakd.method.student import build_student
 from metakd.method.teacher import Teacher
 from metakd.reading import read_corpus
-from metakd.training.engine import World
 from metakd.training.store import StageStore
+from metakd.training.world import World
 
 __all__ = ["call", "encoder"]  # fixtures
 
@@ -256,7 +256,7 @@ def precious(tmp_path):
 
 
 def build(run: Path) -> None:
-    def write(folder: Path) -> dict:
+    def write(folder: Path, saves) -> dict:
         (folder / "file").write_text("new")
         return {}
 

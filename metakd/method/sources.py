@@ -195,7 +195,9 @@ def _load(auto: type, source: str, whole: bool = False, **options) -> PreTrained
     if lost:
         shown = ", ".join(f"{name} ({why})" for name, why in sorted(lost.items())[:_SHOWN])
         raise ValueError(f"{source}: {len(lost)} weights do not fit its config.json: {shown}")
-    check_finite(source, model.state_dict())
+    # Of a model that is read into shards, this process can only check its own.
+    own = {name: getattr(value, "ds_tensor", value) for name, value in model.named_parameters()}
+    check_finite(source, own | dict(model.named_buffers()))
     return model
 
 

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
-from metakd.config import RunConfig, TrainingConfig
+from metakd.config import RunConfig
 from metakd.errors import ConfigError
 from metakd.method.sources import load_config
 from metakd.method.student import student_shape
@@ -162,7 +162,7 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
     Raises:
         ConfigError: a model's configuration cannot be read.
     """
-    teacher, student = _settings(config)
+    teacher, student = config.sharding(config.teacher), config.sharding(config.student)
     try:
         taught = load_config(config.teacher.model)
         learning = student_shape(config.student, taught)
@@ -170,24 +170,24 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
         raise ConfigError(
             f"models: {str(error).splitlines()[0]}", "correct teacher.model and student"
         ) from error
-    dtype = "bf16" if config.bf16 else "fp16" if config.fp16 else "fp32"
+    dtype = config.precision
     table = {"counted for": f"{world_size} process{'es' * (world_size > 1)}, {dtype}"}
-    for title, shape, settings in (
-        ("teacher training", taught, teacher),
-        ("student training", learning, student),
+    for title, shape, sharding, training in (
+        ("teacher training", taught, teacher, config.teacher.training),
+        ("student training", learning, student, config.distill.training),
     ):
         parameters = count_parameters(shape)
         table[title] = f"{parameters / 1e6:.1f} M parameters"
-        for stage in dict.fromkeys((settings.zero, *STAGES)):
-            name = f"{title}, ZeRO {stage}" + " (configured)" * (stage == settings.zero)
+        for stage in dict.fromkeys((sharding.zero, *STAGES)):
+            name = f"{title}, ZeRO {stage}" + " (configured)" * (stage == sharding.zero)
             table[name] = str(
                 estimate(
                     parameters,
                     zero=stage,
-                    offload=settings.offload and stage == settings.zero,
+                    offload=sharding.offload and stage == sharding.zero,
                     dtype=dtype,
                     world_size=world_size,
-                    batch=settings.training.per_device_train_batch_size,
+                    batch=training.per_device_train_batch_size,
                     length=config.data.max_length,
                     layers=shape.num_hidden_layers,
                     hidden=shape.hidden_size,
@@ -198,31 +198,16 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
         estimate_frozen(
             count_parameters(taught),
             zero=teacher.zero,
-            offload=teacher.offload,
+            offload=teacher.offload and teacher.zero == 3,
             dtype=dtype,
             world_size=world_size,
-            batch=student.training.per_device_train_batch_size,
+            batch=config.distill.training.per_device_train_batch_size,
             length=config.data.max_length,
             layers=taught.num_hidden_layers,
             hidden=taught.hidden_size,
         )
     )
     return table
-
-
-@dataclass(frozen=True)
-class _Settings:
-    zero: int
-    offload: bool
-    training: TrainingConfig
-
-
-def _settings(config: RunConfig) -> tuple[_Settings, _Settings]:
-    """How teacher and student are trained: the one place that knows the keys."""
-    return (
-        _Settings(config.zero, False, config.teacher.training),
-        _Settings(config.zero, False, config.distill.training),
-    )
 
 
 def _shown(size: int) -> str:
