@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 from metakd.config import RunConfig, StudentConfig
 from metakd.demo import train_tokenizer
 from metakd.errors import CheckpointError, ConfigError
-from metakd.method.sources import load_classifier, load_encoder
+from metakd.method.sources import load_classifier, load_encoder, load_trained_classifier
 from metakd.method.student import build_student, check_models
 from metakd.method.teacher import Teacher
 
@@ -187,7 +187,7 @@ def describe(**changes):
 # What is done to the folder, and what is said.
 DAMAGED = {
     "no description": (lambda f: (f / "metakd.json").unlink(), "metakd.json is missing"),
-    "cut description": (lambda f: (f / "metakd.json").write_text('{"kind"'), "damaged teacher"),
+    "cut description": (lambda f: (f / "metakd.json").write_text('{"kind"'), "is damaged"),
     "half a description": (describe(domains=None), "domains"),
     "another number of domains": (
         describe(domains=["a", "b", "c"]),
@@ -214,7 +214,7 @@ DAMAGED = {
     ),
     "cut domain parts": (
         lambda f: (f / "domain.safetensors").write_bytes(b"12345678"),
-        "damaged teacher",
+        "is damaged",
     ),
 }
 
@@ -327,3 +327,13 @@ def test_models_that_are_not_there(tmp_path, tokenizer):
     nowhere = str(tmp_path / "nowhere")
     found = refused(config(nowhere, {"model": nowhere}), tokenizer, LABELS)
     assert [line.split(":")[0] for line in found] == ["teacher.model", "student.model"]
+
+
+def test_a_damaged_student_is_a_checkpoint_error(saved, tmp_path):
+    folder = saved("student", **names(LABELS))
+    assert load_trained_classifier(folder).config.label2id == LABELS
+    (tmp_path / "student" / "model.safetensors").write_bytes(b"12345678")
+    with pytest.raises(CheckpointError, match="student: is damaged: its weights cannot be read"):
+        load_trained_classifier(folder)
+    with pytest.raises(CheckpointError, match="nowhere: is damaged"):
+        load_trained_classifier(tmp_path / "nowhere")

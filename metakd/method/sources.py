@@ -4,7 +4,8 @@ Nothing that a model's folder holds is ever run: weights come from safetensors o
 model's own stays where it is. Nothing is taken for granted either: weights that are missing, of
 another shape or not finite are refused, except for a fresh classification head, and so are a
 vocabulary and label names that do not fit the data. Messages are ``ValueError`` naming the source,
-which the stages turn into errors of the configuration.
+which the stages turn into errors of the configuration; of models that this toolkit has saved,
+``CheckpointError``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from metakd.errors import CheckpointError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _SHOWN = 3
@@ -91,10 +94,21 @@ def load_trained_classifier(folder: Path) -> PreTrainedModel:
     """A classifier that this toolkit has saved: every weight must be there, the head's included.
 
     Raises:
-        ValueError: as ``load_encoder``.
-        OSError: there is none.
+        CheckpointError: there is none, or what is there is not whole or not finite.
     """
-    return _load(AutoModelForSequenceClassification, str(folder), whole=True)
+    try:
+        return _load(AutoModelForSequenceClassification, str(folder), whole=True)
+    except (OSError, ValueError) as error:
+        raise damaged(folder, error) from error
+
+
+def damaged(folder: Path, error: Exception) -> CheckpointError:
+    """What is said of a folder of our own that cannot be read."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return CheckpointError(
+        f"{folder}: is damaged: {reason.removeprefix(f'{folder}: ')}",
+        f"remove {folder} and build it again: `metakd teach` or `metakd distill`",
+    )
 
 
 def check_labels(source: str, config: PretrainedConfig, label2id: dict[str, int]) -> None:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from metakd.errors import CheckpointError, UnsupportedError
 from metakd.method.recipe import PAPER, Recipe
-from metakd.method.sources import check_finite, load_trained_classifier
+from metakd.method.sources import check_finite, damaged, load_trained_classifier
 from metakd.method.taps import Features, Taps, pool
 
 
@@ -240,17 +240,12 @@ class Teacher(nn.Module):
                 described["withheld"],
             )
             teacher._load_domain_parts(folder / "domain.safetensors")
-        except FileNotFoundError as error:
-            missing = Path(error.filename or folder).name
+        except FileNotFoundError:
             raise CheckpointError(
-                f"{folder}: no teacher here ({missing} is missing)", "run `metakd teach` first"
+                f"{folder}: no teacher here (metakd.json is missing)", "run `metakd teach` first"
             ) from None
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-            reason = (str(error).splitlines() or ["unreadable"])[0]
-            raise CheckpointError(
-                f"{folder}: damaged teacher: {reason}",
-                f"remove {folder} and run `metakd teach` again",
-            ) from error
+            raise damaged(folder, error) from error
         return teacher
 
     def _load_domain_parts(self, file: Path) -> None:
