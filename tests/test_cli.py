@@ -146,6 +146,20 @@ def test_doctor_names_each_backend_and_why_not(call, monkeypatch, build_cache):
     assert report["backends"]["reference on cpu"].startswith("13 of 13")
 
 
+def test_models_that_do_not_fit_are_refused_before_anything_is_built(call, encoder, tmp_path):
+    demo.write_corpus(tmp_path, train=8, validation=2, test=2)
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "data": {n: str(tmp_path / f"{n}.jsonl") for n in ("train", "validation", "test")},
+        "teacher": {"model": str(encoder)},
+        "student": {"layers": [0, 7]},
+    }
+    put(tmp_path / "config.yaml", yaml.safe_dump(settings))
+    message = refused(call("prototypes", tmp_path / "config.yaml"), 2)
+    assert "[0, 7] names a layer outside 0..1" in message
+    assert not (tmp_path / "run" / "prototypes").exists()
+
+
 def test_doctor_names_a_build_lock_and_the_remedy(call, build_cache):
     put(build_cache / "py311_cpu" / "deepspeed_shm_comm" / "lock", "")
     put(build_cache / "py311_cpu" / "deepspeed_shm_comm" / "build.ninja", "")

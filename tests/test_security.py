@@ -17,6 +17,7 @@ from test_cli import call, encoder, refused
 from test_config import VALID
 from test_data import ROWS, jsonl, put
 
+from metakd import demo
 from metakd.config import DataConfig, StudentConfig, load_config
 from metakd.errors import CheckpointError, ConfigError, DataError
 from metakd.method.sources import load_classifier, load_encoder, load_tokenizer
@@ -152,6 +153,33 @@ def test_code_of_a_model_is_never_run(encoder, tmp_path, mark, loader, kind):
             load[loader](str(folder))
     else:  # read by the class that transformers has for this type
         load[loader](str(folder))
+
+
+@pytest.mark.parametrize("attack", ["pickle", "code"])
+@pytest.mark.parametrize("key", ["teacher", "student"])
+def test_the_command_line_refuses_such_models(call, encoder, tmp_path, mark, attack, key):
+    folder = tmp_path / "model"
+    if attack == "pickle":
+        pickled(encoder, folder, "pytorch_model.bin", mark)
+    else:
+        shutil.copytree(encoder, folder)
+        described = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(
+            json.dumps(described | {"auto_map": AUTO, "model_type": "own"})
+        )
+        (folder / "own.py").write_text(CODE.format(mark=str(mark), base="BertConfig"))
+    demo.write_corpus(tmp_path, train=8, validation=2, test=2)
+    settings = yaml.safe_load(VALID) | {
+        "output_dir": str(tmp_path / "run"),
+        "data": {n: str(tmp_path / f"{n}.jsonl") for n in ("train", "validation", "test")}
+        | {"max_length": 16},
+        "teacher": {"model": str(encoder)},
+        "distill": {"method": "finetune", "training": {"max_steps": 1}},
+    }
+    settings[key] = {"model": str(folder)}
+    put(tmp_path / "config.yaml", yaml.safe_dump(settings))
+    stage = "prototypes" if key == "teacher" else "distill"
+    assert str(folder) in refused(call(stage, tmp_path / "config.yaml"), 2)
 
 
 # Configurations
@@ -305,6 +333,8 @@ def test_no_source_runs_or_unpickles_what_it_reads():
             continue
         assert name not in forbidden, f"{place}: {name}"
         assert owner != "pickle", f"{place}: pickle.{name}"
+        if name == "from_pretrained":
+            assert place.startswith("sources.py:"), f"{place}: load through metakd.method.sources"
         options = {keyword.arg: keyword.value for keyword in node.keywords}
         if owner == "torch" and name == "load":
             assert ast.unparse(options["weights_only"]) == "True", place

@@ -20,12 +20,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from metakd import __version__
 from metakd.config import DistillConfig, RunConfig
@@ -34,7 +29,13 @@ from metakd.errors import ConfigError, DataError
 from metakd.method.objective import Distillation, build_terms
 from metakd.method.prototypes import Prototypes, describe_scores, embed
 from metakd.method.recipe import RECIPES, Recipe
-from metakd.method.student import build_student, load_classifier
+from metakd.method.sources import (
+    load_classifier,
+    load_encoder,
+    load_tokenizer,
+    load_trained_classifier,
+)
+from metakd.method.student import build_student, check_models
 from metakd.method.taps import model_inputs
 from metakd.method.teacher import Teacher, domain_loss_floor, false_domains
 from metakd.training.card import write_card
@@ -73,7 +74,7 @@ def _check_domains(corpus: Corpus) -> None:
     problems = [
         f"domain {name!r} cannot name a folder"
         for name in corpus.domains
-        if name in (ALL_DOMAINS, ".", "..") or "/" in name or "\\" in name
+        if name == ALL_DOMAINS  # `metakd.reading` refuses what would lead elsewhere
     ]
     for title in ("train", "validation", "test"):
         split = getattr(corpus, title)
@@ -125,7 +126,7 @@ class Run:
     def tokenizer(self):
         """The tokenizer of the pre-trained encoder; teacher and students share it."""
         with _configured("teacher.model"):
-            return AutoTokenizer.from_pretrained(self.config.teacher.model)
+            return load_tokenizer(self.config.teacher.model)
 
     @cached_property
     def collate(self):
@@ -148,6 +149,7 @@ class Run:
                 "data.withhold: names every domain, which leaves nothing to teach", "keep one"
             )
         _check_domains(corpus)
+        check_models(self.config, self.tokenizer, corpus.label2id, self.recipe)
         return corpus
 
     @cached_property
@@ -239,9 +241,7 @@ class Run:
             return {}
         train = self.corpus.train
         with _configured("teacher.model"):
-            encoder = AutoModel.from_pretrained(
-                self.config.teacher.model, attn_implementation="sdpa", dtype=torch.float32
-            )
+            encoder = load_encoder(self.config.teacher.model)
         encoder.to(self.world.device)
         order = torch.tensor(train.lengths).argsort()
         chunks = order.split(self.config.teacher.training.per_device_eval_batch_size)
@@ -576,7 +576,7 @@ class Run:
                 if domain == ALL_DOMAINS or name == f"accuracy/{domain}"
             }
         for place in self.distill():
-            student = AutoModelForSequenceClassification.from_pretrained(place)
+            student = load_trained_classifier(place)
             classify = _classifier(student.to(self.world.device).eval())
             part = self._part(split, place.name)
             scores["students"][place.name] = self._score(classify, part, training)
