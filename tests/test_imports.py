@@ -21,7 +21,7 @@ ARROWS = {
     "soft": {"ops", "reference"},
     "functional": {"errors", "ops", "reference", "soft"},
     "verify": {"functional", "ops"},
-"config": {"errors", "deepspeed_schema"},
+    "config": {"errors", "deepspeed_schema"},
     "data": {"errors", "config", "__init__"},
     "demo": {"errors", "config", "data"},
     "method": {"errors", "config", "functional"},
