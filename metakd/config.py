@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from metakd.deepspeed_schema import AUTO, check_deepspeed
 from metakd.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -212,7 +214,10 @@ class RunConfig(Block):
     """The whole YAML file.
 
     ``zero`` holds for every training run unless ``teacher.zero`` or ``student.zero`` says
-    otherwise. A checkpoint is written every ``save_steps`` optimizer steps, and the newest
+    otherwise. ``deepspeed`` is a DeepSpeed configuration, written out or the path of a JSON file;
+    what it leaves out or calls ``auto`` comes from the other keys. ``packed`` runs the layers of
+    teacher and student on real tokens only, which pays where batches hold much padding. A
+    checkpoint is written every ``save_steps`` optimizer steps, and the newest
     ``save_total_limit`` are kept. Processes that train together end when one of them has made no
     progress for ``step_timeout`` seconds.
     """
@@ -230,6 +235,8 @@ class RunConfig(Block):
     fp16: bool = False
     zero: ZeroStage = 0
     logging_steps: Count = 20
+    packed: bool = False
+    deepspeed: dict[str, Any] | None = None
     save_steps: Count = 500
     save_total_limit: Count = 2
     step_timeout: Positive = 45.0
@@ -242,7 +249,11 @@ class RunConfig(Block):
 
     def sharding(self, block: TeacherConfig | StudentConfig) -> Sharding:
         """How the training of the teacher or of a student is spread."""
-        return Sharding(self.zero if block.zero is None else block.zero, block.offload)
+        zero = self.zero if block.zero is None else block.zero
+        if block.zero is None and "zero" not in self.model_fields_set and self.deepspeed:
+            stage = self.deepspeed.get("zero_optimization", {}).get("stage", AUTO)
+            zero = zero if stage == AUTO else stage
+        return Sharding(zero, block.offload)
 
     @model_validator(mode="after")
     def _one_precision(self):
@@ -271,7 +282,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     raw, where, broken = _apply_overrides(_read_mapping(path), path, overrides)
     problems: dict[KeyPath, str] = {}
-    raw = _check_tree(raw, RunConfig, (), problems)
+    raw = _check_tree(_with_deepspeed(raw, problems), RunConfig, (), problems)
     config, known = _validate(raw, problems), -1
     while config is None and len(problems) > known:  # with the wrong keys left out, is more wrong?
         known = len(problems)
@@ -298,6 +309,8 @@ def check_contradictions(config: RunConfig) -> list[str]:
         found.append("distill.teacher_stream: excluded by teacher.zero: 3, which needs all streams")
     if distill.domains is not None and distill.one_student_for_all:
         found.append("distill.domains: excluded by distill.one_student_for_all: true, give one")
+    if config.compat == "easytransfer" and config.packed:
+        found.append("packed: excluded by compat: easytransfer, which averages over padding too")
     if config.compat == "easytransfer" and distill.schedule == "joint":
         found.append("compat: easytransfer trains in two stages, set distill.schedule: two_stage")
     if distill.method != "finetune":
@@ -445,6 +458,28 @@ def _read_mapping(path: str) -> dict:
             "Write it as `key: value` lines.",
         )
     return raw
+
+
+def _with_deepspeed(raw: dict, problems: dict[KeyPath, str]) -> dict:
+    """The tree with the content of the JSON file that ``deepspeed`` names in its place, checked."""
+    given = raw.get("deepspeed")
+    if isinstance(given, str) and given.strip():
+        try:
+            with open(given, encoding="utf-8") as file:
+                given = json.load(file)
+        except OSError as error:
+            problems[("deepspeed",)] = f"{error.strerror} (got {_shown(given)})"
+        except ValueError as error:  # not UTF-8, or not JSON
+            problems[("deepspeed",)] = f"is no JSON file: {error} (got {_shown(given)})"
+        else:
+            if not isinstance(given, dict):
+                problems[("deepspeed",)] = f"must hold keys with values (got {_shown(given)})"
+    if not isinstance(given, dict):
+        return raw
+    for line in check_deepspeed(given):
+        key, _, reason = line.partition(": ")
+        problems[("deepspeed", *key.split("."))] = reason
+    return {**raw, "deepspeed": given}
 
 
 def _apply_overrides(raw: dict, path: str, overrides: Sequence[str]):

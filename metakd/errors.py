@@ -4,8 +4,10 @@ code.
 Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 non-finite or diverged, 6
 environment, 128 + n stopped by signal n.
 The command line prints cause and remedy and hides the traceback unless ``--debug`` is given.
-Imports nothing.
+Imports the standard library only.
 """
+
+from functools import partial
 
 
 class MetakdError(Exception):
@@ -22,6 +24,10 @@ class MetakdError(Exception):
         super().__init__(cause)
         self.cause = cause
         self.remedy = remedy
+
+    def __reduce__(self):
+        """Whole on its way to another process."""
+        return type(self), (self.cause, self.remedy)
 
 
 class ConfigError(MetakdError):
@@ -61,6 +67,10 @@ class StoppedError(MetakdError):
     def __init__(self, cause: str, remedy: str = "", *, number: int):
         super().__init__(cause, remedy)
         self.number = number
+
+    def __reduce__(self):
+        """Whole on its way to another process."""
+        return partial(type(self), number=self.number), (self.cause, self.remedy)
 
     @property
     def exit_code(self) -> int:

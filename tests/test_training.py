@@ -42,9 +42,15 @@ def world():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A corpus of 4 x 12 examples and an encoder of two layers without dropout, so that runs can be
-    compared."""
+    """A corpus of 4 x 12 examples and an encoder, see ``make_source``."""
     folder = tmp_path_factory.mktemp("source")
+    make_source(folder)
+    return folder
+
+
+def make_source(folder: Path) -> None:
+    """Write a corpus of 4 x 12 examples and an encoder of two layers without dropout, so that runs
+    can be compared."""
     demo.write_corpus(folder / "corpus", train=12, validation=4, test=6)
     texts = [row["text"] for row in rows_of(folder / "corpus" / "train.jsonl")]
     demo.scratch_encoder(
@@ -55,7 +61,6 @@ def source(tmp_path_factory) -> Path:
     config.write_text(
         json.dumps(shape | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
     )
-    return folder
 
 
 def rows_of(path: Path) -> list[dict]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -27,7 +27,8 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from metakd.config import RunConfig, Sharding, TrainingConfig
-from metakd.data import Split, StepSampler
+from metakd.data import Split, StepSampler, prefetch
+from metakd.deepspeed_schema import AUTO, resolve_deepspeed
 from metakd.errors import CheckpointError, DivergedError, StoppedError, UnsupportedError
 from metakd.method.taps import Features
 from metakd.method.teacher import StepOutput
@@ -42,7 +43,7 @@ from metakd.training.checkpoint import (
 from metakd.training.faults import SkippingAdamW, StopRequest, Watchdog
 from metakd.training.log import Meter, RunLog
 from metakd.training.reshard import ReshardedFiles
-from metakd.training.schedule import optimizer_and_scheduler
+from metakd.training.schedule import optimizer_and_scheduler, warmup
 from metakd.training.world import World
 
 Batch = dict[str, Tensor]
@@ -72,22 +73,68 @@ def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
-def deepspeed_config(config: RunConfig, training: TrainingConfig, sharding: Sharding) -> dict:
-    """The DeepSpeed configuration of one optimisation run."""
-    zero: dict = {"stage": sharding.zero}
-    if sharding.offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
-        if sharding.zero == 3:
-            zero["offload_param"] = {"device": "cpu"}
-    return {
-        "gradient_clipping": training.max_grad_norm,
-        "zero_optimization": zero,
-        # torch's AdamW wherever its states are, so that results do not depend on offloading.
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.bf16},
-        "fp16": {"enabled": config.fp16},
-        "steps_per_print": 2**31,
+def deepspeed_config(config: RunConfig, sharding: Sharding, known: dict | None = None) -> dict:
+    """What DeepSpeed is told of one run: the user's own configuration, completed.
+
+    Args:
+        config: precision, and the user's ``deepspeed`` block.
+        sharding: ZeRO stage and offloading.
+        known: settings of this run by DeepSpeed's dotted names, see ``resolve_deepspeed``.
+
+    Raises:
+        ConfigError: the user's block contradicts the other settings.
+    """
+    raw = config.deepspeed or {}
+    values = {
+        **(known or {}),
+        "zero_optimization.stage": sharding.zero,
+        "bf16.enabled": config.bf16,
+        "fp16.enabled": config.fp16,
     }
+    for name, used in {
+        "offload_optimizer": sharding.offload and known is not None,  # a frozen model has none
+        "offload_param": sharding.offload and sharding.zero == 3,
+    }.items():
+        declared = raw.get("zero_optimization", {}).get(name, {}).get("device")
+        if used or declared == AUTO:
+            values[f"zero_optimization.{name}.device"] = "cpu" if used else "none"
+    settings = resolve_deepspeed(raw, values)
+    settings.setdefault("steps_per_print", 2**31)
+    # torch's AdamW wherever its states are, so that results do not depend on offloading.
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)
+    return settings
+
+
+def _known_settings(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    training: TrainingConfig,
+    *,
+    world_size: int,
+    step_size: int,
+    accumulation: int,
+    total_steps: int,
+) -> dict:
+    group = optimizer.param_groups[0]
+    known = {
+        "train_micro_batch_size_per_gpu": math.ceil(step_size / (accumulation * world_size)),
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": training.max_grad_norm,
+        "optimizer.type": "AdamW",
+        "optimizer.params.lr": training.learning_rate,
+        "optimizer.params.weight_decay": training.weight_decay,
+        "optimizer.params.betas": group["betas"],
+        "optimizer.params.eps": group["eps"],
+        "scheduler.type": "WarmupDecayLR" if training.lr_scheduler_type == "linear" else "WarmupLR",
+        "scheduler.params.warmup_num_steps": warmup(training, total_steps),
+        "scheduler.params.total_num_steps": total_steps,
+        "world_size": world_size,
+    }
+    configs = (getattr(part, "config", None) for part in module.modules())
+    widths = (getattr(found, "hidden_size", None) for found in configs)
+    if width := next(filter(None, widths), None):
+        known["hidden_size"] = width
+    return known
 
 
 @dataclass
@@ -177,8 +224,9 @@ def fit(
         step_size = saves.start.facts["step_size"]
         accumulation = max(1, round(saves.start.facts["micro_batches"] / world.size))
     micro_batches = accumulation * world.size
+    lengths = split.lengths
     sampler = StepSampler(
-        split.lengths,
+        lengths,
         step_size=step_size,
         micro_batches=micro_batches,
         seed=seed,
@@ -194,10 +242,16 @@ def fit(
     optimizer, scheduler = optimizer_and_scheduler(
         module, training, total_steps, SkippingAdamW if look else torch.optim.AdamW
     )
-    settings = deepspeed_config(config, training, sharding) | {
-        "train_micro_batch_size_per_gpu": math.ceil(step_size / micro_batches),
-        "gradient_accumulation_steps": accumulation,
-    }
+    known = _known_settings(
+        module,
+        optimizer,
+        training,
+        world_size=world.size,
+        step_size=step_size,
+        accumulation=accumulation,
+        total_steps=total_steps,
+    )
+    settings = deepspeed_config(config, sharding, known)
     if sharding.zero == 3:
         _shard(module, settings, config, world)
     else:
@@ -228,12 +282,14 @@ def fit(
                 examples = examples.with_column(name, values)
             engine.train()
             first = epoch * steps_per_epoch
-            for micro in sampler.epoch(epoch)[position.step - first : total_steps - first]:
-                size = sum(map(len, micro))
+            plan = sampler.epoch(epoch)[position.step - first : total_steps - first]
+            batches = _batches(examples, collate, plan, world)
+            for micro in plan:
                 seen: list[tuple[StepOutput, Tensor]] = []
-                for rows in micro[world.rank :: world.size]:
+                size = sum(map(len, micro))
+                for _ in micro[world.rank :: world.size]:
                     world.progress.beat(f"step {position.step + 1}")
-                    batch = to_device(collate([examples[row] for row in rows]), world.device)
+                    batch = next(batches)
                     output: StepOutput = engine(batch, teacher(batch)) if teacher else engine(batch)
                     # The engine divides by accumulation steps and averages over ranks; undone, so
                     # that the sum over everything is divided by the examples of this step.
@@ -247,7 +303,7 @@ def fit(
                         meter.add({"loss": output.rows.mean(), **output.terms}, len(index))
                 else:
                     _note_skipped(seen, position, world, log, title, total_steps)
-                log.advance(size)
+                log.advance(size, sum(lengths[row] for rows in micro for row in rows))
                 if position.step % config.logging_steps == 0 or position.step == total_steps:
                     rate = {"learning_rate": scheduler.get_last_lr()[0]}
                     log.write(position.step, meter.read(world) | rate)
@@ -516,11 +572,12 @@ def retire(engine, world: World) -> None:
         part._parameters = held  # DeepSpeed's own kind of dict gathers on access
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on ``device``; pinned first for a GPU, so that nobody waits for the copy."""
-    if device.type == "cuda":
-        batch = {name: value.pin_memory() for name, value in batch.items()}
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+def _batches(
+    split: Split, collate: Collate, plan: list[list[list[int]]], world: World
+) -> Generator[Batch]:
+    """This rank's micro-batches of these steps, made ahead."""
+    own = (rows for micro in plan for rows in micro[world.rank :: world.size])
+    return prefetch((collate([split[row] for row in rows]) for rows in own), world.device)
 
 
 @torch.no_grad()
@@ -536,13 +593,17 @@ def predict(
     first."""
     order = torch.tensor(split.lengths).argsort(descending=True)
     predicted = torch.full((len(split),), -1, device=world.device)
-    batches = order.split(batch_size)
-    for number in range(0, len(batches), world.size):
-        # Every rank does as many, a spare one twice: under ZeRO-3 a forward pass is collective.
-        rows = batches[min(number + world.rank, len(batches) - 1)]
-        batch = to_device(collate([split[row] for row in rows.tolist()]), world.device)
-        predicted[rows.to(world.device)] = classify(batch).argmax(-1)
-        world.progress.beat(f"batch {number + 1} of an evaluation")
+    chunks = order.split(batch_size)
+    # Every rank does as many, some the last one twice: under ZeRO-3 a forward pass is collective.
+    turns = range(0, len(chunks), world.size)
+    plan = [
+        [chunks[min(turn + r, len(chunks) - 1)].tolist() for r in range(world.size)]
+        for turn in turns
+    ]
+    for chunk, batch in zip(plan, _batches(split, collate, plan, world)):
+        rows = torch.tensor(chunk[world.rank], device=world.device)
+        predicted[rows] = classify(batch).argmax(-1)
+        world.progress.beat("an evaluation")
         world.progress.end_if_asked()
     if world.size > 1:
         dist.all_reduce(predicted, op=dist.ReduceOp.MAX, group=world.data)

@@ -22,7 +22,7 @@ from metakd.config import RunConfig
 from metakd.method.recipe import Recipe
 from metakd.method.taps import Features
 from metakd.method.teacher import FrozenTeacher, Teacher
-from metakd.training.engine import Batch, compute_dtype
+from metakd.training.engine import Batch, compute_dtype, deepspeed_config
 from metakd.training.world import World
 
 
@@ -66,7 +66,8 @@ class TeacherService:
     Args:
         folders: of one teacher, or of several whose logits are averaged; written by
             ``Teacher.save``.
-        config: precision; ``teacher.zero: 3`` shards, with ``teacher.offload`` into host memory.
+        config: precision and packing; ``teacher.zero: 3`` shards, with ``teacher.offload`` into
+            host memory.
         recipe: paper or released form.
         world: the processes that share a sharded teacher.
     """
@@ -75,21 +76,15 @@ class TeacherService:
         dtype = compute_dtype(config, world.device)
         sharding = config.sharding(config.teacher)
         self._engine = None
+        self._packed = config.packed
         if sharding.zero < 3:
             self.teachers = [
                 Teacher.load(folder, recipe).to(device=world.device, dtype=dtype)
                 for folder in folders
             ]
             return
-        zero: dict = {"stage": 3}
-        if sharding.offload:
-            zero["offload_param"] = {"device": "cpu"}
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": zero,
-            "bf16": {"enabled": config.bf16},
-            "fp16": {"enabled": config.fp16},
-        }
+        settings = deepspeed_config(config, sharding)
+        settings["train_micro_batch_size_per_gpu"] = 1  # asked for, without a meaning here
         with _loading_into_shards(settings):
             self.teachers = [Teacher.load(folder, recipe) for folder in folders]
         for teacher in self.teachers:
@@ -108,7 +103,7 @@ class TeacherService:
             needs: see ``FrozenTeacher``.
             own_stream: see ``FrozenTeacher``; not for a sharded teacher.
         """
-        with FrozenTeacher(self.teachers, needs, own_stream) as frozen:
+        with FrozenTeacher(self.teachers, needs, own_stream, self._packed) as frozen:
             if self._engine is None:
                 yield frozen
             else:

@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metakd import __version__
-from metakd.config import DistillConfig, RunConfig
-from metakd.data import Corpus, Split, collate, load_corpus
+from metakd.config import DistillConfig, RunConfig, TrainingConfig
+from metakd.data import Corpus, Split, collate, load_corpus, prefetch
 from metakd.errors import ConfigError, DataError
 from metakd.method.objective import Distillation, build_terms
 from metakd.method.prototypes import Prototypes, describe_scores, embed
@@ -44,7 +44,6 @@ from metakd.training.engine import (
     evaluate,
     fit,
     seed_everything,
-    to_device,
 )
 from metakd.training.log import RunLog
 from metakd.training.serving import TeacherService
@@ -86,6 +85,13 @@ def _check_domains(corpus: Corpus) -> None:
         ]
     if problems:
         raise DataError("; ".join(problems), "rename the domain, or give it examples")
+
+
+def _checkpoint_activations(model: PreTrainedModel, training: TrainingConfig) -> None:
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif model.is_gradient_checkpointing:  # by the phase before
+        model.gradient_checkpointing_disable()
 
 
 def _classifier(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor]:
@@ -131,12 +137,20 @@ class Run:
     @cached_property
     def collate(self):
         """Examples to a padded batch."""
-        return collate(self.tokenizer)
+        return collate(self.tokenizer, packed=self.config.packed)
 
     @cached_property
     def corpus(self) -> Corpus:
         """The tokenised corpus."""
-        corpus = load_corpus(self.config.data, self.tokenizer, seed=self.config.seed)
+        corpus = self.world.one_by_one(
+            lambda: load_corpus(
+                self.config.data,
+                self.tokenizer,
+                seed=self.config.seed,
+                cache=self.folder / ".cache",
+                say=self.say,
+            )
+        )
         unknown = set(self.config.distill.domains or []) - set(corpus.domains)
         if unknown:
             raise ConfigError(
@@ -171,6 +185,8 @@ class Run:
             "seed": config.seed,
             "zero": config.zero,
             "precision": config.precision,
+            "packed": config.packed,
+            "deepspeed": config.deepspeed,
             "compat": config.compat,
         }
         return StageStore(
@@ -237,19 +253,10 @@ class Run:
 
     def _build_prototypes(self, folder: Path, _saves: Saves) -> dict:
         # Nothing to go on from: a pass over the data at inference speed.
+        train = self.corpus.train
+        embedding = self._embed(train)
         if not self.world.is_main:
             return {}
-        train = self.corpus.train
-        with _configured("teacher.model"):
-            encoder = load_encoder(self.config.teacher.model)
-        encoder.to(self.world.device)
-        order = torch.tensor(train.lengths).argsort()
-        chunks = order.split(self.config.teacher.training.per_device_eval_batch_size)
-        batches = (
-            to_device(self.collate([train[row] for row in rows.tolist()]), self.world.device)
-            for rows in chunks
-        )
-        embedding = embed(encoder, batches, self.recipe)[order.argsort()]
         taught = self._is_taught(train)
         fitted = Prototypes.fit(
             embedding[taught],
@@ -269,6 +276,22 @@ class Run:
             f"prototypes: t mean {described['mean']:.4f}, standard deviation {described['std']:.4f}"
         )
         return described
+
+    def _embed(self, split: Split) -> Tensor:
+        """E(X) [N, H] of the pre-trained encoder on the CPU; ranks share the work."""
+        with _configured("teacher.model"):
+            encoder = load_encoder(self.config.teacher.model)
+        encoder.to(self.world.device)
+        order = torch.tensor(split.lengths).argsort()
+        chunks = order.split(self.config.teacher.training.per_device_eval_batch_size)
+        own = chunks[self.world.rank :: self.world.size]
+        embedding = torch.zeros(len(split), encoder.config.hidden_size)
+        if own:
+            batches = (self.collate([split[row] for row in rows.tolist()]) for rows in own)
+            seen = embed(encoder, prefetch(batches, self.world.device), self.recipe)
+            embedding[torch.cat(own)] = seen.to(embedding)
+        self.world.add_up(embedding)
+        return embedding
 
     def _scored_train(self) -> Split:
         scores: Tensor = load_file(self.prototypes() / "scores.safetensors")["t"]
@@ -317,8 +340,15 @@ class Run:
         with _configured("teacher.model"):
             model = load_classifier(config.model, corpus.label2id, outputs)
         teacher = Teacher(
-            model, kind, corpus.domains, config.gamma1, self.recipe, self.config.data.withhold
+            model,
+            kind,
+            corpus.domains,
+            config.gamma1,
+            self.recipe,
+            self.config.data.withhold,
+            self.config.packed,
         )
+        _checkpoint_activations(model, config.training)
         train = self._taught_part(self._scored_train() if kind == "meta" else corpus.train, domain)
         validation = self._taught_part(corpus.validation, domain)
 
@@ -493,6 +523,7 @@ class Run:
                 num_domains=len(corpus.domains),
                 weigh_by_expertise=weighted,
                 recipe=self.recipe,
+                packed=self.config.packed,
             )
 
         classify = _classifier(student)
@@ -511,6 +542,7 @@ class Run:
         with self._log(folder) as log:
             for number, (wanted, training, judge) in enumerate(phases):
                 module.restrict(wanted)
+                _checkpoint_activations(student, training)
                 needs = module.needs | ({"logits"} if weighted else set())
                 part = f", stage {number + 1} of 2" if len(phases) > 1 else ""
                 showing = nullcontext()

@@ -14,7 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from metakd.errors import StoppedError
+from metakd.errors import MetakdError, StoppedError
 
 
 class Progress:
@@ -104,6 +104,27 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, group=self.control, group_src=0)
         return box[0]
+
+    def one_by_one(self, make: Callable):
+        """What ``make`` returns: on the first rank before the others, which find its caches.
+
+        Raises:
+            MetakdError: of the first rank, on every rank.
+        """
+        value, problem = None, None
+        if self.is_main:
+            try:
+                value = make()
+            except MetakdError as error:
+                problem = error
+        if problem := self.agree(problem):
+            raise problem
+        return value if self.is_main else make()
+
+    def add_up(self, values: torch.Tensor) -> None:
+        """Replaces a tensor on the CPU by its sum over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.control)
 
     def gather(self, value) -> list:
         """Every rank's ``value``, in order, on every rank."""
