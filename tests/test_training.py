@@ -49,18 +49,19 @@ def source(tmp_path_factory) -> Path:
 
 
 def make_source(folder: Path) -> None:
-    """Write a corpus of 4 x 12 examples and an encoder of two layers without dropout, so that runs
-    can be compared."""
+    """Write a corpus of 4 x 12 examples, an encoder of two layers, and a smaller one of the same
+    vocabulary, both without dropout, so that runs can be compared."""
     demo.write_corpus(folder / "corpus", train=12, validation=4, test=6)
     texts = [row["text"] for row in rows_of(folder / "corpus" / "train.jsonl")]
-    demo.scratch_encoder(
-        folder / "encoder", texts, hidden_size=32, layers=2, heads=2, vocab_size=300, mlm_steps=0
-    )
-    config = folder / "encoder" / "config.json"
-    shape = json.loads(config.read_text())
-    config.write_text(
-        json.dumps(shape | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
-    )
+    for name, hidden in {"encoder": 32, "small": 24}.items():
+        demo.scratch_encoder(
+            folder / name, texts, hidden_size=hidden, layers=2, heads=2, vocab_size=300, mlm_steps=0
+        )
+        config = folder / name / "config.json"
+        shape = json.loads(config.read_text())
+        config.write_text(
+            json.dumps(shape | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+        )
 
 
 def rows_of(path: Path) -> list[dict]:

@@ -54,10 +54,11 @@ class _Showing(nn.Module):
         super().__init__()
         self.teachers = nn.ModuleList(teachers)
         self.show: Callable[[Batch], Features] | None = None
+        self.shown: Features | None = None
 
-    def forward(self, batch: Batch) -> dict:
-        # A dict, because DeepSpeed looks for tensors in what modules return.
-        return dict(vars(self.show(batch)))
+    def forward(self, batch: Batch) -> None:
+        # Not returned: DeepSpeed looks through what modules return for tensors to wait for.
+        self.shown = self.show(batch)
 
 
 class TeacherService:
@@ -108,4 +109,10 @@ class TeacherService:
                 yield frozen
             else:
                 self._engine.module.show = frozen
-                yield lambda batch: Features(**self._engine(batch))
+                yield self._through_engine
+
+    def _through_engine(self, batch: Batch) -> Features:
+        self._engine(batch)
+        showing = self._engine.module
+        features, showing.shown = showing.shown, None
+        return features
