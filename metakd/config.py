@@ -139,7 +139,8 @@ class DistillConfig(Block):
     ``schedule: joint`` trains all terms at once (the paper's equation); ``two_stage`` trains the
     intermediate terms first (``intermediate``), then the prediction terms (``training``).
     ``backend`` computes the losses; ``teacher_stream`` runs the teacher on a CUDA stream of its
-    own, beside the student's forward pass.
+    own, beside the student's forward pass. ``processes_per_student`` spreads the students of
+    several domains over the processes, so many for each, instead of training each with all.
     """
 
     method: MethodName = "meta"
@@ -155,6 +156,7 @@ class DistillConfig(Block):
     teacher_stream: bool = False
     domains: list[str] | None = None
     one_student_for_all: bool = False
+    processes_per_student: Count | None = None
     training: TrainingConfig = TrainingConfig(learning_rate=5e-5)
     intermediate: TrainingConfig = TrainingConfig(
         learning_rate=5e-5, num_train_epochs=10, lr_scheduler_type="constant"

@@ -3,6 +3,7 @@ leaves behind."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -577,6 +578,19 @@ def test_two_processes_equal_one(source, tmp_path, one_process, launcher, zero):
         torch.testing.assert_close(
             torch.tensor(values), torch.tensor(one_process[stage]), rtol=0, atol=1e-5
         )
+
+
+def test_students_side_by_side_equal_one_after_another(source, tmp_path):
+    domains = "distill.domains=[hiking,novels,software]"
+    alone = write_config(source, tmp_path, "alone")
+    launched("plain", alone, domains)
+    together = write_config(source, tmp_path, "together")
+    # The teacher is given, as two processes train another one in steps of twice as many.
+    shutil.copytree(tmp_path / "alone", tmp_path / "together")
+    shutil.rmtree(tmp_path / "together" / "students")
+    launched("deepspeed", together, domains, "distill.processes_per_student=1")
+    expected = losses(tmp_path / "alone")
+    assert len(expected) == 4 and losses(tmp_path / "together") == expected
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,10 @@ from metakd.training.engine import (
 from metakd.training.log import RunLog
 from metakd.training.serving import TeacherService
 from metakd.training.store import StageStore, content_digest
-from metakd.training.world import World
+from metakd.training.world import World, in_groups, join_world
 
 ALL_DOMAINS = "all"
+NOT_OF_A_STUDENT = {"domains", "processes_per_student"}  # say which are made, and by whom
 
 
 def method_label(distill: DistillConfig, teacher_kind: str | None) -> str:
@@ -395,12 +396,40 @@ class Run:
     # Students
 
     def distill(self, domains: list[str] | None = None) -> list[Path]:
-        """Train the students of the configured method; returns their folders."""
-        kind, seed = self.teacher_kind, self.config.seed
-        return [
-            self.student(domain, self.config.distill, kind, seed, seed)[0]
-            for domain in domains or self.student_domains
-        ]
+        """Train the students of the configured method; returns their folders.
+
+        Raises:
+            ConfigError: the processes do not split into groups of ``processes_per_student``.
+        """
+        wanted = domains or self.student_domains
+        each = self.config.distill.processes_per_student
+        if each is not None and each < self.world.size and len(wanted) > 1:
+            self._distill_in_groups(wanted, each)
+        return [self._configured_student(domain) for domain in wanted]
+
+    def _configured_student(self, domain: str) -> Path:
+        seed = self.config.seed
+        return self.student(domain, self.config.distill, self.teacher_kind, seed, seed)[0]
+
+    def _distill_in_groups(self, domains: list[str], size: int) -> None:
+        """Train every student, each by one group of processes, the groups side by side."""
+        if self.world.size % size:
+            raise ConfigError(
+                f"distill.processes_per_student: {size} does not divide the {self.world.size} "
+                "processes",
+                "start another number of processes, or change it",
+            )
+        if self.teacher_kind:
+            self.teach(self.teacher_kind)
+        with in_groups(self.world, size) as (world, group, groups):
+            self._move_to(world)
+            for domain in domains[group::groups]:
+                self._configured_student(domain)
+        self._move_to(join_world())
+
+    def _move_to(self, world: World) -> None:
+        self.world = self.store.world = world
+        self.store.forget()
 
     def has_teacher(self, teacher_kind: str | None, method: str, domain: str) -> bool:
         """Is there a teacher for this domain's student? Single teachers know one domain each."""
@@ -454,7 +483,9 @@ class Run:
         inputs = {
             "stage": "student",
             "domain": domain,
-            "distill": distill.model_dump(mode="json", exclude={"domains"}),
+            "distill": distill.model_dump(
+                mode="json", exclude={"domains", "processes_per_student"}
+            ),
             "student_seed": seed,
             "teacher_seed": teacher_seed if teacher_kind else None,
             "teacher_kind": teacher_kind,

@@ -9,12 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
 from metakd.errors import MetakdError, StoppedError
+
+# Ranks wait for one another while one of them reads data, or for groups that train other students.
+# A hang in training is for ``faults.Watchdog`` to find, sooner than any timeout could.
+_PATIENCE = timedelta(days=7)
 
 
 class Progress:
@@ -158,8 +163,57 @@ def join_world() -> World:
         sharing = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(sharing)))
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=_PATIENCE
+        )
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     size = dist.get_world_size()
-    control = dist.new_group(backend="gloo") if size > 1 else None
+    control = dist.new_group(backend="gloo", timeout=_PATIENCE) if size > 1 else None
     return World(dist.get_rank(), size, device, control)
+
+
+@contextmanager
+def in_groups(world: World, size: int) -> Iterator[tuple[World, int, int]]:
+    """Worlds of ``size`` processes in place of the one of all, until the end of the context.
+
+    Each has a rendezvous of its own and knows nothing of the others, so that no collective of
+    DeepSpeed can wait for a process that is doing something else. At the end all processes meet
+    again, the first to be there waiting for the last; ``join_world`` then gives their world.
+
+    Args:
+        world: of all processes; not to be used any more.
+        size: processes of a group; divides their number.
+
+    Yields:
+        The group's world, its number, and how many groups there are.
+    """
+    group, rank = divmod(world.rank, size)
+    places = world.gather(_free_place())
+    address, port, _ = places[group * size]
+    _leave_for(address, port, rank, size)
+    yield join_world(), group, world.size // size
+    address, _, port = places[0]
+    _leave_for(address, port, world.rank, world.size)
+
+
+def _free_place() -> tuple[str, int, int]:
+    """An address of this host that the others can reach, and two of its free ports."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+        address = probe.getsockname()[0]
+    with socket.socket() as first, socket.socket() as second:
+        for probe in (first, second):
+            probe.bind((address, 0))
+        return address, first.getsockname()[1], second.getsockname()[1]
+
+
+def _leave_for(address: str, port: int, rank: int, size: int) -> None:
+    deepspeed.comm.destroy_process_group()
+    os.environ.update(
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        # torchrun's own store is at the place that is left.
+        TORCHELASTIC_USE_AGENT_STORE="False",
+    )
