@@ -209,6 +209,18 @@ def test_auto_is_exact_where_student_and_teacher_agree(backend, dtype):
 
 
 @every_backend
+def test_auto_takes_tiles_where_student_and_teacher_agree(backend, dtype):
+    teacher = states(2, 2, 40, 8)
+    student = tuple(x + 1e-4 * torch.randn_like(x) for x in teacher)
+    tiled, auto, gram = (
+        metakd.attention_score_mse(student, teacher, form=form, reduction="none", backend=backend)
+        for form in ("tiled", "auto", "gram")
+    )
+    torch.testing.assert_close(auto, tiled, rtol=1e-6, atol=0)
+    assert ((gram - tiled) / tiled).abs().max() > 1e-4
+
+
+@every_backend
 def test_teacher_norm_saves_work_and_changes_nothing(backend, dtype):
     student, teacher = states(2, 2, 40, 8), states(2, 2, 40, 16, seed=1)
     mask = torch.arange(40, device=DEVICE) < torch.tensor([[40], [25]], device=DEVICE)
