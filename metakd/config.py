@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from metakd.deepspeed_schema import AUTO, check_deepspeed
+from metakd.deepspeed_schema import AUTO, check_deepspeed, contradictions
 from metakd.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -257,6 +257,23 @@ class RunConfig(Block):
             zero = zero if stage == AUTO else stage
         return Sharding(zero, block.offload)
 
+    def deepspeed_values(self, training: TrainingConfig, sharding: Sharding) -> dict[str, Any]:
+        """What one training run says by the dotted names of DeepSpeed, see
+        ``resolve_deepspeed``."""
+        linear = training.lr_scheduler_type == "linear"
+        return {
+            "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps,
+            "gradient_clipping": training.max_grad_norm,
+            "zero_optimization.stage": sharding.zero,
+            "bf16.enabled": self.bf16,
+            "fp16.enabled": self.fp16,
+            "optimizer.type": "AdamW",
+            "optimizer.params.lr": training.learning_rate,
+            "optimizer.params.weight_decay": training.weight_decay,
+            "scheduler.type": "WarmupDecayLR" if linear else "WarmupLR",
+        }
+
     @model_validator(mode="after")
     def _one_precision(self):
         if self.bf16 and self.fp16:
@@ -332,14 +349,21 @@ def check_contradictions(config: RunConfig) -> list[str]:
         given = len(distill.layer_map)
         found.append(f"distill.layer_map: has {given} teacher layers for {depth} of the student")
 
-    for key, training in {
-        "teacher.training": config.teacher.training,
-        "distill.training": distill.training,
-        "distill.intermediate": distill.intermediate,
-    }.items():
+    declared = config.deepspeed or {}
+    if check_deepspeed(declared):
+        declared = {}  # wrong by itself, and said to be
+    runs = {
+        "teacher.training": (config.teacher.training, config.teacher),
+        "distill.training": (distill.training, student),
+    }
+    if distill.schedule == "two_stage":
+        runs["distill.intermediate"] = (distill.intermediate, student)
+    for key, (training, block) in runs.items():
         if training.warmup_steps >= 1 and 0 < training.max_steps < training.warmup_steps:
             warmup, limit = f"{training.warmup_steps:g}", training.max_steps
             found.append(f"{key}.warmup_steps: {warmup} is more than {key}.max_steps {limit}")
+        values = config.deepspeed_values(training, config.sharding(block))
+        found += [f"deepspeed.{text} ({key})" for text in contradictions(declared, values)]
 
     if distill.domains == []:
         found.append("distill.domains: is empty, leave it out to train a student for every domain")

@@ -365,6 +365,22 @@ def check_deepspeed(raw: dict) -> list[str]:
     return problems or list(_contradictions(raw))
 
 
+def contradictions(raw: dict, values: dict[str, Any]) -> list[str]:
+    """What a checked configuration says otherwise than ``values``, naming both keys and values.
+
+    Args:
+        raw: the parsed JSON, without a problem of ``check_deepspeed``.
+        values: as for ``resolve_deepspeed``, or as many of them as are known.
+    """
+    fixed = _fixed(values)
+    return [
+        f"{path}: is {_shown(block[key])}, but {known.ours} is {_shown(fixed[path])}; "
+        'write "auto", or the same value in both'
+        for path, block, key, known in _leaves(raw, SCHEMA, "")
+        if path in fixed and block[key] not in (AUTO, fixed[path])
+    ]
+
+
 def resolve_deepspeed(raw: dict, values: dict[str, Any]) -> dict:
     """A complete copy of ``raw``: every ``"auto"`` is filled, what it leaves out comes from
     ``values``.
@@ -391,8 +407,8 @@ def resolve_deepspeed(raw: dict, values: dict[str, Any]) -> dict:
     """
     if problems := check_deepspeed(raw):
         raise _error(problems)
-    fixed = _fixed(values)
-    fills = fixed | _fills(values)
+    problems = contradictions(raw, values)
+    fills = _fixed(values) | _fills(values)
     resolved = copy.deepcopy(raw)
     for path, block, key, known in _leaves(resolved, SCHEMA, ""):
         value = block[key]
@@ -403,11 +419,6 @@ def resolve_deepspeed(raw: dict, values: dict[str, Any]) -> dict:
                 problems.append(
                     f'{path}: "auto" needs {known.ours}, which is not known here, write a value'
                 )
-        elif path in fixed and value != fixed[path]:
-            problems.append(
-                f"{path}: is {_shown(value)}, but {known.ours} is {_shown(fixed[path])}; "
-                'write "auto", or the same value in both'
-            )
         elif known.kind is int and isinstance(value, float):
             block[key] = int(value)
     if problems:

@@ -477,3 +477,49 @@ def test_refused_without_importing_torch(write):
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code, write("seed: x")], check=True, timeout=60)
     assert time.perf_counter() - start < 2
+
+
+# A DeepSpeed configuration: its file's content (None: no file), and what must be said.
+WRONG_DEEPSPEED = {
+    "no file": (None, ["deepspeed: No such file or directory"]),
+    "no JSON": ("{", ["deepspeed: is no JSON file"]),
+    "a list": ("[]", ["deepspeed: must hold keys with values (got [])"]),
+    "typo at the top": (
+        '{"zero_optimisation": {"stage": 2}}',
+        ["deepspeed.zero_optimisation: unknown key, did you mean zero_optimization?"],
+    ),
+    "typo below": (
+        '{"zero_optimization": {"stage": 2, "overlap_com": true}}',
+        ["deepspeed.zero_optimization.overlap_com: unknown key, did you mean overlap_comm?"],
+    ),
+    "against one run and right for the other": (
+        '{"optimizer": {"type": "AdamW", "params": {"lr": 2e-5}}}',
+        ["deepspeed.optimizer.params.lr: is 2e-05, but learning_rate is 5e-05;"],
+    ),
+    "against both": (
+        '{"gradient_clipping": 0.5}',
+        ["deepspeed.gradient_clipping: is 0.5, but max_grad_norm is 1.0;"] * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("content, expected", WRONG_DEEPSPEED.values(), ids=WRONG_DEEPSPEED)
+def test_wrong_deepspeed_configuration(write, tmp_path, content, expected):
+    file = tmp_path / "deepspeed.json"
+    if content is not None:
+        file.write_text(content)
+    path = write(VALID + f"deepspeed: {file}\n")
+    found = [line.removeprefix(f"{path}: ") for line in problems(refused(path))]
+    assert len(found) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(found, expected))
+
+
+def test_the_stage_may_stand_in_the_deepspeed_configuration(write):
+    declared = 'deepspeed: {zero_optimization: {stage: 3}, train_batch_size: "auto"}\n'
+    config = load_config(write(VALID + declared))
+    assert config.sharding(config.student) == config.sharding(config.teacher) == (3, False)
+    config = load_config(write(VALID + "deepspeed: {zero_optimization: {stage: auto}}\nzero: 2\n"))
+    assert config.sharding(config.student).zero == 2
+    # Said twice it must be the same, for the teacher as for the student.
+    found = problems(refused(write(VALID + declared + "zero: 2\n")))
+    assert len(found) == 2 and "zero_optimization.stage: is 3, but zero is 2" in found[0]

@@ -245,6 +245,28 @@ def test_half_precision_follows_fp32_at_every_zero_stage(make, precision, world)
         torch.testing.assert_close(torch.tensor(losses), exact, rtol=0.03, atol=0)
 
 
+def test_auto_values_of_a_deepspeed_configuration_are_ours(make, tmp_path):
+    file = tmp_path / "deepspeed.json"
+    blocks = {
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}},
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {"warmup_num_steps": "auto", "total_num_steps": "auto"},
+        },
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+    file.write_text(json.dumps(blocks))
+    seen = []
+    for number, extra in enumerate([["zero=1"], [f"deepspeed={file}"]]):
+        run = make("distill.domains=[hiking]", *extra, output=f"run{number}")
+        run.distill()
+        seen.append(losses(run.folder))
+    assert seen[0] == seen[1] and len(seen[0]) == 2
+
+
 def test_a_run_leaves_plain_students(make):
     run = make()
     scores = run.evaluate()

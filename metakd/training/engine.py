@@ -73,26 +73,29 @@ def compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
-def deepspeed_config(config: RunConfig, sharding: Sharding, known: dict | None = None) -> dict:
+def deepspeed_config(
+    config: RunConfig, sharding: Sharding, training: TrainingConfig | None, **facts
+) -> dict:
     """What DeepSpeed is told of one run: the user's own configuration, completed.
 
     Args:
         config: precision, and the user's ``deepspeed`` block.
         sharding: ZeRO stage and offloading.
-        known: settings of this run by DeepSpeed's dotted names, see ``resolve_deepspeed``.
+        training: None for a model that is not trained.
+        facts: what else is known, by DeepSpeed's names, see ``resolve_deepspeed``.
 
     Raises:
         ConfigError: the user's block contradicts the other settings.
     """
     raw = config.deepspeed or {}
-    values = {
-        **(known or {}),
-        "zero_optimization.stage": sharding.zero,
-        "bf16.enabled": config.bf16,
-        "fp16.enabled": config.fp16,
-    }
+    values = config.deepspeed_values(training or TrainingConfig(), sharding)
+    if training is None:
+        ours = ("zero_optimization.", "bf16.", "fp16.")
+        raw = {key: value for key, value in raw.items() if f"{key}." in ours}
+        values = {key: value for key, value in values.items() if key.startswith(ours)}
+    values |= facts
     for name, used in {
-        "offload_optimizer": sharding.offload and known is not None,  # a frozen model has none
+        "offload_optimizer": sharding.offload and training is not None,
         "offload_param": sharding.offload and sharding.zero == 3,
     }.items():
         declared = raw.get("zero_optimization", {}).get(name, {}).get("device")
@@ -105,36 +108,12 @@ def deepspeed_config(config: RunConfig, sharding: Sharding, known: dict | None =
     return settings
 
 
-def _known_settings(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    training: TrainingConfig,
-    *,
-    world_size: int,
-    step_size: int,
-    accumulation: int,
-    total_steps: int,
-) -> dict:
-    group = optimizer.param_groups[0]
-    known = {
-        "train_micro_batch_size_per_gpu": math.ceil(step_size / (accumulation * world_size)),
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": training.max_grad_norm,
-        "optimizer.type": "AdamW",
-        "optimizer.params.lr": training.learning_rate,
-        "optimizer.params.weight_decay": training.weight_decay,
-        "optimizer.params.betas": group["betas"],
-        "optimizer.params.eps": group["eps"],
-        "scheduler.type": "WarmupDecayLR" if training.lr_scheduler_type == "linear" else "WarmupLR",
-        "scheduler.params.warmup_num_steps": warmup(training, total_steps),
-        "scheduler.params.total_num_steps": total_steps,
-        "world_size": world_size,
-    }
+def _hidden_size(module: nn.Module) -> dict[str, int]:
+    """H of the first part of a module that says what its H is."""
     configs = (getattr(part, "config", None) for part in module.modules())
     widths = (getattr(found, "hidden_size", None) for found in configs)
-    if width := next(filter(None, widths), None):
-        known["hidden_size"] = width
-    return known
+    width = next(filter(None, widths), None)
+    return {} if width is None else {"hidden_size": width}
 
 
 @dataclass
@@ -242,16 +221,16 @@ def fit(
     optimizer, scheduler = optimizer_and_scheduler(
         module, training, total_steps, SkippingAdamW if look else torch.optim.AdamW
     )
-    known = _known_settings(
-        module,
-        optimizer,
-        training,
-        world_size=world.size,
-        step_size=step_size,
-        accumulation=accumulation,
-        total_steps=total_steps,
-    )
-    settings = deepspeed_config(config, sharding, known)
+    facts = {
+        "train_micro_batch_size_per_gpu": math.ceil(step_size / micro_batches),
+        "gradient_accumulation_steps": accumulation,
+        "optimizer.params.betas": optimizer.defaults["betas"],
+        "optimizer.params.eps": optimizer.defaults["eps"],
+        "scheduler.params.warmup_num_steps": warmup(training, total_steps),
+        "scheduler.params.total_num_steps": total_steps,
+        "world_size": world.size,
+    }
+    settings = deepspeed_config(config, sharding, training, **facts, **_hidden_size(module))
     if sharding.zero == 3:
         _shard(module, settings, config, world)
     else:

@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import (
 
 from metakd.config import RunConfig
 from metakd.method.recipe import Recipe
+from metakd.method.sources import load_config
 from metakd.method.taps import Features
 from metakd.method.teacher import FrozenTeacher, Teacher
 from metakd.training.engine import Batch, compute_dtype, deepspeed_config
@@ -84,7 +85,8 @@ class TeacherService:
                 for folder in folders
             ]
             return
-        settings = deepspeed_config(config, sharding)
+        hidden = load_config(str(folders[0])).hidden_size
+        settings = deepspeed_config(config, sharding, None, hidden_size=hidden)
         settings["train_micro_batch_size_per_gpu"] = 1  # asked for, without a meaning here
         with _loading_into_shards(settings):
             self.teachers = [Teacher.load(folder, recipe) for folder in folders]

@@ -88,10 +88,12 @@ def _check_domains(corpus: Corpus) -> None:
         raise DataError("; ".join(problems), "rename the domain, or give it examples")
 
 
-def _checkpoint_activations(model: PreTrainedModel, training: TrainingConfig) -> None:
-    if training.gradient_checkpointing:
+def _recompute_activations(model: PreTrainedModel, phases: list[TrainingConfig]) -> None:
+    """Set up ``model`` for the last of these phases, after those before it."""
+    before = len(phases) > 1 and phases[-2].gradient_checkpointing
+    if phases[-1].gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    elif model.is_gradient_checkpointing:  # by the phase before
+    elif before:
         model.gradient_checkpointing_disable()
 
 
@@ -349,7 +351,7 @@ class Run:
             self.config.data.withhold,
             self.config.packed,
         )
-        _checkpoint_activations(model, config.training)
+        _recompute_activations(model, [config.training])
         train = self._taught_part(self._scored_train() if kind == "meta" else corpus.train, domain)
         validation = self._taught_part(corpus.validation, domain)
 
@@ -573,7 +575,7 @@ class Run:
         with self._log(folder) as log:
             for number, (wanted, training, judge) in enumerate(phases):
                 module.restrict(wanted)
-                _checkpoint_activations(student, training)
+                _recompute_activations(student, [done for _, done, _ in phases[: number + 1]])
                 needs = module.needs | ({"logits"} if weighted else set())
                 part = f", stage {number + 1} of 2" if len(phases) > 1 else ""
                 showing = nullcontext()
