@@ -90,9 +90,9 @@ def deepspeed_config(
     raw = config.deepspeed or {}
     values = config.deepspeed_values(training or TrainingConfig(), sharding)
     if training is None:
-        ours = ("zero_optimization.", "bf16.", "fp16.")
-        raw = {key: value for key, value in raw.items() if f"{key}." in ours}
-        values = {key: value for key, value in values.items() if key.startswith(ours)}
+        raw = {key: value for key, value in raw.items() if key == "zero_optimization"}
+        lasting = ("zero_optimization.", "bf16.", "fp16.")
+        values = {key: value for key, value in values.items() if key.startswith(lasting)}
     values |= facts
     for name, used in {
         "offload_optimizer": sharding.offload and training is not None,
@@ -164,9 +164,11 @@ def fit(
     teacher: Callable[[Batch], Features] | None = None,
     columns: Callable[[int], dict[str, Tensor]] | None = None,
     score: Callable[[], dict[str, float]] | None = None,
+    conclude: Callable[[], None] | None = None,
     saves: Saves | None = None,
 ) -> dict[str, float]:
-    """Train ``module`` and leave it with the weights that scored best.
+    """Train ``module`` and leave it with the weights that scored best, whole, on ``world.device``
+    (in host memory after ZeRO-3, where one device may not hold them).
 
     Args:
         module: ``module(batch[, features]) -> StepOutput`` with one loss per example.
@@ -184,6 +186,7 @@ def fit(
         columns: per-example values that change every epoch (false domain labels).
         score: after each epoch; its ``accuracy`` picks the weights that are kept. None keeps the
             last.
+        conclude: called once at the end, with the best weights in place and still sharded.
         saves: checkpoints; None saves nothing. A phase that the checkpoint to start from has
             behind it is not run at all.
 
@@ -305,12 +308,15 @@ def fit(
         stop.settle()
     if saves is not None and not saves.last_phase:
         keeper.save()
-    log.stop()
-    retire(engine, world)
-    del engine, optimizer, scheduler, keeper
-    gc.collect()
     if position.best:
         put_weights(module, position.best_weights, world)
+    if conclude:
+        engine.eval()
+        conclude()
+    log.stop()
+    retire(engine)
+    del engine, optimizer, scheduler, keeper
+    gc.collect()
     module.eval()
     return position.best
 
@@ -500,10 +506,17 @@ def _own_part(parameter: nn.Parameter, rank: int) -> Tensor:
     return part.flatten()[: max(0, parameter.ds_numel - rank * part.numel())]
 
 
-def _gathered(parameters: list[nn.Parameter]):
-    """A context in which sharded parameters are whole; nothing for others."""
+def _gathered(parameters: list[nn.Parameter], modified_on: int | None = None):
+    """A context in which sharded parameters are whole; nothing for others.
+
+    Args:
+        parameters: of any kind.
+        modified_on: rank whose changes count; None for reading.
+    """
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded))
+    return deepspeed.zero.GatheredParameters(
+        sharded, modifier_rank=modified_on, enabled=bool(sharded)
+    )
 
 
 def whole_weights(module: nn.Module, world: World) -> dict[str, Tensor] | None:
@@ -522,16 +535,26 @@ def whole_weights(module: nn.Module, world: World) -> dict[str, Tensor] | None:
 
 
 def put_weights(module: nn.Module, weights: dict[str, Tensor] | None, world: World) -> None:
-    """Load the first rank's ``whole_weights`` on every rank."""
+    """Load the first rank's ``whole_weights`` on every rank, which may hold them in shards."""
+    sharded = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if hasattr(parameter, "ds_id"):
+            sharded[name] = parameter
+            with _gathered([parameter], modified_on=0):
+                if world.is_main:
+                    parameter.data.copy_(weights[name])
     for name, value in module.state_dict().items():
+        if name in sharded:
+            continue
         if world.is_main:
             value.copy_(weights[name])
         if world.size > 1:
-            dist.broadcast(value, group_src=0, group=world.data)
+            dist.broadcast(value, group_src=0)
 
 
-def retire(engine, world: World) -> None:
-    """End an engine and leave its module as plain torch: whole weights, no hooks."""
+def retire(engine) -> None:
+    """End an engine and leave its module as plain torch: whole weights, no hooks; what was sharded
+    is in host memory."""
     module = engine.module
     engine.destroy()
     # Left on the module, the hooks would keep engine and moments alive through the next run.
@@ -545,10 +568,12 @@ def retire(engine, world: World) -> None:
                 continue
             if id(parameter) not in plain:
                 with _gathered([parameter]):
-                    whole = parameter.detach().clone()
+                    whole = parameter.detach().to("cpu", copy=True)
                 plain[id(parameter)] = nn.Parameter(whole, parameter.requires_grad)
             held[name] = plain[id(parameter)]
         part._parameters = held  # DeepSpeed's own kind of dict gathers on access
+    if plain:
+        module.cpu()  # buffers and what was too small to shard
 
 
 def _batches(
@@ -585,7 +610,7 @@ def predict(
         world.progress.beat("an evaluation")
         world.progress.end_if_asked()
     if world.size > 1:
-        dist.all_reduce(predicted, op=dist.ReduceOp.MAX, group=world.data)
+        dist.all_reduce(predicted, op=dist.ReduceOp.MAX)
     return predicted.cpu()
 
 

@@ -41,7 +41,7 @@ class Meter:
         sums = torch.stack([self._sums[name] for name in names])
         sums = torch.cat([sums, sums.new_tensor([self._examples])])
         if world.size > 1:
-            dist.all_reduce(sums, group=world.data)
+            dist.all_reduce(sums)
         self._sums.clear()
         self._examples = 0
         return dict(zip(names, (sums[:-1] / sums[-1]).tolist()))

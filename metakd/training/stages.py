@@ -366,6 +366,13 @@ class Run:
             )
             return {"false_domain": taught[drawn]}
 
+        result = {}
+
+        def conclude() -> None:
+            if corpus.test is not None:
+                part = self._part(corpus.test, domain)
+                result["test"] = self._score(teacher.logits, part, config.training)
+
         with self._log(folder) as log:
             best = fit(
                 teacher,
@@ -380,13 +387,10 @@ class Run:
                 seed=seed,
                 columns=corrupt if teacher.trains_domain_loss else None,
                 score=lambda: self._score(teacher.logits, validation, config.training),
+                conclude=conclude,
                 saves=saves,
             )
-            result = {"validation": best}
-            if corpus.test is not None:
-                result["test"] = self._score(
-                    teacher.logits, self._part(corpus.test, domain), config.training
-                )
+        result["validation"] = best
         if teacher.trains_domain_loss:
             result["domain_loss_ln_k"], result["domain_loss_ln_k_minus_1"] = domain_loss_floor(
                 len(corpus.domains)
@@ -571,7 +575,17 @@ class Run:
             phases = [(early, distill.intermediate, None if late else score)]
             phases += [(late, distill.training, score)] if late else []
 
-        best = {}
+        result = {
+            "label": label,
+            "domain": domain,
+            "parameters": sum(p.numel() for p in student.parameters()),
+        }
+
+        def conclude() -> None:
+            if corpus.test is not None:
+                part = self._part(corpus.test, domain)
+                result["test"] = self._score(classify, part, distill.training)
+
         with self._log(folder) as log:
             for number, (wanted, training, judge) in enumerate(phases):
                 module.restrict(wanted)
@@ -582,7 +596,7 @@ class Run:
                 if service is not None:
                     showing = service.showing(needs, distill.teacher_stream)
                 with showing as teacher:
-                    best = fit(
+                    result["validation"] = fit(
                         module,
                         train,
                         self.collate,
@@ -593,20 +607,11 @@ class Run:
                         log=log,
                         teacher=teacher,
                         score=judge,
+                        conclude=conclude if number == len(phases) - 1 else None,
                         saves=replace(saves, phase=number, last_phase=number == len(phases) - 1),
                         seed=seed,
                         title=f"{label} {domain}{part}",
                     )
-        result = {
-            "label": label,
-            "domain": domain,
-            "validation": best,
-            "parameters": sum(p.numel() for p in student.parameters()),
-        }
-        if corpus.test is not None:
-            result["test"] = self._score(
-                classify, self._part(corpus.test, domain), distill.training
-            )
         student = module.detach().float()
         if self.world.is_main:
             student.config.dtype = torch.float32
@@ -629,11 +634,15 @@ class Run:
         split = self.corpus.validation if self.corpus.test is None else self.corpus.test
         training = self.config.distill.training
         scores = {"split": split_name, "teacher": {}, "students": {}}
+        exact = self.config.model_copy(update={"bf16": False, "fp16": False})
         for place in self.teach(self.teacher_kind) if self.teacher_kind else []:
-            teacher = Teacher.load(place, self.recipe).to(self.world.device).eval()
+            service = TeacherService([place], exact, self.recipe, self.world)
+            [teacher] = service.teachers
             domain = place.name if teacher.kind == "single" else ALL_DOMAINS
             part = self._part(split, domain)
-            scored = self._score(teacher.logits, part, training)
+            with service.showing(frozenset({"logits"})) as show:
+                teacher.eval()  # the release teaches with dropout
+                scored = self._score(lambda batch, show=show: show(batch).logits, part, training)
             # Several single teachers have no accuracy in common, only one per domain.
             scores["teacher"] |= {
                 name: value

@@ -79,7 +79,6 @@ class World:
         size: how many they are.
         device: of this process.
         control: group for agreements, on the CPU whatever the device; None for a world of one.
-        data: group that shares the work; None for all processes.
         progress: counted by loops, looked at by ``faults.Watchdog``.
         name: of the group, told apart from other groups of the same start.
     """
@@ -88,7 +87,6 @@ class World:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: dist.ProcessGroup | None = None
-    data: dist.ProcessGroup | None = None
     progress: Progress = field(default_factory=Progress)
     name: str = "all"
 
