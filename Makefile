@@ -17,7 +17,7 @@ help:
 	@echo "make test        run the tests"
 	@echo "make lint        check style (ruff)"
 	@echo "make bench       time the losses that CI can afford (python -m benchmarks.run --op OP: all of them)"
-	@echo "make mutants     break the losses in many ways and see that the tests notice (about 20 minutes)"
+	@echo "make mutants     break the losses in many ways and see that the tests notice (about an hour)"
 	@echo "make models/minilm  fetch the encoder of the configurations (all-MiniLM-L6-v2, checksum verified)"
 	@echo "make offline-gpu compile the GPU kernels without a GPU, show registers and spills"
 	@echo "make gpu-check   on a GPU machine: build, tests, sanitizer, benchmarks; results in OUT ($(OUT))"
