@@ -5,7 +5,9 @@ Save: every rank writes its files into ``.tmp-<tag>-<nonce>/`` and hashes them o
 disk; if all ranks succeeded, the first writes ``MANIFEST.json`` (size and SHA-256 of every file,
 world size, position, ...) and renames the folder to its tag; otherwise nobody publishes and the old
 tags stay. Only then do the pointer and the rotation follow. A folder without a dot in front of its
-name is therefore always a whole checkpoint, whatever was killed in between.
+name is therefore always a whole checkpoint, whatever was killed in between. No step relies on an
+earlier one that a power failure could still undo: what was created is synced with the folder that
+holds it before the rename, and a tag is out of sight on the disk before its files go.
 
 Load: the newest tag whose manifest and files verify, agreed by all ranks. ``safe_load`` is the only
 reader of pickled files: it builds tensors, numbers and DeepSpeed's own scalars, and runs nothing.
@@ -55,8 +57,8 @@ class Disk:
     replay a crash after each."""
 
     def make_folder(self, path: Path) -> None:
-        """Create a folder; its parents may be missing, it may exist."""
-        path.mkdir(parents=True, exist_ok=True)
+        """Create a folder in one that exists; it may exist itself."""
+        path.mkdir(exist_ok=True)
 
     def create(self, path: Path) -> BinaryIO:
         """A new, empty, unbuffered file."""
@@ -81,15 +83,10 @@ class Disk:
     def remove(self, path: Path) -> None:
         """Remove a file, or a folder and what is in it; what cannot be removed stays."""
         if path.is_dir() and not path.is_symlink():
-            # Out of sight at once: half a removed folder must not pass for a damaged checkpoint.
-            aside = path.with_name(f".tmp-gone-{secrets.token_hex(4)}")
-            try:
-                self.rename(path, aside)
-            except OSError:
-                aside = path
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 class _Hashing(io.RawIOBase):
@@ -134,7 +131,7 @@ class HashedFiles(CheckpointEngine):
             return
         path = self.folder / name
         try:
-            self.disk.make_folder(path.parent)
+            self._make_folder(path.parent)
             with self.disk.create(path) as raw:
                 file = _Hashing(raw)
                 produce(file)
@@ -144,6 +141,13 @@ class HashedFiles(CheckpointEngine):
         except (OSError, RuntimeError) as error:  # torch's writer raises the second for the first
             cause = error.__cause__ or error.__context__ or error
             self.problem = f"{path}: {str(cause).splitlines()[0]}"
+
+    def _make_folder(self, path: Path) -> None:
+        if not path.is_dir():
+            self._make_folder(path.parent)
+            self.disk.make_folder(path)
+            # Of several ranks the one that made it waits for the disk before the agreement.
+            self.disk.sync_folder(path.parent)
 
     # DeepSpeed's side.
 
@@ -265,54 +269,84 @@ class Checkpoints:
         absent = [name for name in entries if not (folder / name).exists()]
         if absent:
             return f"{folder / absent[0]}: written by another host, which does not share this disk"
-        manifest = {**facts, "world_size": self.world.size, "files": entries}
+        manifest = {
+            **facts,
+            "tag": target.name,
+            "world_size": self.world.size,
+            "files": entries,
+        }
         manifest["sha256"] = _manifest_digest(manifest)
         last = HashedFiles(folder, self.disk)
         last.write(MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
         if last.problem is not None:
             return last.problem
+        aside = self.root / f".tmp-{target.name}-{secrets.token_hex(4)}"
         try:
             if target.exists():  # the same step again, after a fall back to an older tag
-                self.disk.remove(target)
+                self.disk.rename(target, aside)
             self.disk.rename(folder, target)
             self.disk.sync_folder(self.root)
-            self._point_at(target.name)
         except OSError as error:
+            if not target.exists():
+                with suppress(OSError):
+                    self.disk.rename(aside, target)
             return f"{target}: {error.strerror}"
-        self._rotate(target)
+        try:
+            self._point_at(target.name)
+            self._rotate(Tag(target, manifest))
+        except OSError as error:  # the checkpoint stands, that is what was asked for
+            self.say(f"warning: {self.root}: could not be tidied up: {error.strerror}")
         return None
 
     def _point_at(self, tag: str) -> None:
+        """Name the newest tag in a file: a convenience for people, loading looks at the tags."""
         pointer = HashedFiles(self.root, self.disk)
         aside = f".tmp-{POINTER}-{secrets.token_hex(4)}"
         pointer.write(aside, lambda file: file.write(tag.encode()))
-        if pointer.problem is None:  # a convenience for people: loading looks at the tags
-            self.disk.rename(self.root / aside, self.root / POINTER)
-            self.disk.sync_folder(self.root)
+        if pointer.problem is not None:
+            self.say(f"warning: {pointer.problem}")
+            return
+        self.disk.rename(self.root / aside, self.root / POINTER)
+        self.disk.sync_folder(self.root)
 
-    def _rotate(self, newest: Path) -> None:
-        newest_order = Tag(newest, _read_manifest(newest)).order
+    def _rotate(self, newest: Tag) -> None:
         tags = sorted(self.tags(), key=lambda tag: tag.order)
         # What claims to be later is left from a run that was taken up again before it.
-        given_up = [tag for tag in tags if tag.order > newest_order]
-        for tag in given_up + [tag for tag in tags if tag.order <= newest_order][: -self.keep]:
-            self.disk.remove(tag.folder)
-        for left in self.root.glob(".tmp-*"):
-            self.disk.remove(left)
+        given_up = [tag for tag in tags if tag.order > newest.order]
+        kept = [tag for tag in tags if tag.order <= newest.order]
+        for tag in given_up + kept[: -self.keep]:
+            self.disk.rename(tag.folder, self.root / f".gone-{secrets.token_hex(4)}")
+        # Half a removed folder must not pass for a damaged checkpoint, nor come back as one.
+        self.disk.sync_folder(self.root)
+        for left in self.root.iterdir():
+            if left.name.startswith((".tmp-", ".gone-")):
+                self.disk.remove(left)
+
+    def _finish_renames(self) -> None:
+        """Publish what was whole already when its process was killed before the last rename; while
+        a tag is replaced, nothing else may be there."""
+        for folder in sorted(self.root.glob(".tmp-*")):
+            with suppress(CheckpointError, OSError):
+                tag = _open(folder, hidden=True)
+                target = self.root / checked_tag(tag.facts["tag"])
+                if not os.path.lexists(target):
+                    verify(tag)
+                    self.disk.rename(folder, target)
+                    self.disk.sync_folder(self.root)
 
     def tags(self) -> list[Tag]:
         """Published tags with a readable manifest, in no order; their files are not checked."""
         found = []
         for folder in self.root.iterdir() if self.root.is_dir() else ():
-            if _TAG.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            if _TAG.fullmatch(folder.name):
                 with suppress(CheckpointError):
-                    found.append(Tag(folder, _read_manifest(folder)))
+                    found.append(_open(folder))
         return found
 
     def is_empty(self) -> bool:
         """Is there nothing that was ever published here?"""
         return not self.root.is_dir() or not any(
-            not path.name.startswith(".tmp-") for path in self.root.iterdir()
+            not path.name.startswith(".") for path in self.root.iterdir()
         )
 
     def find(self, resume: str) -> Tag | None:
@@ -327,10 +361,15 @@ class Checkpoints:
                 which none verifies.
         """
         if resume != "auto":
-            folder = self.root / checked_tag(resume)
-            if not folder.is_dir() or folder.is_symlink():
+            checked_tag(resume)
+        if self.world.is_main:
+            self._finish_renames()
+        self.world.barrier()
+        if resume != "auto":
+            folder = self.root / resume
+            if not folder.is_dir():
                 raise CheckpointError(f"{folder}: no such checkpoint", self._known())
-            return self._verified(Tag(folder, _read_manifest(folder)))
+            return self._verified(_open(folder))
         names = [] if self.is_empty() else sorted(p.name for p in self.root.iterdir())
         # The first rank lists, so that all try the same tags in the same order.
         listed = self.world.agree(
@@ -343,8 +382,7 @@ class Checkpoints:
             self._tell(f"warning: checkpoint {name} has no valid manifest and is not used")
         for name in listed:
             try:
-                folder = self.root / name
-                tag = self._verified(Tag(folder, _read_manifest(folder)))
+                tag = self._verified(_open(self.root / name))
             except CheckpointError as error:
                 self._tell(f"warning: checkpoint {name} is damaged and not used: {error.cause}")
                 continue
@@ -364,6 +402,8 @@ class Checkpoints:
             verify(tag, share=(self.world.rank, self.world.size))
         except CheckpointError as error:
             problem = error.cause
+        except OSError as error:
+            problem = f"{tag.folder}: cannot be read ({error})"
         told = [text for text in self.world.gather(problem) if text]
         if told:
             raise CheckpointError(told[0], self._known())
@@ -389,16 +429,34 @@ def _manifest_digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _read_manifest(folder: Path) -> dict:
+def _open(folder: Path, hidden: bool = False) -> Tag:
+    """A checkpoint by its manifest; its files are not checked.
+
+    Args:
+        folder: of the checkpoint.
+        hidden: is it one that does not bear the name of its tag (yet)?
+
+    Raises:
+        CheckpointError: there is no manifest, or not the one that was written here.
+    """
     path = folder / MANIFEST
+    if folder.is_symlink() or path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path}: is missing, or no plain file")
     try:
         manifest = json.loads(path.read_bytes())
-        whole = manifest["sha256"] == _manifest_digest(manifest)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        whole = (
+            manifest["sha256"] == _manifest_digest(manifest)
+            and isinstance(manifest["tag"], str)
+            and all(isinstance(manifest[name], int) for name in ("phase", "step"))
+            and all(isinstance(f["size"], int) and f["sha256"] for f in manifest["files"].values())
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     if not whole:
         raise CheckpointError(f"{path}: was changed after it was written")
-    return manifest
+    if not hidden and manifest["tag"] != folder.name:
+        raise CheckpointError(f"{path}: is the manifest of {manifest['tag']}")
+    return Tag(folder, manifest)
 
 
 def verify(tag: Tag, share: tuple[int, int] = (0, 1)) -> None:

@@ -3,6 +3,7 @@
 It is built aside and renamed into place, so that a folder of the run directory either holds a
 finished stage or does not exist; a stage whose inputs have not changed is not built again. What an
 interrupted build left aside, its checkpoints above all, is taken up if the inputs are the same.
+The checkpoints go last of all, when the finished stage is in its place and on the disk.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from metakd.errors import CheckpointError
-from metakd.training.checkpoint import Checkpoints
+from metakd.training.checkpoint import Checkpoints, Disk, HashedFiles
 from metakd.training.engine import Saves
 from metakd.training.world import World
 
 CHECKPOINTS = "checkpoints"
 _INPUTS = "inputs.txt"
+_RECORD = "stage.json"
+_ALWAYS_KEPT = ("log.jsonl", _INPUTS)
 
 
 def content_digest(sources: Iterable[str | None]) -> str:
@@ -50,6 +53,7 @@ class StageStore:
             ``never`` starts every build afresh.
         reshard: see ``engine.Saves``.
         keep: checkpoints that stay on the disk while a stage is built.
+        disk: see ``checkpoint.Disk``.
     """
 
     folder: Path
@@ -61,6 +65,7 @@ class StageStore:
     resume: str = "auto"
     reshard: bool = False
     keep: int = 2
+    disk: Disk = field(default_factory=Disk)
     _finished: dict[Path, dict] = field(default_factory=dict, repr=False)
     _digests: dict[Path, str] = field(default_factory=dict, repr=False)
 
@@ -98,10 +103,12 @@ class StageStore:
 
     def _look_up_or_build(self, place, digest, build, keep) -> dict:
         name = str(place.relative_to(self.folder))
-        record = place / "stage.json"
+        record = place / _RECORD
         stored = json.loads(record.read_text()) if self.world.is_main and record.exists() else {}
         stored = self.world.agree(stored)
         if stored.get("inputs") == digest and (stored["kept"] or not keep):
+            if self.world.is_main:
+                self._tidy(place)
             self.say(f"{name}: inputs unchanged, skipped")
             return stored["result"]
         if not self.may_build:
@@ -116,12 +123,6 @@ class StageStore:
         since = time.perf_counter()
         result = self.world.agree(build(building, saves))
         if self.world.is_main:
-            shutil.rmtree(building / CHECKPOINTS, ignore_errors=True)
-            (building / _INPUTS).unlink()
-            if not keep:
-                for file in building.iterdir():
-                    if file.is_file() and file.name != "log.jsonl":
-                        file.unlink()
             done = {
                 "inputs": digest,
                 "kept": keep,
@@ -130,11 +131,44 @@ class StageStore:
                 "world_size": self.world.size,
                 "result": result,
             }
-            (building / "stage.json").write_text(json.dumps(done, indent=1))
-            shutil.rmtree(place, ignore_errors=True)
-            building.rename(place)
+            self._publish(building, place, done)
         self.world.barrier()
         return result
+
+    def _publish(self, building: Path, place: Path, done: dict) -> None:
+        checkpoints = building / CHECKPOINTS
+        files = [
+            file
+            for file in building.rglob("*")
+            if file.is_file() and checkpoints not in file.parents
+        ]
+        for file in files:
+            if not done["kept"] and file.parent == building and file.name not in _ALWAYS_KEPT:
+                self.disk.remove(file)
+            else:
+                with file.open("rb") as written:
+                    self.disk.sync(written)
+        self.disk.remove(building / _RECORD)
+        self._write(building, _RECORD, json.dumps(done, indent=1))
+        # Until the rename this is an unfinished build, which goes on from its last checkpoint.
+        if place.exists():
+            self.disk.remove(_replaced(place))
+            self.disk.rename(place, _replaced(place))
+        self.disk.rename(building, place)
+        self.disk.sync_folder(place.parent)
+        self._tidy(place)
+
+    def _tidy(self, place: Path) -> None:
+        """Remove what served the building of a finished stage, and what it took the place of."""
+        for left in (place / CHECKPOINTS, place / _INPUTS, _replaced(place)):
+            self.disk.remove(left)
+
+    def _write(self, folder: Path, name: str, text: str) -> None:
+        """A small file that is on the disk, with its folder, when this returns."""
+        files = HashedFiles(folder, self.disk)
+        files.write(name, lambda file: file.write(text.encode()))
+        if files.problem is not None:
+            raise CheckpointError(files.problem, "make room, then give the same command again")
 
     def _prepare(self, building: Path, digest: str) -> None:
         """An empty folder to build in, or the one that was left by a build from the same inputs."""
@@ -144,12 +178,12 @@ class StageStore:
         if building.exists():
             self.say(f"{building}: what was left there is of other inputs, or not wanted; removed")
             shutil.rmtree(building)
-        building.mkdir(parents=True)
-        started.write_text(digest)
+        # Synced: a power failure must not leave checkpoints whose inputs nobody knows.
+        self._write(building, _INPUTS, digest)
 
     def _open_saves(self, building: Path, digest: str) -> Saves:
         checkpoints = Checkpoints(
-            building / CHECKPOINTS, self.world, self.keep, lambda text: self.say(text)
+            building / CHECKPOINTS, self.world, self.keep, lambda text: self.say(text), self.disk
         )
         start = None
         if self.resume != "never":
@@ -164,3 +198,8 @@ class StageStore:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
         self.world.barrier()
         return Saves(checkpoints, start, digest, self.reshard)
+
+
+def _replaced(place: Path) -> Path:
+    """Where a finished stage goes when another takes its place."""
+    return place.with_name(f".gone-{place.name}")
