@@ -41,9 +41,9 @@ from metakd.training import engine
 from metakd.training.checkpoint import Checkpoints, Disk, safe_load
 from metakd.training.log import RunLog
 from metakd.training.store import StageStore
-from metakd.training.world import join_world
+from metakd.training.world import World, join_world
 
-EXAMPLES, STEP_SIZE, EPOCHS, ACCUMULATION, SEED = 22, 8, 3, 2, 5
+EXAMPLES, STEP_SIZE, EPOCHS, ACCUMULATION, SEED = 22, 8, 4, 2, 5
 STEPS_PER_EPOCH = 3  # 8 + 8 + 6 examples: the last step of an epoch is ragged
 STEPS = EPOCHS * STEPS_PER_EPOCH
 POISONED_STEP = 5
@@ -128,14 +128,20 @@ class FaultyDisk(Disk):
         self.lasting = lasting
         self.count = 0
 
-    def _next(self) -> None:
-        self.count += 1
+    @property
+    def is_due(self) -> bool:
+        """Does the next change meet the fault?"""
         fault = self.fault
-        if fault is None or fault.where != "change" or self.count < fault.number:
-            return
-        if fault.signal and self.count == fault.number:
-            os.kill(os.getpid(), fault.signal)
-        if not fault.signal and (self.lasting or self.count == fault.number):
+        if fault is None or fault.where != "change":
+            return False
+        return self.count + 1 == fault.number or (self.lasting and self.count >= fault.number)
+
+    def _next(self) -> None:
+        due = self.is_due
+        self.count += 1
+        if due and self.fault.signal:
+            os.kill(os.getpid(), self.fault.signal)
+        if due and not self.fault.signal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def make_folder(self, path: Path) -> None:
@@ -144,7 +150,7 @@ class FaultyDisk(Disk):
 
     def create(self, path: Path) -> BinaryIO:
         self._next()
-        return _FaultyFile(super().create(path), self._next)
+        return _FaultyFile(super().create(path), self)
 
     def sync(self, file: BinaryIO) -> None:
         self._next()
@@ -165,13 +171,14 @@ class FaultyDisk(Disk):
 
 
 class _FaultyFile:
-    def __init__(self, file: BinaryIO, before: Callable[[], None]):
-        self._file, self._before = file, before
+    def __init__(self, file: BinaryIO, disk: FaultyDisk):
+        self._file, self._disk = file, disk
 
     def write(self, data) -> int:
-        self._before()
-        # Half of it arrives: a kill or a full disk does not wait for the end of a file.
-        return self._file.write(memoryview(data)[: max(1, len(data) // 2)])
+        if self._disk.is_due:  # some of it arrives
+            self._file.write(memoryview(data)[: len(data) // 2])
+        self._disk._next()
+        return self._file.write(data)
 
     def fileno(self) -> int:
         return self._file.fileno()
@@ -264,7 +271,7 @@ def train(cell: Cell, folder: Path, fault: Fault | None = None) -> None:
     def build(place: Path, saves: engine.Saves) -> dict:
         start = saves.start.facts["step"] if saves.start else 0
         told = (folder / f"trace-{world.rank}.jsonl").open("a", buffering=1)
-        told.write(json.dumps({"start": start, "pid": os.getpid()}) + "\n")
+        told.write(json.dumps({"start": start}) + "\n")
         done = 0
 
         def traced(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -297,6 +304,7 @@ def train(cell: Cell, folder: Path, fault: Fault | None = None) -> None:
                 # The last checkpoint holds what a digest is made of.
                 saves=replace(saves, last_phase=False),
             )
+        told.write(json.dumps({"changes": saves.checkpoints.disk.count}) + "\n")
         final = saves.checkpoints.find("auto")
         if not world.is_main:
             return {}
@@ -370,14 +378,33 @@ def outcome(folder: Path) -> dict:
     return json.loads((folder / "stage" / "stage.json").read_text())["result"]
 
 
-def traces(folder: Path, ranks: int) -> list[list[dict]]:
-    """Per rank, what its processes wrote, one after the other."""
-    return [
-        [json.loads(line) for line in (folder / f"trace-{rank}.jsonl").read_text().splitlines()]
-        if (folder / f"trace-{rank}.jsonl").exists()
-        else []
-        for rank in range(ranks)
-    ]
+@dataclass
+class Attempt:
+    """What one process of a run did: where it started, its micro-batches, its changes of the disk
+    if it came that far."""
+
+    start: int
+    batches: list[tuple[int, list[int]]]  # step, examples
+    changes: int = 0
+
+    @property
+    def finished(self) -> int:
+        """Steps that were certainly over."""
+        return max(self.start, self.batches[-1][0] - 1) if self.batches else self.start
+
+
+def attempts(folder: Path, rank: int) -> list[Attempt]:
+    """What the processes of one rank did, one after the other."""
+    path, done = folder / f"trace-{rank}.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        told = json.loads(line)
+        if "start" in told:
+            done.append(Attempt(told["start"], []))
+        elif "step" in told:
+            done[-1].batches.append((told["step"], told["seen"]))
+        else:
+            done[-1].changes = told["changes"]
+    return done
 
 
 # ---- Processes -----------------------------------------------------------------------------------
@@ -456,6 +483,12 @@ class Group:
                 if ended:
                     self.codes[rank] = os.waitstatus_to_exitcode(status)
 
+    @property
+    def ended(self) -> dict[int, int]:
+        """Exit codes of the ranks that have ended."""
+        self._reap()
+        return self.codes
+
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         """Send a signal to a rank that has not ended."""
         self._reap()
@@ -495,6 +528,4 @@ def run(cell: Cell, folder: Path, fault: Fault | None = None) -> Group:
 
 def checkpoints(folder: Path) -> Checkpoints:
     """The checkpoints of an unfinished run, looked at from one process."""
-    from metakd.training.world import World
-
     return Checkpoints(folder / ".tmp-stage" / "checkpoints", World(), say=lambda text: None)

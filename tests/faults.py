@@ -9,6 +9,8 @@ exit code is 1 if there is any.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -186,7 +188,7 @@ def power_failures(tally: Tally) -> None:
                 model.do(story.changes[length - 1])
             if tally.quick and length % 5:
                 continue
-            for state in model.crashes(draw, samples=1 if tally.quick else 14):
+            for state in model.crashes(draw, samples=1 if tally.quick else 18):
                 key = (number, length, tuple(sorted(state.items())))
                 if hash(key) in seen:
                     continue
@@ -222,10 +224,628 @@ def _version(saved: Checkpoints) -> Version | None:
     return tag.folder.name, tuple((name, (tag.folder / name).read_bytes()) for name in names)
 
 
+# ---- Damage --------------------------------------------------------------------------------------
+
+
+def sources(tally: Tally) -> list[Path]:
+    """Checkpoints that DeepSpeed wrote: of each run, those of steps 4 and 6."""
+    kinds = [Cell(zero) for zero in range(4)] + [Cell(2, ranks=2), Cell(3, ranks=2)]
+    roots = []
+    for cell in kinds[4:5] if tally.quick else kinds:
+        folder = tally.place(f"source-{cell.name}")
+        at = ACCUMULATION * 6 + 1  # the first micro-batch of step 7
+        cells.run(cell, folder, Fault(0, "forward", at)).wait(grace=2)
+        roots.append(cells.checkpoints(folder).root)
+    return roots
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is done to a copy of a checkpoint folder.
+
+    Args:
+        kind: for the table.
+        apply: does it to the folder.
+        hurt: tags that must not be used any more.
+        pointer: is it the pointer that is damaged?
+    """
+
+    kind: str
+    apply: Callable[[Path], object]
+    hurt: tuple[str, ...] = ()
+    pointer: bool = False
+
+
+def flip(path: Path, draw: random.Random) -> None:
+    """Change one bit."""
+    data = bytearray(path.read_bytes())
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+
+
+def cut(path: Path, length: int) -> None:
+    """Keep the first bytes."""
+    os.truncate(path, length)
+
+
+def swap(one: Path, other: Path) -> None:
+    """Exchange two files or folders."""
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+def refilled(path: Path, data: bytes = b"") -> None:
+    """Replace whatever is there by a file."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
+def linked(path: Path, outside: Path) -> None:
+    """Replace a file or folder by a link to the same outside of the checkpoints."""
+    path.rename(outside / path.name)
+    path.symlink_to(outside / path.name)
+
+
+def replaced_by_folder(path: Path) -> None:
+    """Put a folder where a file was."""
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def signed(folder: Path, **changes) -> None:
+    """Rewrite a manifest so that it matches itself and the files, as one could who means harm."""
+    manifest = json.loads((folder / MANIFEST).read_text()) | changes
+    for name in manifest["files"] if isinstance(manifest.get("files"), dict) else ():
+        data = (folder / name).read_bytes()
+        manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    manifest["sha256"] = _manifest_digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def damages(root: Path, tally: Tally, outside: Path) -> list[Damage]:
+    """Every damage to one folder of two tags."""
+    draw, share = tally.random, 0.06 if tally.quick else 1.0
+    older, newer = (root / f"phase0-step{step:08d}" for step in (4, 6))
+    names = sorted(path.name for path in newer.iterdir() if path.name != MANIFEST)
+    found: list[Damage] = []
+
+    def add(kind: str, apply, *hurt: Path, pointer: bool = False) -> None:
+        found.append(Damage(kind, apply, tuple(tag.name for tag in hurt), pointer))
+
+    for _ in range(round(60 * share)):
+        tag, name = draw.choice([older, newer, newer]), draw.choice([*names, MANIFEST])
+        length = draw.randrange((tag / name).stat().st_size)
+        add("truncated", lambda r, p=f"{tag.name}/{name}", n=length: cut(r / p, n), tag)
+    for _ in range(round(60 * share)):
+        path = newer / draw.choice(names)
+        add("one bit, in a file", lambda r, p=path: flip(r / p.relative_to(root), draw), newer)
+    for _ in range(round(40 * share)):
+        path = draw.choice([older, newer]) / MANIFEST
+        add("one bit, in a manifest", lambda r, p=path: flip(r / p.relative_to(root), draw), path.parent)
+
+    for tag in (older, newer):
+        for name in [*names, MANIFEST]:
+            path = f"{tag.name}/{name}"
+            add("missing", lambda r, p=path: (r / p).unlink(), tag)
+            add("emptied", lambda r, p=path: refilled(r / p), tag)
+            add("a folder in its place", lambda r, p=path: replaced_by_folder(r / p), tag)
+            add("a link in its place", lambda r, p=path: linked(r / p, outside), tag)
+            add("longer", lambda r, p=path: (r / p).open("ab").write(b"}"), tag)
+        add("missing", lambda r, t=tag.name: shutil.rmtree(r / t), tag)
+        add("a link in its place", lambda r, t=tag.name: linked(r / t, outside), tag)
+        for extra in ("x.pt", "deep/x.pt", "x"):
+            add("an extra file", lambda r, t=tag.name, e=extra: _extra(r / t / e), tag)
+        add("an extra link", lambda r, t=tag.name: (r / t / "x").symlink_to("rank-00000.pt"), tag)
+        other = (newer if tag is older else older).name
+        add(
+            "the manifest of another tag",
+            lambda r, t=tag.name, o=other: shutil.copy(r / o / MANIFEST, r / t / MANIFEST),
+            tag,
+        )
+        add("a copy of another tag", lambda r, t=tag.name, o=other: _copied(r / o, r / t), tag)
+        for content in (b"", b"null", b"[]", b"{}", b"[" * 100_000, b"\xff\xfe", b"1e999"):
+            add("another manifest", lambda r, t=tag.name, c=content: refilled(r / t / MANIFEST, c), tag)
+        for wrong in ({"step": "6"}, {"files": []}, {"files": {}}, {"tag": 3}, {"phase": None}):
+            add("another manifest", lambda r, t=tag.name, w=wrong: signed(r / t, **w), tag)
+        for name in names:
+            for kind, data in payloads(outside / "ran").items():
+                path = f"{tag.name}/{name}"
+                add(f"pickle ({kind})", lambda r, p=path, d=data: refilled(r / p, d), tag)
+    for name in names:
+        add(
+            "swapped between tags",
+            lambda r, n=name: swap(r / older.name / n, r / newer.name / n),
+            older,
+            newer,
+        )
+        for other in names[: names.index(name)]:
+            for tag in (older, newer):
+                if (tag / name).read_bytes() != (tag / other).read_bytes():
+                    add(
+                        "swapped in a tag",
+                        lambda r, t=tag.name, n=name, o=other: swap(r / t / n, r / t / o),
+                        tag,
+                    )
+    add("tags swapped", lambda r: swap(r / older.name, r / newer.name), older, newer)
+    # Bytes that are no name, names that are no tag or another, things that are no file.
+    for content in (b"", b"\0", b"\xff" * 9, b"../outside", older.name.encode(), b"x" * 5000):
+        add("pointer", lambda r, c=content: refilled(r / POINTER, c), pointer=True)
+    add("pointer", lambda r: (r / POINTER).unlink(), pointer=True)
+    add("pointer", lambda r: replaced_by_folder(r / POINTER), pointer=True)
+    if tally.quick:
+        found = draw.sample(found, min(len(found), 90))
+    return found
+
+
+def _extra(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"x")
+
+
+def _copied(source: Path, target: Path) -> None:
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+
+
+class Payload:
+    """Creates a file when unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+def payloads(marker: Path) -> dict[str, bytes]:
+    """Files that would create ``marker`` if anyone unpickled them, by format."""
+    harm = {"module": {"weight": torch.zeros(2), "harm": Payload(marker)}}
+    made = {"plain": pickle.dumps(Payload(marker)), "nested": pickle.dumps(harm, 2)}
+    for kind, zipped in {"torch": True, "torch, old": False}.items():
+        file = io.BytesIO()
+        torch.save(harm, file, _use_new_zipfile_serialization=zipped)
+        made[kind] = file.getvalue()
+    return made
+
+
+def corruption(tally: Tally) -> None:
+    """Damage to whole checkpoints of DeepSpeed's: never used, always said, nothing run."""
+    outside, load = tally.place("outside"), torch.load
+    for root in sources(tally):
+        for damage in damages(root, tally, outside):
+            shutil.rmtree(outside)
+            outside.mkdir()
+            copy = tally.folder / "copy"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(root, copy)
+            damage.apply(copy)
+            try:
+                # Whatever is wrong must be known before any file is read as tensors.
+                torch.load = None
+                problem = _wrongly_taken(copy, damage)
+            finally:
+                torch.load = load
+            if (outside / "ran").exists():
+                problem = "the payload ran"
+            tally.case(damage.kind.split(" (")[0], problem and f"{root}, {damage}: {problem}")
+        _harm(root, tally, outside / "ran")
+    _bad_tags(sources(replace(tally, quick=True, folder=tally.place("tags")))[0], tally)
+
+
+def _wrongly_taken(root: Path, damage: Damage) -> str | None:
+    told: list[str] = []
+    saved = Checkpoints(root, World(), say=told.append)
+    names = [f"phase0-step{step:08d}" for step in (4, 6)]
+    for name in names:
+        try:
+            saved.find(name)
+            if name in damage.hurt:
+                return f"{name} was accepted"
+        except CheckpointError as error:
+            if name not in damage.hurt:
+                return f"{name} was refused: {error}"
+    whole = [name for name in names if name not in damage.hurt]
+    told.clear()
+    try:
+        tag = saved.find("auto")
+        if tag is None or tag.folder.name != whole[-1]:
+            return f"auto found {tag and tag.folder.name}"
+    except CheckpointError as error:
+        return f"auto refused all: {error}" if whole else None
+    names_newest = any(damage.hurt[-1] in line for line in told) if damage.hurt else True
+    if names[-1] in damage.hurt and not (names_newest and told):
+        return "the damaged newest was passed over in silence"
+    if damage.pointer and not any(POINTER in line for line in told):
+        return "a damaged pointer was passed over in silence"
+    return None
+
+
+def _harm(root: Path, tally: Tally, marker: Path) -> None:
+    """Payloads under a manifest that matches them: verification cannot tell, reading must."""
+    newest = "phase0-step00000006"
+    for path in sorted((root / newest).glob("*.pt")):
+        for kind, data in payloads(marker).items():
+            copy = tally.folder / "harm"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(root, copy)
+            (copy / newest / path.name).write_bytes(data)
+            signed(copy / newest)
+            problem = None
+            tag = Checkpoints(copy, World(), say=lambda text: None).find(newest)
+            try:
+                safe_load(tag.folder / path.name)
+                problem = "was read"
+            except CheckpointError:
+                pass
+            if marker.exists():
+                problem = "ran"
+            tally.case("pickle under its own manifest", problem and f"{path}, {kind}: {problem}")
+
+
+def _bad_tags(root: Path, tally: Tally) -> None:
+    before = sorted(root.parent.rglob("*"))
+    # Out of the folder, hidden, no name at all, too long, letters that are not ASCII, line ends.
+    for tag in (
+        *("../x", "..", ".", "/etc", "a/b", "a/../b", "..\\x", "~", ".tmp-x", ".hidden", "-x", ""),
+        *("a\0b", "\0", "x" * 129, "x" * 100_000, "schritt-é", "step４", "a b", "a\n", "a:b", "*"),
+    ):
+        saved = Checkpoints(root, World(), say=lambda text: None)
+        asked = {
+            "found": lambda s=saved, t=tag: s.find(t),
+            "saved": lambda s=saved, t=tag: s.save(t, lambda files: None, {"phase": 0, "step": 1}),
+        }
+        for what, ask in asked.items():
+            problem = f"{tag[:20]!r} was {what}"
+            try:
+                ask()
+            except CheckpointError:
+                problem = None
+            if sorted(root.parent.rglob("*")) != before:
+                problem = f"{tag[:20]!r} changed files"
+            tally.case("bad tag", problem)
+
+
+# ---- Interruptions -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is killed, and from where it then goes on.
+
+    Args:
+        save_steps: steps between its checkpoints.
+        step: in which it is killed.
+        micro: 0-based micro-batch of the step.
+        start: step it goes on after.
+    """
+
+    save_steps: int
+    step: int
+    micro: int
+    start: int
+
+
+POSITIONS = {
+    "epoch start": Position(3, 4, 0, 3),
+    "mid-epoch": Position(2, 5, 0, 4),
+    "mid-accumulation": Position(2, 6, 1, 4),
+    "after a skipped step": Position(5, 6, 0, 5),
+}
+
+
+def resume(tally: Tally) -> None:
+    """Interrupted and resumed runs equal uninterrupted ones bit for bit."""
+    draw = tally.random
+    matrix = [
+        Cell(zero, ranks, bf16) for zero in range(4) for ranks in (1, 2) for bf16 in (False, True)
+    ]
+    for cell in [Cell(1, 2), Cell(3, 1, True)] if tally.quick else matrix:
+        folder = tally.place(cell.name)
+        reference = _reference(cell, folder / "whole", tally)
+        if reference is None:
+            continue
+        for name, position in POSITIONS.items():
+            place = folder / name.replace(" ", "-")
+            fault = Fault(
+                draw.randrange(cell.ranks),
+                "forward",
+                (position.step - 1) * ACCUMULATION + position.micro + 1,
+            )
+            broken = replace(cell, save_steps=position.save_steps)
+            cells.run(broken, place, fault).wait(grace=2)
+            group = cells.run(broken, place)
+            codes = group.wait()
+            problem = _differs(group, codes, place, reference, cell)
+            start = cells.attempts(place, 0)[-1].start
+            if problem is None and start != position.start:
+                problem = f"went on after step {start}, not {position.start}"
+            tally.case(name, problem and f"{cell.name}: {problem}")
+
+
+def _reference(cell: Cell, folder: Path, tally: Tally) -> dict | None:
+    """The outcome of a run that nothing happens to."""
+    group = cells.run(cell, folder)
+    codes = group.wait()
+    if any(codes):
+        tally.case("uninterrupted", f"{cell.name}: exit codes {codes}\n{group.said()[-1500:]}")
+        return None
+    reference = cells.outcome(folder)
+    problem = _counts_wrongly(folder, cell)
+    skipped = [{"step": cells.POISONED_STEP, "split": "skipped", "examples": [cells.poisoned_row()]}]
+    if problem is None and reference["skipped"] != skipped:
+        problem = f"skipped {reference['skipped']}, not {skipped}"
+    tally.case("uninterrupted, one batch NaN", problem and f"{cell.name}: {problem}")
+    return reference
+
+
+def _differs(group: Group, codes: list[int], folder: Path, reference: dict, cell: Cell) -> str | None:
+    """What is wrong with a run that was taken up again, and is through."""
+    if any(codes):
+        return f"exit codes {codes}, hung {group.hung}\n{group.said()[-1500:]}"
+    outcome = cells.outcome(folder)
+    other = [name for name in reference if outcome[name] != reference[name]]
+    if other:
+        return f"{', '.join(other)} differ from the uninterrupted run"
+    return _counts_wrongly(folder, cell)
+
+
+def _counts_wrongly(folder: Path, cell: Cell) -> str | None:
+    """Which examples an epoch saw not once, counting of each attempt what the next built on."""
+    seen = Counter()
+    for rank in range(cell.ranks):
+        tries = cells.attempts(folder, rank)
+        ends = [later.start for later in tries[1:]] + [STEPS]
+        for n, (one, _) in enumerate(zip(tries, ends)):
+            # An attempt counts as far as no later one starts before it.
+            for step, rows in one.batches:
+                if step <= min(ends[n:]):
+                    seen.update(((step - 1) // STEPS_PER_EPOCH, row) for row in rows)
+    wanted = {(epoch, row) for epoch in range(cells.EPOCHS) for row in range(EXAMPLES)}
+    wrong = sorted(key for key in wanted | seen.keys() if seen[key] != 1)
+    return f"(epoch, example) not seen once: {wrong[:6]}" if wrong else None
+
+
+def kills(tally: Tally) -> None:
+    """SIGKILL of a random rank, half of them inside a save, until each run is through."""
+    draw = tally.random
+    wanted, per_run = (6, 3) if tally.quick else (200, 8)
+    kinds = [Cell(zero, ranks, bf16=bool((zero + ranks) % 2)) for ranks in (1, 2) for zero in range(4)]
+    if tally.quick:
+        kinds = [Cell(2, 2)]
+    references = {}
+    done = alone = 0
+    while done < wanted:
+        for cell in kinds:
+            if done >= wanted:
+                break
+            if cell not in references:
+                since = time.monotonic()
+                whole = tally.folder / f"whole-{cell.name}"
+                references[cell] = (
+                    _reference(cell, whole, tally),
+                    max(cells.attempts(whole, rank)[0].changes for rank in range(cell.ranks)),
+                    time.monotonic() - since,
+                )
+            reference, changes, seconds = references[cell]
+            folder = tally.place(f"run{done}-{cell.name}")
+            furthest = killed = 0
+            while True:
+                fault, after = None, None
+                if killed < per_run:
+                    rank = draw.randrange(cell.ranks)
+                    kind = draw.choice(["change", "change", "forward", "time"])
+                    if kind == "time":
+                        after = draw.uniform(0.0, seconds)
+                    elif kind == "forward":
+                        fault = Fault(rank, kind, draw.randint(1, 3 * ACCUMULATION))
+                    else:  # two of the six saves
+                        fault = Fault(rank, kind, draw.randint(1, changes // 3))
+                group = cells.run(cell, folder, fault)
+                if after is not None:
+                    time.sleep(after)
+                    group.kill(rank)
+                codes = group.wait(grace=3.0)
+                starts = [one.start for one in cells.attempts(folder, 0)]
+                problem = None
+                if group.hung:
+                    problem = f"ranks {group.hung} hung"
+                elif starts and starts[-1] < furthest - cell.save_steps:
+                    problem = f"went on after step {starts[-1]}, had finished {furthest}"
+                if -signal.SIGKILL not in codes:
+                    problem = problem or _differs(group, codes, folder, reference, cell)
+                    tally.case("run through to the end", problem and f"{cell.name}: {problem}")
+                    break
+                done += 1
+                killed += 1
+                alone += len(codes) == 2 and codes.count(-signal.SIGKILL) == 1
+                tally.case(f"killed by {kind}", problem and f"{cell.name}: {problem}")
+                for rank in range(cell.ranks):
+                    for one in cells.attempts(folder, rank):
+                        furthest = max(furthest, one.finished)
+            shutil.rmtree(folder)
+    print(f"  {alone} surviving ranks ended by themselves within 3 s; the others were killed", flush=True)
+
+
+# ---- Full disks, hangs, requests to stop, NaN ----------------------------------------------------
+
+
+def fill_disk(cell: Cell, folder: Path, victim: int, lasting: bool, every: int) -> None:
+    """One rank of a world that saves again and again while a change of the victim's disk fails."""
+    world = join_world()
+    cells.shard_everything()
+    engine.seed_everything(cells.SEED)
+    config, module = cell.config(folder), cells.Classifier()
+    optimizer, scheduler = engine.optimizer_and_scheduler(module, cell.training, STEPS)
+    trained, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=engine.deepspeed_config(config, cell.training, engine.Sharding(cell.zero)),
+    )
+    split = cells.examples()
+    for _ in range(ACCUMULATION):
+        batch = cells.collate([split[row] for row in range(2)])
+        trained.backward(trained(batch).rows.sum())
+        trained.step()
+    disk = cells.FaultyDisk()
+    saved = Checkpoints(folder / "checkpoints", world, say=lambda text: None, disk=disk)
+    position = engine._Position(step=1)
+    log = engine.RunLog(None, [], None, active=False)
+    keeper = engine._Keeper(trained, engine.Saves(saved), world, log, engine.Meter(), position)
+    keeper.restore({})
+    keeper.save()
+    report, number = [], 1
+    while True:
+        position.step += 1
+        disk.count, disk.lasting = 0, lasting
+        disk.fault = Fault(victim, "change", number, signal=0) if world.rank == victim else None
+        since, raised = time.monotonic(), ""
+        try:
+            keeper.save()
+        except CheckpointError as error:
+            raised = error.cause
+        told = world.gather((raised, time.monotonic() - since, disk.count))
+        disk.fault = None
+        problem = None
+        if len({bool(raised) for raised, _, _ in told}) > 1:
+            problem = f"ranks disagree: {told}"
+        elif max(seconds for _, seconds, _ in told) > 10:
+            problem = f"took {told}"
+        here = Checkpoints(folder / "checkpoints", World(), say=lambda text: None)
+        if world.is_main and problem is None:
+            tags = here.tags()
+            for tag in tags:
+                verify(tag)
+            steps = sorted(tag.facts["step"] for tag in tags)
+            if raised and position.step - 1 not in steps:
+                problem = f"the tag of the last save is gone: {steps}"
+            if not raised and steps[-1] != position.step:
+                problem = f"saved, but there are {steps}"
+        problem = world.agree(problem)
+        report.append((number, problem, bool(raised)))
+        if told[victim][2] < number:
+            break
+        position.step += 1
+        keeper.save()  # with room again
+        number += every
+    if world.is_main:
+        (folder / "report.json").write_text(json.dumps(report))
+
+
+def full_disk(tally: Tally) -> None:
+    """Each change of the disk in a save fails once, or all do from there on, on one rank of two."""
+    for zero in (2,) if tally.quick else range(4):
+        for victim in (0, 1):
+            lasting = (zero + victim) % 2 == 0
+            cell = Cell(zero, 2)
+            folder = tally.place(f"full-{zero}-{victim}")
+            every = 7 if tally.quick else 1
+            group = Group(2, lambda rank: fill_disk(cell, folder, victim, lasting, every), folder)
+            codes = group.wait(600)
+            report = folder / "report.json"
+            if any(codes) or not report.exists():
+                tally.case("disk full", f"{cell.name}, rank {victim}: {codes}\n{group.said()[-1500:]}")
+                continue
+            for number, problem, _ in json.loads(report.read_text()):
+                where = f"{cell.name}, rank {victim}, change {number}"
+                tally.case("disk full", problem and f"{where}: {problem}")
+            failed = sum(raised for *_, raised in json.loads(report.read_text()))
+            tally.case("disk full", None if failed else f"{cell.name}: nothing failed")
+
+
+def hangs(tally: Tally) -> None:
+    """One of two ranks stands still; the other names it and ends."""
+    for zero in (0,) if tally.quick else (0, 2, 3):
+        for victim in (1,) if tally.quick else (0, 1):
+            cell = Cell(zero, 2, step_timeout=5.0)
+            folder = tally.place(f"hang-{zero}-{victim}")
+            step = 6
+            fault = Fault(victim, "forward", ACCUMULATION * (step - 1) + 1, signal.SIGSTOP)
+            group = cells.run(cell, folder, fault)
+            while not _stopped(group.pids[victim]) and not group.ended:
+                time.sleep(0.05)
+            since = time.monotonic()
+            while 1 - victim not in group.ended and time.monotonic() - since < 60:
+                time.sleep(0.1)
+            seconds = time.monotonic() - since
+            group.kill(victim)
+            code = group.wait(10)[1 - victim]
+            said, problem = group.said(), None
+            if code != 6 or f"rank {victim} " not in said or f"step {step}" not in said:
+                problem = f"exit code {code} after {seconds:.0f} s\n{said[-1500:]}"
+            tally.case("a rank hangs", problem and f"{cell.name}, rank {victim}: {problem}")
+
+
+def _stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+def stops(tally: Tally) -> None:
+    """SIGTERM to one rank: all save the last finished step and end; the run goes on as if not."""
+    for zero in (1,) if tally.quick else range(4):
+        cell = Cell(zero, 2, save_steps=50)
+        folder = tally.place(f"stop-{zero}")
+        reference = _reference(cell, folder / "whole", tally)
+        # In the middle of a step, and in the last of an epoch, before its evaluation.
+        for victim, step in ((0, 4), (1, 6), (1, 2)):
+            place = folder / f"{victim}-{step}"
+            fault = Fault(victim, "forward", ACCUMULATION * (step - 1) + 2, signal.SIGTERM)
+            group = cells.run(cell, place, fault)
+            codes = group.wait(60)
+            problem = None
+            if codes != [143, 143]:
+                problem = f"exit codes {codes}, hung {group.hung}\n{group.said()[-1500:]}"
+            else:
+                group = cells.run(cell, place)
+                problem = _differs(group, group.wait(), place, reference, cell)
+                start = cells.attempts(place, 0)[-1].start
+                if problem is None and start < step:
+                    problem = f"went on after step {start}, had finished {step}"
+            tally.case("SIGTERM to a rank", problem and f"{cell.name}, rank {victim}: {problem}")
+
+
+def nans(tally: Tally) -> None:
+    """Losses that are never finite end the run, and nothing that is not finite is saved."""
+    for zero in (0,) if tally.quick else range(4):
+        cell = Cell(zero, 2, bf16=bool(zero % 2), poison="all", save_steps=2)
+        folder = tally.place(f"nan-{zero}")
+        group = cells.run(cell, folder)
+        codes, problem = group.wait(60), None
+        said = group.said()
+        if codes != [DivergedError.exit_code] * 2 or "10 steps in a row" not in said:
+            problem = f"exit codes {codes}\n{said[-1500:]}"
+        saved = cells.checkpoints(folder)
+        for tag in saved.tags():
+            if not _finite(cells.contents(tag.folder)):
+                problem = f"{tag.folder.name} holds values that are not finite"
+        tally.case("endless NaN", problem and f"{cell.name}: {problem}")
+
+
+def _finite(value) -> bool:
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    if isinstance(value, dict):
+        # The mean loss since the last line of the log is what it is.
+        return all(_finite(one) for key, one in value.items() if key != "meter")
+    return all(map(_finite, value)) if isinstance(value, (list, tuple)) else True
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Tally], None]] = {
     "power": power_failures,
+    "corruption": corruption,
+    "resume": resume,
+    "kills": kills,
+    "disk": full_disk,
+    "hangs": hangs,
+    "stops": stops,
+    "nans": nans,
 }
 
 
