@@ -694,7 +694,7 @@ def fill_disk(cell: Cell, folder: Path, victim: int, lasting: bool, every: int) 
     position = engine._Position(step=1)
     log = engine.RunLog(None, [], None, active=False)
     keeper = engine._Keeper(trained, engine.Saves(saved), world, log, engine.Meter(), position)
-    keeper.restore({})
+    keeper.restore({}, {}, cells.SEED)
     keeper.save()
     report, number = [], 1
     while True:

@@ -120,18 +120,22 @@ class Watchdog:
         )
         progress = self._world.progress
         keys = [f"metakd/{self._world.name}/{rank}" for rank in range(self._world.size)]
-        seen: list[_Sign] = []
+        unheard = _Sign(0, 0, "the start")
+        seen = [unheard] * self._world.size
         since, alive = time.monotonic(), 0
         while not self._end.wait(POLL_SECONDS):
             alive += 1
             own = _Sign(progress.count, alive, progress.where)
             try:
                 store.set(keys[self._world.rank], json.dumps(own))
-                begun = store.check(keys)
-                now = [_Sign(*json.loads(store.get(key))) for key in keys] if begun else seen
+                # A rank that hangs before its first word here counts as well.
+                now = [
+                    _Sign(*json.loads(store.get(key))) if store.check([key]) else unheard
+                    for key in keys
+                ]
             except RuntimeError:  # the host of the store does not answer
                 now = seen
-            if not seen or [s.count for s in now] != [s.count for s in seen]:
+            if [s.count for s in now] != [s.count for s in seen]:
                 since, seen = time.monotonic(), now
             limit = max(self._limit, 10 * progress.longest_pause)
             if time.monotonic() - since > (limit if progress.is_warm else 10 * limit):
