@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from metakd.config import RunConfig, Sharding, TrainingConfig
-from metakd.data import Split, StepSampler
+from metakd.data import Split, StepSampler, Tokens
 from metakd.errors import MetakdError
 from metakd.method.teacher import StepOutput
 from metakd.training import engine
@@ -60,6 +60,7 @@ class Cell:
         save_steps: optimizer steps between checkpoints; does not change what is computed.
         poison: ``step`` makes a loss of step 5 NaN, ``all`` every loss, ``none`` no loss.
         step_timeout: seconds.
+        pause: seconds before each micro-batch.
     """
 
     zero: int = 0
@@ -68,6 +69,7 @@ class Cell:
     save_steps: int = 2
     poison: str = "step"
     step_timeout: float = 45.0
+    pause: float = 0.0
 
     @property
     def name(self) -> str:
@@ -191,22 +193,37 @@ class _FaultyFile:
 
 
 class Classifier(nn.Module):
-    """A transformer of one layer with dropout, on [B, L] token ids."""
+    """A transformer of one layer with dropout, on [B, L] token ids.
 
-    def __init__(self):
+    Args:
+        trace: sees each training batch.
+    """
+
+    def __init__(self, trace: Callable[[dict], None] = lambda batch: None):
         super().__init__()
+        self.trace = trace
         self.embedding = nn.Embedding(40, 16)
-        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.2, batch_first=True)
+        self.queries_keys_values = nn.Linear(16, 48)
+        self.norm = nn.LayerNorm(16)
+        self.dense = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Dropout(0.2), nn.Linear(32, 16))
         self.head = nn.Linear(16, 2)
 
     def classify(self, batch: dict) -> torch.Tensor:
         """Logits [B, 2]."""
-        return self.head(self.layer(self.embedding(batch["input_ids"])).mean(1)).float()
+        hidden = self.embedding(batch["input_ids"])  # [B, L, H]
+        heads = [
+            part.unflatten(-1, (2, 8)).transpose(1, 2)  # [B, A, L, D]
+            for part in self.queries_keys_values(hidden).chunk(3, -1)
+        ]
+        mixed = nn.functional.scaled_dot_product_attention(
+            *heads, dropout_p=0.2 if self.training else 0.0
+        )
+        hidden = self.norm(hidden + mixed.transpose(1, 2).flatten(2))
+        return self.head((hidden + self.dense(hidden)).mean(1)).float()
 
     def forward(self, batch: dict) -> StepOutput:
-        rows = nn.functional.cross_entropy(
-            self.classify(batch), batch["labels"], reduction="none"
-        )
+        self.trace(batch)
+        rows = nn.functional.cross_entropy(self.classify(batch), batch["labels"], reduction="none")
         rows = rows * batch["poison"]
         return StepOutput(rows, {"entropy": rows.detach().nanmean()})
 
@@ -217,7 +234,10 @@ def examples() -> Split:
     labels = torch.tensor([draw.randrange(2) for _ in range(EXAMPLES)])
     return Split(
         # The label shows in the tokens, so that there is something to learn.
-        [[draw.randrange(20) + 20 * label for _ in range(6)] for label in labels.tolist()],
+        Tokens(
+            torch.tensor([draw.randrange(20) + 20 * label for label in labels for _ in range(6)]),
+            torch.full((EXAMPLES,), 6),
+        ),
         labels,
         torch.zeros(EXAMPLES, dtype=torch.long),
         torch.arange(EXAMPLES),
@@ -228,7 +248,9 @@ def examples() -> Split:
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Examples to a batch."""
     ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
-    named = {name: torch.stack([row[name] for row in rows]) for name in rows[0].keys() - {"input_ids"}}
+    named = {
+        name: torch.stack([row[name] for row in rows]) for name in rows[0].keys() - {"input_ids"}
+    }
     return {"input_ids": ids, **named}
 
 
@@ -274,22 +296,21 @@ def train(cell: Cell, folder: Path, fault: Fault | None = None) -> None:
         told.write(json.dumps({"start": start}) + "\n")
         done = 0
 
-        def traced(rows: list[dict]) -> dict[str, torch.Tensor]:
+        def trace(batch: dict[str, torch.Tensor]) -> None:
             nonlocal done
             done += 1
-            batch = collate(rows)
+            time.sleep(cell.pause)
             step = start + (done - 1) // ACCUMULATION + 1
             told.write(json.dumps({"step": step, "seen": batch["index"].tolist()}) + "\n")
             if fault is not None and fault.where == "forward" and fault.number == done:
                 os.kill(os.getpid(), fault.signal)
-            return batch
 
-        module, config = Classifier(), cell.config(folder)
+        module, config = Classifier(trace), cell.config(folder)
         with RunLog(place, ["jsonl"], Console(quiet=True), active=world.is_main) as log:
             best = engine.fit(
                 module,
                 split,
-                traced,
+                collate,
                 config=config,
                 training=cell.training,
                 sharding=Sharding(cell.zero),

@@ -150,7 +150,9 @@ class Model:
         match change.kind:
             case "folder" | "create":
                 if node is None:
-                    self._change(folder, None, name, _Folder() if change.kind == "folder" else _File())
+                    self._change(
+                        folder, None, name, _Folder() if change.kind == "folder" else _File()
+                    )
             case "write":
                 node.written += change.data
             case "damage":

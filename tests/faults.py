@@ -32,12 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cells
 import deepspeed
 import torch
+import transformers
 import yaml
 from cells import ACCUMULATION, EXAMPLES, STEPS, STEPS_PER_EPOCH, Cell, Fault, Group
 from crash_model import Change, Model, Recorder, interleave, materialise
 
 from metakd.errors import CheckpointError, DivergedError
-from metakd.training import engine
+from metakd import demo
+from metakd.training import store
 from metakd.training.checkpoint import (
     MANIFEST,
     POINTER,
@@ -48,7 +50,7 @@ from metakd.training.checkpoint import (
     safe_load,
     verify,
 )
-from metakd.training.world import World, join_world
+from metakd.training.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = 5
@@ -164,7 +166,9 @@ def _writer(files, disk: Recorder, draw: random.Random) -> Callable[[HashedFiles
             for name, data in files:
                 if name[-4] == rank:
                     cut = len(data) // 2
-                    own.write(name, lambda file, d=data, c=cut: (file.write(d[:c]), file.write(d[c:])))
+                    own.write(
+                        name, lambda file, d=data, c=cut: (file.write(d[:c]), file.write(d[c:]))
+                    )
             first.entries |= own.entries
             lanes.append(disk.changes[begin:])
             del disk.changes[begin:]
@@ -323,7 +327,11 @@ def damages(root: Path, tally: Tally, outside: Path) -> list[Damage]:
         add("one bit, in a file", lambda r, p=path: flip(r / p.relative_to(root), draw), newer)
     for _ in range(round(40 * share)):
         path = draw.choice([older, newer]) / MANIFEST
-        add("one bit, in a manifest", lambda r, p=path: flip(r / p.relative_to(root), draw), path.parent)
+        add(
+            "one bit, in a manifest",
+            lambda r, p=path: flip(r / p.relative_to(root), draw),
+            path.parent,
+        )
 
     for tag in (older, newer):
         for name in [*names, MANIFEST]:
@@ -346,7 +354,11 @@ def damages(root: Path, tally: Tally, outside: Path) -> list[Damage]:
         )
         add("a copy of another tag", lambda r, t=tag.name, o=other: _copied(r / o, r / t), tag)
         for content in (b"", b"null", b"[]", b"{}", b"[" * 100_000, b"\xff\xfe", b"1e999"):
-            add("another manifest", lambda r, t=tag.name, c=content: refilled(r / t / MANIFEST, c), tag)
+            add(
+                "another manifest",
+                lambda r, t=tag.name, c=content: refilled(r / t / MANIFEST, c),
+                tag,
+            )
         for wrong in ({"step": "6"}, {"files": []}, {"files": {}}, {"tag": 3}, {"phase": None}):
             add("another manifest", lambda r, t=tag.name, w=wrong: signed(r / t, **w), tag)
         for name in names:
@@ -573,14 +585,18 @@ def _reference(cell: Cell, folder: Path, tally: Tally) -> dict | None:
         return None
     reference = cells.outcome(folder)
     problem = _counts_wrongly(folder, cell)
-    skipped = [{"step": cells.POISONED_STEP, "split": "skipped", "examples": [cells.poisoned_row()]}]
+    skipped = [
+        {"step": cells.POISONED_STEP, "split": "skipped", "examples": [cells.poisoned_row()]}
+    ]
     if problem is None and reference["skipped"] != skipped:
         problem = f"skipped {reference['skipped']}, not {skipped}"
     tally.case("uninterrupted, one batch NaN", problem and f"{cell.name}: {problem}")
     return reference
 
 
-def _differs(group: Group, codes: list[int], folder: Path, reference: dict, cell: Cell) -> str | None:
+def _differs(
+    group: Group, codes: list[int], folder: Path, reference: dict, cell: Cell
+) -> str | None:
     """What is wrong with a run that was taken up again, and is through."""
     if any(codes):
         return f"exit codes {codes}, hung {group.hung}\n{group.said()[-1500:]}"
@@ -611,7 +627,9 @@ def kills(tally: Tally) -> None:
     """SIGKILL of a random rank, half of them inside a save, until each run is through."""
     draw = tally.random
     wanted, per_run = (6, 3) if tally.quick else (200, 8)
-    kinds = [Cell(zero, ranks, bf16=bool((zero + ranks) % 2)) for ranks in (1, 2) for zero in range(4)]
+    kinds = [
+        Cell(zero, ranks, bf16=bool((zero + ranks) % 2)) for ranks in (1, 2) for zero in range(4)
+    ]
     if tally.quick:
         kinds = [Cell(2, 2)]
     references = {}
@@ -625,7 +643,7 @@ def kills(tally: Tally) -> None:
                 whole = tally.folder / f"whole-{cell.name}"
                 references[cell] = (
                     _reference(cell, whole, tally),
-                    max(cells.attempts(whole, rank)[0].changes for rank in range(cell.ranks)),
+                    [cells.attempts(whole, rank)[0].changes for rank in range(cell.ranks)],
                     time.monotonic() - since,
                 )
             reference, changes, seconds = references[cell]
@@ -641,7 +659,7 @@ def kills(tally: Tally) -> None:
                     elif kind == "forward":
                         fault = Fault(rank, kind, draw.randint(1, 3 * ACCUMULATION))
                     else:  # two of the six saves
-                        fault = Fault(rank, kind, draw.randint(1, changes // 3))
+                        fault = Fault(rank, kind, draw.randint(1, changes[rank] // 3))
                 group = cells.run(cell, folder, fault)
                 if after is not None:
                     time.sleep(after)
@@ -665,73 +683,71 @@ def kills(tally: Tally) -> None:
                     for one in cells.attempts(folder, rank):
                         furthest = max(furthest, one.finished)
             shutil.rmtree(folder)
-    print(f"  {alone} surviving ranks ended by themselves within 3 s; the others were killed", flush=True)
+    print(
+        f"  {alone} surviving ranks ended by themselves within 3 s; the others were killed",
+        flush=True,
+    )
 
 
 # ---- Full disks, hangs, requests to stop, NaN ----------------------------------------------------
 
 
 def fill_disk(cell: Cell, folder: Path, victim: int, lasting: bool, every: int) -> None:
-    """One rank of a world that saves again and again while a change of the victim's disk fails."""
-    world = join_world()
-    cells.shard_everything()
-    engine.seed_everything(cells.SEED)
-    config, module = cell.config(folder), cells.Classifier()
-    optimizer, scheduler = engine.optimizer_and_scheduler(module, cell.training, STEPS)
-    trained, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        config=engine.deepspeed_config(config, cell.training, engine.Sharding(cell.zero)),
-    )
-    split = cells.examples()
-    for _ in range(ACCUMULATION):
-        batch = cells.collate([split[row] for row in range(2)])
-        trained.backward(trained(batch).rows.sum())
-        trained.step()
-    disk = cells.FaultyDisk()
-    saved = Checkpoints(folder / "checkpoints", world, say=lambda text: None, disk=disk)
-    position = engine._Position(step=1)
-    log = engine.RunLog(None, [], None, active=False)
-    keeper = engine._Keeper(trained, engine.Saves(saved), world, log, engine.Meter(), position)
-    keeper.restore({}, {}, cells.SEED)
-    keeper.save()
-    report, number = [], 1
-    while True:
-        position.step += 1
-        disk.count, disk.lasting = 0, lasting
-        disk.fault = Fault(victim, "change", number, signal=0) if world.rank == victim else None
-        since, raised = time.monotonic(), ""
-        try:
-            keeper.save()
-        except CheckpointError as error:
-            raised = error.cause
-        told = world.gather((raised, time.monotonic() - since, disk.count))
-        disk.fault = None
-        problem = None
-        if len({bool(raised) for raised, _, _ in told}) > 1:
-            problem = f"ranks disagree: {told}"
-        elif max(seconds for _, seconds, _ in told) > 10:
-            problem = f"took {told}"
-        here = Checkpoints(folder / "checkpoints", World(), say=lambda text: None)
-        if world.is_main and problem is None:
-            tags = here.tags()
+    """One rank of a run that at its first save saves again and again, while a change of the
+    victim's disk fails: the first, the second, ..."""
+    report: list[str | None] = []
+
+    class FullDisk(Checkpoints):
+        def save(self, tag: str, write, facts: dict) -> Path:
+            published = super().save(tag, write, facts)
+            if not report:
+                self.fill(write, facts)
+            return published
+
+        def fill(self, write, facts: dict) -> None:
+            number, step, reached = 1, 1000, True
+
+            def save() -> None:
+                Checkpoints.save(self, f"step{step}", write, facts | {"step": step})
+
+            while reached:
+                step += 1
+                self.disk.count, self.disk.lasting = 0, lasting
+                if self.world.rank == victim:
+                    self.disk.fault = Fault(victim, "change", number, signal=0)
+                since, raised = time.monotonic(), ""
+                try:
+                    save()
+                except CheckpointError as error:
+                    raised = error.cause
+                seconds, count = time.monotonic() - since, self.disk.count
+                self.disk.fault = None
+                told = self.world.gather((raised, seconds, count))
+                reached = told[victim][2] >= number
+                problem = self.wrong(told, step)
+                report.append(self.world.agree(problem and f"change {number}: {problem}"))
+                step += 1
+                save()  # with room again
+                number += every
+
+        def wrong(self, told: list[tuple[str, float, int]], step: int) -> str | None:
+            if len({bool(raised) for raised, *_ in told}) > 1:
+                return f"ranks disagree: {told}"
+            if max(seconds for _, seconds, _ in told) > 10:
+                return f"took more than 10 s: {told}"
+            if not self.world.is_main:
+                return None
+            tags = Checkpoints(self.root, World(), say=lambda text: None).tags()
             for tag in tags:
                 verify(tag)
             steps = sorted(tag.facts["step"] for tag in tags)
-            if raised and position.step - 1 not in steps:
-                problem = f"the tag of the last save is gone: {steps}"
-            if not raised and steps[-1] != position.step:
-                problem = f"saved, but there are {steps}"
-        problem = world.agree(problem)
-        report.append((number, problem, bool(raised)))
-        if told[victim][2] < number:
-            break
-        position.step += 1
-        keeper.save()  # with room again
-        number += every
-    if world.is_main:
-        (folder / "report.json").write_text(json.dumps(report))
+            saved = step if not told[0][0] else step - 1
+            # Only the last changes come when the tag stands already: its own sync, say.
+            return None if saved in steps else f"step {saved} is not among {steps}: {told}"
+
+    store.Checkpoints = FullDisk
+    cells.train(cell, folder)
+    (folder / "report.json").write_text(json.dumps(report))
 
 
 def full_disk(tally: Tally) -> None:
@@ -739,43 +755,42 @@ def full_disk(tally: Tally) -> None:
     for zero in (2,) if tally.quick else range(4):
         for victim in (0, 1):
             lasting = (zero + victim) % 2 == 0
-            cell = Cell(zero, 2)
+            cell = Cell(zero, 2, save_steps=4)
             folder = tally.place(f"full-{zero}-{victim}")
             every = 7 if tally.quick else 1
             group = Group(2, lambda rank: fill_disk(cell, folder, victim, lasting, every), folder)
             codes = group.wait(600)
-            report = folder / "report.json"
+            where, report = f"{cell.name}, rank {victim}", folder / "report.json"
             if any(codes) or not report.exists():
-                tally.case("disk full", f"{cell.name}, rank {victim}: {codes}\n{group.said()[-1500:]}")
+                tally.case("disk full", f"{where}: {codes}\n{group.said()[-1500:]}")
                 continue
-            for number, problem, _ in json.loads(report.read_text()):
-                where = f"{cell.name}, rank {victim}, change {number}"
-                tally.case("disk full", problem and f"{where}: {problem}")
-            failed = sum(raised for *_, raised in json.loads(report.read_text()))
-            tally.case("disk full", None if failed else f"{cell.name}: nothing failed")
+            for problem in json.loads(report.read_text()):
+                tally.case("disk full", problem and f"{where}, {problem}")
 
 
 def hangs(tally: Tally) -> None:
-    """One of two ranks stands still; the other names it and ends."""
+    """One of two ranks stands still; the other names it and its step, and ends."""
     for zero in (0,) if tally.quick else (0, 2, 3):
         for victim in (1,) if tally.quick else (0, 1):
-            cell = Cell(zero, 2, step_timeout=5.0)
-            folder = tally.place(f"hang-{zero}-{victim}")
-            step = 6
-            fault = Fault(victim, "forward", ACCUMULATION * (step - 1) + 1, signal.SIGSTOP)
-            group = cells.run(cell, folder, fault)
-            while not _stopped(group.pids[victim]) and not group.ended:
-                time.sleep(0.05)
-            since = time.monotonic()
-            while 1 - victim not in group.ended and time.monotonic() - since < 60:
-                time.sleep(0.1)
-            seconds = time.monotonic() - since
-            group.kill(victim)
-            code = group.wait(10)[1 - victim]
-            said, problem = group.said(), None
-            if code != 6 or f"rank {victim} " not in said or f"step {step}" not in said:
-                problem = f"exit code {code} after {seconds:.0f} s\n{said[-1500:]}"
-            tally.case("a rank hangs", problem and f"{cell.name}, rank {victim}: {problem}")
+            # A stop in the first second comes before anything was heard of the rank.
+            for pause, seen in ((0.2, "step 6"), (0.0, "the start")):
+                cell = Cell(zero, 2, step_timeout=5.0, pause=pause)
+                folder = tally.place(f"hang-{zero}-{victim}-{pause}")
+                number = ACCUMULATION * 5 + 1 if pause else 1
+                group = cells.run(cell, folder, Fault(victim, "forward", number, signal.SIGSTOP))
+                while not _stopped(group.pids[victim]) and not group.ended:
+                    time.sleep(0.05)
+                since = time.monotonic()
+                while 1 - victim not in group.ended and time.monotonic() - since < 60:
+                    time.sleep(0.1)
+                seconds = time.monotonic() - since
+                group.kill(victim)
+                code = group.wait(10)[1 - victim]
+                said, problem = group.said(), None
+                if code != 6 or f"rank {victim} " not in said or seen not in said:
+                    problem = f"exit code {code} after {seconds:.0f} s\n{said[-1500:]}"
+                where = f"{cell.name}, rank {victim}, {seen}"
+                tally.case("a rank hangs", problem and f"{where}: {problem}")
 
 
 def _stopped(pid: int) -> bool:
@@ -791,8 +806,8 @@ def stops(tally: Tally) -> None:
         cell = Cell(zero, 2, save_steps=50)
         folder = tally.place(f"stop-{zero}")
         reference = _reference(cell, folder / "whole", tally)
-        # In the middle of a step, and in the last of an epoch, before its evaluation.
-        for victim, step in ((0, 4), (1, 6), (1, 2)):
+        # Within an epoch, in its last step but one, before its scoring, in the run's last step.
+        for victim, step in ((0, 4), (1, 6), (1, 2), (0, STEPS)):
             place = folder / f"{victim}-{step}"
             fault = Fault(victim, "forward", ACCUMULATION * (step - 1) + 2, signal.SIGTERM)
             group = cells.run(cell, place, fault)
@@ -835,6 +850,95 @@ def _finite(value) -> bool:
     return all(map(_finite, value)) if isinstance(value, (list, tuple)) else True
 
 
+# ---- Launchers -----------------------------------------------------------------------------------
+
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"],
+    "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--module"],
+}
+
+
+def launchers(tally: Tally) -> None:
+    """SIGTERM to a launcher of ``metakd run``; the same command then finishes the run."""
+    demo.write_corpus(tally.folder / "corpus", train=12, validation=4, test=6)
+    rows = (tally.folder / "corpus" / "train.jsonl").read_text().splitlines()
+    demo.scratch_encoder(
+        tally.folder / "encoder",
+        [json.loads(row)["text"] for row in rows],
+        hidden_size=32,
+        layers=2,
+        heads=2,
+        vocab_size=300,
+        mlm_steps=0,
+    )
+    reference = None
+    for launcher in ["torchrun"] if tally.quick else LAUNCHERS:
+        if reference is None:
+            code, _ = _launch(launcher, _config(tally.folder, "whole"))
+            reference = _losses(tally.folder / "whole")
+            tally.case("uninterrupted", f"exit code {code}" if code else None)
+        config = _config(tally.folder, launcher)
+        code, seconds = _launch(launcher, config, stop=tally.folder / launcher)
+        problem = None
+        if code == 0 or seconds > 25:
+            problem = f"exit code {code} after {seconds:.0f} s"
+        elif not list((tally.folder / launcher).rglob("checkpoints/*/MANIFEST.json")):
+            problem = "nothing was saved"
+        elif _launch(launcher, config)[0]:
+            problem = "the same command does not finish it"
+        elif _losses(tally.folder / launcher) != reference:
+            problem = "losses differ from the uninterrupted run"
+        tally.case(f"SIGTERM to {launcher}", problem)
+
+
+def _config(folder: Path, output: str) -> Path:
+    corpus = {
+        name: str(folder / "corpus" / f"{name}.jsonl") for name in ("train", "validation", "test")
+    }
+    training = {"num_train_epochs": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
+    settings = {
+        "output_dir": str(folder / output),
+        "data": {"max_length": 24, **corpus},
+        "teacher": {"model": str(folder / "encoder"), "training": training},
+        "student": {"layers": [1]},
+        "distill": {"domains": ["hiking"], "training": training},
+        "zero": 2,
+        "report_to": ["jsonl"],
+        "logging_steps": 1,
+    }
+    path = folder / f"{output}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def _launch(launcher: str, config: Path, stop: Path | None = None) -> tuple[int, float]:
+    """Exit code of a run, and the seconds that it took after SIGTERM, which comes when its teacher
+    has made three steps, or from its start."""
+    command = [*LAUNCHERS[launcher], "metakd", "run", str(config)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with config.with_suffix(".txt").open("a") as out:
+        running = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+        since = time.monotonic()
+        while stop is not None and running.poll() is None:
+            if any(len(log.read_text().splitlines()) > 3 for log in stop.rglob("log.jsonl")):
+                running.send_signal(signal.SIGTERM)
+                since = time.monotonic()
+                break
+            time.sleep(0.05)
+        code = running.wait(280)
+    return code, time.monotonic() - since
+
+
+def _losses(folder: Path) -> dict[str, list]:
+    return {
+        str(log.relative_to(folder)): [
+            {k: v for k, v in json.loads(line).items() if not k.endswith("_per_second")}
+            for line in log.read_text().splitlines()
+        ]
+        for log in sorted(folder.rglob("log.jsonl"))
+    }
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Tally], None]] = {
@@ -845,8 +949,31 @@ PARTS: dict[str, Callable[[Tally], None]] = {
     "disk": full_disk,
     "hangs": hangs,
     "stops": stops,
+    "launchers": launchers,
     "nans": nans,
 }
+
+PAGE = """# Faults
+
+What `make faults` (`python tests/faults.py --out docs/results/faults.md`) did to training runs and
+their checkpoints, and how often they did not come through as they must. Two CPU cores, gloo, no GPU;
+{versions}.
+
+| part | cases | failures | seconds | seed | what |
+|---|---:|---:|---:|---:|---|
+"""
+
+
+def write_page(path: Path, rows: dict[str, str]) -> None:
+    """Put the rows of the parts that were run into the page, and keep those of the others."""
+    kept = path.read_text().splitlines() if path.exists() else []
+    rows = {row.split(" | ")[0][2:]: row for row in kept if row.split(" | ")[0][2:] in PARTS} | rows
+    versions = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"DeepSpeed {deepspeed.__version__}, transformers {transformers.__version__}"
+    )
+    page = PAGE.format(versions=versions)
+    path.write_text(page + "".join(rows[name] + "\n" for name in PARTS if name in rows))
 
 
 def main() -> None:
@@ -854,6 +981,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, action="append", help="this part")
     parser.add_argument("--quick", action="store_true", help="some cases of each part")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="page that receives a row per part")
     options = parser.parse_args()
     cells.warm()
     failed = 0
@@ -863,11 +991,17 @@ def main() -> None:
             tally = Tally(Path(folder), options.seed, options.quick)
             print(f"{name}: {PARTS[name].__doc__}", flush=True)
             PARTS[name](tally)
-        seconds = time.monotonic() - since
-        for kind, count in tally.cases.items():
-            print(f"  {count:5} {kind}")
-        print(f"{name}: {sum(tally.cases.values())} cases, {len(tally.failures)} failures, {seconds:.0f} s, seed {options.seed}", flush=True)
-        failed += len(tally.failures)
+        seconds, count = time.monotonic() - since, sum(tally.cases.values())
+        for kind, number in tally.cases.items():
+            print(f"  {number:5} {kind}")
+        failures = len(tally.failures)
+        print(f"{name}: {count} cases, {failures} failures, {seconds:.0f} s, seed {options.seed}")
+        sys.stdout.flush()
+        if options.out:
+            what = ", ".join(f"{number} {kind}" for kind, number in tally.cases.items())
+            cells_ = (name, count, failures, f"{seconds:.0f}", options.seed, what)
+            write_page(options.out, {name: f"| {' | '.join(map(str, cells_))} |"})
+        failed += failures
     sys.exit(bool(failed))
 
 

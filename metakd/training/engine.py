@@ -305,7 +305,8 @@ def fit(
                 if scored["accuracy"] > position.best.get("accuracy", -1.0):
                     position.best = scored
                     position.best_weights = whole_weights(module, world)
-        stop.settle()
+        if number := stop.settle():
+            keeper.stop(number, title)
     if saves is not None and not saves.last_phase:
         keeper.save()
     if position.best:

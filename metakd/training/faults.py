@@ -69,11 +69,16 @@ class StopRequest:
         self._pending = work, told
         return stop
 
-    def settle(self) -> None:
-        """Finish the reduction in flight: at the end of the loop, on every rank."""
+    def settle(self) -> int:
+        """The signal that came too late for any other poll, or 0: at the end of the loop, on every
+        rank."""
+        stop = self.poll()
         if self._pending is not None:
-            self._pending[0].wait()
+            work, told = self._pending
+            work.wait()
+            stop = max(stop, int(told))
             self._pending = None
+        return stop
 
 
 class Watchdog:
