@@ -648,7 +648,7 @@ def kills(tally: Tally) -> None:
                 )
             reference, changes, seconds = references[cell]
             folder = tally.place(f"run{done}-{cell.name}")
-            furthest = killed = 0
+            furthest = killed = known = 0
             while True:
                 fault, after = None, None
                 if killed < per_run:
@@ -665,7 +665,9 @@ def kills(tally: Tally) -> None:
                     time.sleep(after)
                     group.kill(rank)
                 codes = group.wait(grace=3.0)
-                starts = [one.start for one in cells.attempts(folder, 0)]
+                # A process that was killed early has left no trace of where it started.
+                starts = [one.start for one in cells.attempts(folder, 0)][known:]
+                known += len(starts)
                 problem = None
                 if group.hung:
                     problem = f"ranks {group.hung} hung"
@@ -905,7 +907,7 @@ def _config(folder: Path, output: str) -> Path:
         "data": {"max_length": 24, **corpus},
         "teacher": {"model": str(folder / "encoder"), "training": training},
         "student": {"layers": [1]},
-        "distill": {"domains": ["hiking"], "training": training},
+        "distill": {"domains": ["hiking"], "training": {**training}},
         "zero": 2,
         "report_to": ["jsonl"],
         "logging_steps": 1,
