@@ -9,7 +9,7 @@ endif
 BASE_PYTHON ?= python3
 OUT ?= benchmarks/results/gpu
 
-.PHONY: help quickstart test lint bench mutants offline-gpu gpu-check clean
+.PHONY: help quickstart test lint bench mutants faults offline-gpu gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make lint        check style (ruff)"
 	@echo "make bench       time the losses that CI can afford (python -m benchmarks.run --op OP: all of them)"
 	@echo "make mutants     break the losses in many ways and see that the tests notice (about an hour)"
+	@echo "make faults      kill, stop and starve training runs, damage checkpoints, cut the power (about 40 minutes)"
 	@echo "make models/minilm  fetch the encoder of the configurations (all-MiniLM-L6-v2, checksum verified)"
 	@echo "make offline-gpu compile the GPU kernels without a GPU, show registers and spills"
 	@echo "make gpu-check   on a GPU machine: build, tests, sanitizer, benchmarks; results in OUT ($(OUT))"
@@ -49,6 +50,9 @@ bench: $(READY)
 
 mutants: $(READY)
 	$(PYTHON) tests/mutants.py
+
+faults: $(READY)
+	$(PYTHON) tests/faults.py --out docs/results/faults.md
 
 offline-gpu: $(READY)
 	$(PYTHON) tests/compile_triton.py

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -128,6 +128,7 @@ class Story:
 
 def record(ranks: int, keep: int, acts: list[Act], base: Path, draw: random.Random) -> Story:
     """Carry out saves for real and note what they did to the disk."""
+    base.mkdir()
     disk = Recorder(base)
     saved = Checkpoints(base / "checkpoints", World(), keep, say=lambda text: None, disk=disk)
     story, answer, versions = Story(allowed=[{None}]), None, {}
@@ -183,25 +184,40 @@ def _writer(files, disk: Recorder, draw: random.Random) -> Callable[[HashedFiles
 
 def power_failures(tally: Tally) -> None:
     """Every prefix of recorded saves, on a disk that may forget what was not synced."""
-    draw, seen = tally.random, set()
+    draw, samples = tally.random, 1 if tally.quick else 18
     for number, (name, (ranks, keep, acts)) in enumerate(STORIES.items()):
-        story = record(ranks, keep, acts, tally.place(f"story{number}"), draw)
-        model = Model()
-        for length in range(len(story.changes) + 1):
-            if length:
-                model.do(story.changes[length - 1])
-            if tally.quick and length % 5:
+        place = tally.place(f"story{number}")
+        story = record(ranks, keep, acts, place / "recorded", draw)
+        for length, problem in replay(story, place, draw, samples, every=5 if tally.quick else 1):
+            tally.case(name, problem and f"after change {length}: {problem}")
+
+
+def replay(
+    story: Story, place: Path, draw: random.Random, samples: int, every: int = 1
+) -> Iterator[tuple[int, str | None]]:
+    """What is wrong with loading from each different state that a power failure may leave.
+
+    Args:
+        story: what was done to the disk.
+        place: folder to work in.
+        draw: picks states.
+        samples: states after each change, beside the two extremes.
+        every: of so many prefixes only one.
+    """
+    model, seen = Model(), set()
+    for length in range(len(story.changes) + 1):
+        if length:
+            model.do(story.changes[length - 1])
+        if length % every:
+            continue
+        for state in model.crashes(draw, samples):
+            key = hash((length, tuple(sorted(state.items()))))
+            if key in seen:
                 continue
-            for state in model.crashes(draw, samples=1 if tally.quick else 18):
-                key = (number, length, tuple(sorted(state.items())))
-                if hash(key) in seen:
-                    continue
-                seen.add(hash(key))
-                with tempfile.TemporaryDirectory(dir=tally.folder) as base:
-                    materialise(state, Path(base))
-                    again = len(seen) % 8 == 0
-                    problem = _found_wrongly(Path(base), story.allowed[length], again)
-                tally.case(name, problem and f"after change {length}: {problem}")
+            seen.add(key)
+            with tempfile.TemporaryDirectory(dir=place) as base:
+                materialise(state, Path(base))
+                yield length, _found_wrongly(Path(base), story.allowed[length], len(seen) % 8 == 0)
 
 
 def _found_wrongly(base: Path, allowed: set[Version | None], again: bool) -> str | None:
