@@ -331,7 +331,8 @@ def train(cell: Cell, folder: Path, fault: Fault | None = None) -> None:
             return {}
         losses = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
         for row in losses:
-            row.pop("samples_per_second", None)
+            for name in [name for name in row if name.endswith("_per_second")]:
+                del row[name]
         return {
             "weights": digest({k: v for k, v in module.state_dict().items()}),
             "checkpoint": digest(contents(final.folder)),
