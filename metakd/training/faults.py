@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -101,21 +102,29 @@ class Watchdog:
         self._world = world
         self._limit = limit
         self._end = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Watchdog:
-        self._world.progress.start()
+        progress = self._world.progress
+        progress.start()
         if self._world.size > 1:
-            self._thread = threading.Thread(target=self._watch, daemon=True, name="metakd-watchdog")
-            self._thread.start()
+            self._heard = [_Sign(0, 0, progress.where)] * self._world.size
+            for job in (self._exchange, self._watch):
+                thread = threading.Thread(target=job, daemon=True, name="metakd-watchdog")
+                thread.start()
+                self._threads.append(thread)
         return self
 
     def __exit__(self, *_exception) -> None:
         self._end.set()
-        if self._thread is not None:
-            self._thread.join(timeout=10)
+        for thread in self._threads:
+            thread.join(timeout=10)
 
-    def _watch(self) -> None:
+    def _exchange(self) -> None:
+        """Publish this rank's signs and read those of the others.
+
+        In a thread of its own: whatever its timeout, a question to the store never ends when the
+        process that hosts the store has been stopped."""
         # A connection of its own: the process group's may be busy waiting in the main thread.
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -123,28 +132,42 @@ class Watchdog:
             is_master=False,
             timeout=timedelta(seconds=5),
         )
-        progress = self._world.progress
+        progress, alive = self._world.progress, 0
         keys = [f"metakd/{self._world.name}/{rank}" for rank in range(self._world.size)]
-        unheard = _Sign(0, 0, "the start")
-        seen = [unheard] * self._world.size
-        since, alive = time.monotonic(), 0
         while not self._end.wait(POLL_SECONDS):
             alive += 1
             own = _Sign(progress.count, alive, progress.where)
-            try:
+            with suppress(RuntimeError):  # the host of the store is gone
                 store.set(keys[self._world.rank], json.dumps(own))
-                # A rank that hangs before its first word here counts as well.
-                now = [
-                    _Sign(*json.loads(store.get(key))) if store.check([key]) else unheard
-                    for key in keys
-                ]
-            except RuntimeError:  # the host of the store does not answer
-                now = seen
+                for rank, key in enumerate(keys):
+                    # Who hangs before its first word stays at the start.
+                    if store.check([key]):
+                        self._heard[rank] = _Sign(*json.loads(store.get(key)))
+
+    def _watch(self) -> None:
+        progress, ranks = self._world.progress, range(self._world.size)
+        seen = list(self._heard)
+        since = time.monotonic()
+        heard_at = [since for _ in ranks]
+        while not self._end.wait(POLL_SECONDS):
+            moment = time.monotonic()
+            now = list(self._heard)
+            now[self._world.rank] = _Sign(
+                progress.count, seen[self._world.rank].alive + 1, progress.where
+            )
+            for rank in ranks:
+                if now[rank].alive != seen[rank].alive:
+                    heard_at[rank] = moment
             if [s.count for s in now] != [s.count for s in seen]:
-                since, seen = time.monotonic(), now
+                since = moment
+            seen = now
             limit = max(self._limit, 10 * progress.longest_pause)
-            if time.monotonic() - since > (limit if progress.is_warm else 10 * limit):
-                _give_up(seen, now, time.monotonic() - since)
+            if moment - since > (limit if progress.is_warm else 10 * limit):
+                # A stopped process does not even publish; of those that do, the one that did least
+                # is behind.
+                silent = [rank for rank in ranks if moment - heard_at[rank] > 4 * POLL_SECONDS]
+                rank = min(silent or ranks, key=lambda r: now[r].count)
+                _give_up(rank, now[rank].where, moment - since)
 
 
 class _Sign(NamedTuple):
@@ -155,11 +178,7 @@ class _Sign(NamedTuple):
     where: str
 
 
-def _give_up(seen: list[_Sign], now: list[_Sign], seconds: float) -> None:
-    # A stopped process does not even publish; of those that do, the one that did least is behind.
-    silent = [rank for rank, (old, new) in enumerate(zip(seen, now)) if old.alive == new.alive]
-    rank = min(silent or range(len(now)), key=lambda r: now[r].count, default=0)
-    where = now[rank].where if now else "the start"
+def _give_up(rank: int, where: str, seconds: float) -> None:
     print(
         f"metakd: rank {rank} has made no progress for {seconds:.0f} s, last seen at {where}\n"
         "remedy: look at that rank's machine, then start again with --resume auto",
