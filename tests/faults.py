@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -936,20 +937,29 @@ def _config(folder: Path, output: str) -> Path:
 
 
 def _launch(launcher: str, config: Path, stop: Path | None = None) -> tuple[int, float]:
-    """Exit code of a run, and the seconds that it took after SIGTERM, which comes when its teacher
-    has made three steps, or from its start."""
+    """Exit code of a run, and the seconds until all its processes were gone after SIGTERM, which
+    comes when its teacher has made three steps, or after its start."""
     command = [*LAUNCHERS[launcher], "metakd", "run", str(config)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with config.with_suffix(".txt").open("a") as out:
-        running = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-        since = time.monotonic()
-        while stop is not None and running.poll() is None:
-            if any(len(log.read_text().splitlines()) > 3 for log in stop.rglob("log.jsonl")):
-                running.send_signal(signal.SIGTERM)
-                since = time.monotonic()
-                break
-            time.sleep(0.05)
-        code = running.wait(280)
+        running = subprocess.Popen(
+            command, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+    since = time.monotonic()
+    while stop is not None and running.poll() is None:
+        if any(len(log.read_text().splitlines()) > 3 for log in stop.rglob("log.jsonl")):
+            # DeepSpeed's front process passes nothing on: the whole group is told, as a scheduler
+            # of jobs does.
+            tell = os.kill if launcher == "torchrun" else os.killpg
+            tell(running.pid, signal.SIGTERM)
+            since = time.monotonic()
+            break
+        time.sleep(0.05)
+    code = running.wait(280)
+    with suppress(ProcessLookupError):
+        while time.monotonic() - since < 280:
+            os.killpg(running.pid, 0)
+            time.sleep(0.1)
     return code, time.monotonic() - since
 
 
@@ -982,6 +992,7 @@ PAGE = """# Faults
 What `make faults` (`python tests/faults.py --out docs/results/faults.md`) did to training runs and
 their checkpoints, and how often they did not come through as they must. Two CPU cores, gloo, no
 GPU; {versions}.
+Each row is of the last run of its part (`--only`).
 
 | part | cases | failures | seconds | seed | what |
 |---|---:|---:|---:|---:|---|
@@ -1022,7 +1033,7 @@ def main() -> None:
         print(f"{name}: {count} cases, {failures} failures, {seconds:.0f} s, seed {options.seed}")
         sys.stdout.flush()
         if options.out:
-            what = ", ".join(f"{number} {kind}" for kind, number in tally.cases.items())
+            what = "; ".join(f"{number} {kind}" for kind, number in tally.cases.items())
             cells_ = (name, count, failures, f"{seconds:.0f}", options.seed, what)
             write_page(options.out, {name: f"| {' | '.join(map(str, cells_))} |"})
         failed += failures
