@@ -83,6 +83,8 @@ class Cell:
                 "teacher": {"model": "none"},
                 "student": {"layers": [0]},
                 "bf16": self.bf16,
+                # DeepSpeed would keep weights of less than 100,000 numbers whole.
+                "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
                 "zero": self.zero,
                 "save_steps": self.save_steps,
                 "logging_steps": 2,
@@ -279,7 +281,6 @@ def train(cell: Cell, folder: Path, fault: Fault | None = None) -> None:
     if fault is not None and fault.rank != world.rank:
         fault = None
     engine.seed_everything(SEED)
-    shard_everything()
     split = examples()
     store = StageStore(
         folder,
@@ -342,20 +343,6 @@ def train(cell: Cell, folder: Path, fault: Fault | None = None) -> None:
         }
 
     store.get(folder / "stage", asdict(replace(cell, save_steps=0)), build)
-
-
-def shard_everything() -> None:
-    """Make ZeRO-3 shard parameters however small they are; DeepSpeed leaves those below 100,000
-    elements whole."""
-    plain = engine.deepspeed_config
-
-    def config(*arguments) -> dict:
-        settings = plain(*arguments)
-        if settings["zero_optimization"]["stage"] == 3:
-            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return settings
-
-    engine.deepspeed_config = config
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from rich.console import Console
 
 from metakd.config import RunConfig, Sharding, TrainingConfig
-from metakd.data import Split
+from metakd.data import Split, Tokens
 from metakd.errors import CheckpointError
 from metakd.method.teacher import StepOutput
 from metakd.training import engine
@@ -48,8 +48,9 @@ def collate(examples):
 
 def train(world, folder: Path, zero: int, precision: str, max_steps: int, reshard: bool = False):
     torch.manual_seed(1)
+    words = torch.randint(31, (24 * 5,), generator=torch.Generator().manual_seed(0))
     split = Split(
-        torch.randint(31, (24, 5), generator=torch.Generator().manual_seed(0)).tolist(),
+        Tokens(words, torch.full((24,), 5)),
         torch.arange(24) % 3,
         torch.zeros(24, dtype=torch.long),
         torch.arange(24),
@@ -60,6 +61,8 @@ def train(world, folder: Path, zero: int, precision: str, max_steps: int, reshar
         teacher={"model": "unused"},
         student={"preset": "tiny-2l-128"},
         bf16=precision == "bf16",
+        # DeepSpeed would keep weights as small as these whole.
+        deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
         save_steps=STEPS,
     )
     # Eight examples a step, however many processes.
@@ -106,14 +109,7 @@ def states(ds_engine) -> dict[str, str]:
 def worker(folder: Path, reading: str) -> None:
     """Take up the checkpoints under ``folder/reading``, if any, and write those of this world."""
     world = join_world()
-    plain, keep = engine.deepspeed_config, engine._Keeper.restore
-
-    def every_weight_sharded(*arguments):
-        settings = plain(*arguments)
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return settings
-
-    engine.deepspeed_config = every_weight_sharded
+    keep = engine._Keeper.restore
     seen = {}
     for zero, precision in CELLS:
         cell = f"{zero}-{precision}"

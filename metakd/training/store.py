@@ -107,8 +107,7 @@ class StageStore:
         stored = json.loads(record.read_text()) if self.world.is_main and record.exists() else {}
         stored = self.world.agree(stored)
         if stored.get("inputs") == digest and (stored["kept"] or not keep):
-            if self.world.is_main:
-                self._tidy(place)
+            self._on_first(lambda: self._tidy(place))
             self.say(f"{name}: inputs unchanged, skipped")
             return stored["result"]
         if not self.may_build:
@@ -116,24 +115,32 @@ class StageStore:
             raise CheckpointError(f"{place}: {state}", "build it first: metakd run")
         self.say(f"{name}: running")
         building = place.with_name(f".tmp-{place.name}")
-        if self.world.is_main:
-            self._prepare(building, digest)
-        self.world.barrier()
+        self._on_first(lambda: self._prepare(building, digest))
         saves = self._open_saves(building, digest)
         since = time.perf_counter()
         result = self.world.agree(build(building, saves))
-        if self.world.is_main:
-            done = {
-                "inputs": digest,
-                "kept": keep,
-                "command": self.command,
-                "seconds": round(time.perf_counter() - since, 1),
-                "world_size": self.world.size,
-                "result": result,
-            }
-            self._publish(building, place, done)
-        self.world.barrier()
+        done = {
+            "inputs": digest,
+            "kept": keep,
+            "command": self.command,
+            "seconds": round(time.perf_counter() - since, 1),
+            "world_size": self.world.size,
+            "result": result,
+        }
+        self._on_first(lambda: self._publish(building, place, done))
         return result
+
+    def _on_first(self, change: Callable[[], None]) -> None:
+        """Change files on the first rank and wait for it; its failure is every rank's error."""
+
+        def guarded() -> None:
+            try:
+                change()
+            except OSError as error:
+                remedy = "make room, or give back the rights, then give the same command again"
+                raise CheckpointError(f"{error.filename}: {error.strerror}", remedy) from error
+
+        self.world.on_first(guarded)
 
     def _publish(self, building: Path, place: Path, done: dict) -> None:
         checkpoints = building / CHECKPOINTS
@@ -191,13 +198,15 @@ class StageStore:
             self.resume = "auto"
         if start is not None:
             self.say(f"going on from checkpoint {start.folder.name}")
-        elif self.world.is_main:
-            # Without a checkpoint the build starts afresh: its log must, too.
-            for left in building.iterdir():
-                if left.name not in (_INPUTS, CHECKPOINTS):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-        self.world.barrier()
+        else:
+            self._on_first(lambda: self._clear(building))
         return Saves(checkpoints, start, digest, self.reshard)
+
+    def _clear(self, building: Path) -> None:
+        """Without a checkpoint the build starts afresh: its log must, too."""
+        for left in building.iterdir():
+            if left.name not in (_INPUTS, CHECKPOINTS):
+                self.disk.remove(left)
 
 
 def _replaced(place: Path) -> Path:

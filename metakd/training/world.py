@@ -108,8 +108,8 @@ class World:
         dist.broadcast_object_list(box, group=self.control, group_src=0)
         return box[0]
 
-    def one_by_one(self, make: Callable):
-        """What ``make`` returns: on the first rank before the others, which find its caches.
+    def on_first(self, do: Callable):
+        """What ``do`` returns on the first rank, which alone calls it; None on the others.
 
         Raises:
             MetakdError: of the first rank, on every rank.
@@ -117,11 +117,20 @@ class World:
         value, problem = None, None
         if self.is_main:
             try:
-                value = make()
+                value = do()
             except MetakdError as error:
                 problem = error
         if problem := self.agree(problem):
             raise problem
+        return value
+
+    def one_by_one(self, make: Callable):
+        """What ``make`` returns: on the first rank before the others, which find its caches.
+
+        Raises:
+            MetakdError: of the first rank, on every rank.
+        """
+        value = self.on_first(make)
         return value if self.is_main else make()
 
     def add_up(self, values: torch.Tensor) -> None:
