@@ -834,7 +834,7 @@ def stops(tally: Tally) -> None:
             place = folder / f"{victim}-{step}"
             fault = Fault(victim, "forward", ACCUMULATION * (step - 1) + 2, signal.SIGTERM)
             group = cells.run(cell, place, fault)
-            codes = group.wait(25)  # start and step included
+            codes = group.wait(60 if tally.quick else 25)  # the quick cases run beside others
             problem = None
             if codes != [143, 143]:
                 problem = f"exit codes {codes}, hung {group.hung}\n{group.said()[-1500:]}"

@@ -92,8 +92,9 @@ class Disk:
 class _Hashing(io.RawIOBase):
     """A file that hashes what is written to it."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO, beat: Callable[[], None]):
         self._file = file
+        self._beat = beat
         self.digest = hashlib.sha256()
         self.size = 0
 
@@ -107,6 +108,7 @@ class _Hashing(io.RawIOBase):
             written += self._file.write(view[written:])
         self.digest.update(view)
         self.size += len(view)
+        self._beat()
         return len(view)
 
 
@@ -117,11 +119,13 @@ class HashedFiles(CheckpointEngine):
     Args:
         folder: the unpublished folder they go to.
         disk: see ``Disk``.
+        beat: called whenever a part has been written; a large file takes a while.
     """
 
-    def __init__(self, folder: Path, disk: Disk):
+    def __init__(self, folder: Path, disk: Disk, beat: Callable[[], None] = lambda: None):
         self.folder = folder
         self.disk = disk
+        self._beat = beat
         self.entries: dict[str, dict] = {}
         self.problem: str | None = None
 
@@ -133,7 +137,7 @@ class HashedFiles(CheckpointEngine):
         try:
             self._make_folder(path.parent)
             with self.disk.create(path) as raw:
-                file = _Hashing(raw)
+                file = _Hashing(raw, self._beat)
                 produce(file)
                 self.disk.sync(raw)
             self.disk.sync_folder(path.parent)
@@ -248,7 +252,8 @@ class Checkpoints:
         target = self.root / checked_tag(tag)
         nonce = self.world.agree(secrets.token_hex(4))
         folder = self.root / f".tmp-{tag}-{nonce}"
-        files = HashedFiles(folder, self.disk)
+        progress = self.world.progress
+        files = HashedFiles(folder, self.disk, lambda: progress.beat(f"checkpoint {tag}"))
         write(files)
         told = self.world.gather((files.entries, files.problem))
         problem = next((f"rank {r}: {text}" for r, (_, text) in enumerate(told) if text), None)

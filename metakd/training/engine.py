@@ -26,6 +26,7 @@ import torch.distributed as dist
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
+from metakd import __version__
 from metakd.config import RunConfig, Sharding, TrainingConfig
 from metakd.data import Split, StepSampler, prefetch
 from metakd.deepspeed_schema import AUTO, resolve_deepspeed
@@ -49,6 +50,8 @@ from metakd.training.world import World
 Batch = dict[str, Tensor]
 Collate = Callable[[list[dict]], Batch]
 
+BEST_WEIGHTS = "best.safetensors"
+_VERSIONS = {"metakd": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
 SKIPS_ALLOWED = 10
 """Steps in a row that may be left out because their loss is not finite."""
 
@@ -382,7 +385,7 @@ class _Keeper:
             return
         self._refuse_non_finite()
         saves, position = self.saves, self.position
-        facts = {**self.facts, "phase": saves.phase, "step": position.step}
+        facts = {**self.facts, "phase": saves.phase, "step": position.step, "versions": _VERSIONS}
         own = {
             "random": random_state(self.world.device),
             "meter": self.meter.state(),
@@ -480,9 +483,6 @@ class _Keeper:
             )
 
 
-BEST_WEIGHTS = "best.safetensors"
-
-
 def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.pt"
 
@@ -527,6 +527,7 @@ def whole_weights(module: nn.Module, world: World) -> dict[str, Tensor] | None:
         module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys()
     )
     for name, parameter in module.named_parameters(remove_duplicate=False):
+        world.progress.beat("gathering weights")
         with _gathered([parameter]):  # one at a time: the whole may not fit
             if world.is_main:
                 kept[name] = parameter.detach().to("cpu", copy=True)
