@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -138,7 +137,7 @@ class StageStore:
                 change()
             except OSError as error:
                 remedy = "make room, or give back the rights, then give the same command again"
-                raise CheckpointError(f"{error.filename}: {error.strerror}", remedy) from error
+                raise CheckpointError(str(error), remedy) from error
 
         self.world.on_first(guarded)
 
@@ -184,7 +183,7 @@ class StageStore:
             return
         if building.exists():
             self.say(f"{building}: what was left there is of other inputs, or not wanted; removed")
-            shutil.rmtree(building)
+            self.disk.remove(building)
         # Synced: a power failure must not leave checkpoints whose inputs nobody knows.
         self._write(building, _INPUTS, digest)
 
