@@ -378,6 +378,10 @@ def main() -> None:
     ]
     try:
         app()
+    except SystemExit as end:
+        if not end.code and (world := sys.modules.get("metakd.training.world")):
+            world.leave_world()
+        raise
     except MetakdError as error:
         if debug:
             traceback.print_exc()

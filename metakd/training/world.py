@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,10 @@ from metakd.errors import MetakdError, StoppedError
 # Ranks wait for one another while one of them reads data, or for groups that train other students.
 # A hang in training is for ``faults.Watchdog`` to find, sooner than any timeout could.
 _PATIENCE = timedelta(days=7)
+
+
+# Below those that systems give to outgoing connections, which would take a port before it is used.
+_PORTS = range(20_000, 32_000)
 
 
 class Progress:
@@ -179,6 +184,12 @@ def join_world() -> World:
     return World(dist.get_rank(), size, device, control)
 
 
+def leave_world() -> None:
+    """End the connections to the other processes in order, before the interpreter ends."""
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+
+
 @contextmanager
 def in_groups(world: World, size: int) -> Iterator[tuple[World, int, int]]:
     """Worlds of ``size`` processes in place of the one of all, until the end of the context.
@@ -208,14 +219,21 @@ def _free_place() -> tuple[str, int, int]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
         address = probe.getsockname()[0]
-    with socket.socket() as first, socket.socket() as second:
-        for probe in (first, second):
-            probe.bind((address, 0))
-        return address, first.getsockname()[1], second.getsockname()[1]
+    free = filter(lambda port: _is_free(address, port), random.Random().sample(_PORTS, len(_PORTS)))
+    return address, next(free), next(free)
+
+
+def _is_free(address: str, port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+    return True
 
 
 def _leave_for(address: str, port: int, rank: int, size: int) -> None:
-    deepspeed.comm.destroy_process_group()
+    leave_world()
     os.environ.update(
         MASTER_ADDR=address,
         MASTER_PORT=str(port),
