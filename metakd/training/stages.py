@@ -38,6 +38,7 @@ from metakd.method.sources import (
 from metakd.method.student import build_student, check_models
 from metakd.method.taps import model_inputs
 from metakd.method.teacher import Teacher, domain_loss_floor, false_domains
+from metakd.tensor_cache import content_key
 from metakd.training.card import write_card
 from metakd.training.engine import (
     Saves,
@@ -47,7 +48,7 @@ from metakd.training.engine import (
 )
 from metakd.training.log import RunLog
 from metakd.training.serving import TeacherService
-from metakd.training.store import StageStore, content_digest
+from metakd.training.store import StageStore
 from metakd.training.world import World, in_groups, join_world
 
 ALL_DOMAINS = "all"
@@ -107,7 +108,7 @@ class Run:
 
     Args:
         config: the checked configuration.
-        world: from ``engine.join_world``.
+        world: from ``join_world``.
         console: where the first rank talks.
         command: how the run was started; recorded with every stage.
         resume: see ``StageStore``.
@@ -180,11 +181,13 @@ class Run:
     def store(self) -> StageStore:
         """The finished stages."""
         config = self.config
-        files = (config.data.train, config.data.validation, config.data.test)
+        data, models = config.data, (config.teacher.model, config.student.model)
+        sources = (data.train, data.validation, data.test, *models)
         common = {
             "version": __version__,
-            "data": config.data.model_dump(mode="json"),
-            "content": content_digest((*files, config.teacher.model, config.student.model)),
+            "data": data.model_dump(mode="json"),
+            # A hub id names no file and adds nothing.
+            "content": content_key(*map(Path, filter(None, sources))),
             "seed": config.seed,
             "zero": config.zero,
             "precision": config.precision,

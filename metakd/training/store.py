@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,23 +26,13 @@ _RECORD = "stage.json"
 _ALWAYS_KEPT = ("log.jsonl", _INPUTS)
 
 
-def content_digest(sources: Iterable[str | None]) -> str:
-    """SHA-256 over the content of files and folders; a hub id names no file and adds nothing."""
-    digest = hashlib.sha256()
-    for path in map(Path, filter(None, sources)):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
 @dataclass
 class StageStore:
     """The stages of one run directory.
 
     Args:
         folder: the run directory.
-        world: from ``engine.join_world``; the first rank writes, all ranks get the result.
+        world: from ``join_world``; the first rank writes, all ranks get the result.
         common: inputs that every stage shares, as JSON values.
         command: recorded with every stage.
         say: tells a person what happens.
