@@ -992,11 +992,26 @@ PAGE = """# Faults
 What `make faults` (`python tests/faults.py --out docs/results/faults.md`) did to training runs and
 their checkpoints, and how often they did not come through as they must. Two CPU cores, gloo, no
 GPU; {versions}.
-Each row is of the last run of its part (`--only`).
+Each row is of the last run of its part (`--only`), at the commit it names.
 
-| part | cases | failures | seconds | seed | what |
-|---|---:|---:|---:|---:|---|
+| part | cases | failures | seconds | seed | commit | what |
+|---|---:|---:|---:|---:|---|---|
 """
+
+
+def commit() -> str:
+    """Of the tree that is tried, as far as git knows."""
+    asked = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--exclude",
+        "*",
+    ]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "-"
 
 
 def write_page(path: Path, rows: dict[str, str]) -> None:
@@ -1034,7 +1049,7 @@ def main() -> None:
         sys.stdout.flush()
         if options.out:
             what = "; ".join(f"{number} {kind}" for kind, number in tally.cases.items())
-            cells_ = (name, count, failures, f"{seconds:.0f}", options.seed, what)
+            cells_ = (name, count, failures, f"{seconds:.0f}", options.seed, commit(), what)
             write_page(options.out, {name: f"| {' | '.join(map(str, cells_))} |"})
         failed += failures
     sys.exit(bool(failed))
