@@ -18,7 +18,7 @@ help:
 	@echo "make lint        check style (ruff)"
 	@echo "make bench       time the losses that CI can afford (python -m benchmarks.run --op OP: all of them)"
 	@echo "make mutants     break the losses in many ways and see that the tests notice (about an hour)"
-	@echo "make faults      kill, stop and starve training runs, damage checkpoints, cut the power (about 40 minutes)"
+	@echo "make faults      kill, stop and starve training runs, damage checkpoints, cut the power (about 25 minutes)"
 	@echo "make models/minilm  fetch the encoder of the configurations (all-MiniLM-L6-v2, checksum verified)"
 	@echo "make offline-gpu compile the GPU kernels without a GPU, show registers and spills"
 	@echo "make gpu-check   on a GPU machine: build, tests, sanitizer, benchmarks; results in OUT ($(OUT))"
