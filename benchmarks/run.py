@@ -264,6 +264,17 @@ def plot(report: dict, path: Path) -> None:
     figure.savefig(path)
 
 
+def write_report(name: str, report: dict, page: str, device: str, out: Path | None) -> Path:
+    """Write ``<name>.json`` and ``<name>.md``, print the page, and return their folder: ``out``, or
+    the device's among the results."""
+    folder = out or RESULTS / device_folder(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(page)
+    print(page)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", required=True, choices=sorted({row.op for row in ROWS}))
@@ -293,13 +304,9 @@ def main() -> None:
             report["rows"].append(measure(row, device, options.seconds, report["rates"]))
             if device == "cuda":
                 torch.cuda.empty_cache()
-    folder = options.out or RESULTS / device_folder(device)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{options.op}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / f"{options.op}.md").write_text(markdown(report))
+    folder = write_report(options.op, report, markdown(report), device, options.out)
     if options.plot:
         plot(report, folder / f"{options.op}.png")
-    print(markdown(report))
 
 
 if __name__ == "__main__":

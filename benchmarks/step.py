@@ -14,7 +14,6 @@ weights aside. Writes ``results/<device>/step.json`` and ``.md``.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,13 +32,12 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from benchmarks.run import (
-    RESULTS,
-    device_folder,
     environment,
     heading,
     matmul_rate,
     peak_memory,
     quantiles,
+    write_report,
 )
 from metakd.config import DistillConfig
 from metakd.method.objective import Distillation, build_terms
@@ -406,11 +404,7 @@ def main() -> None:
         "matmul": rate,
         "rows": [measure(scene, options.seconds, rate) for scene in scenes],
     }
-    folder = options.out or RESULTS / device_folder(device)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "step.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "step.md").write_text(markdown(report))
-    print(markdown(report))
+    write_report("step", report, markdown(report), device, options.out)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ dtype. Writes ``results/<device>/throughput.json`` and ``.md``.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -38,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from benchmarks.run import RESULTS, device_folder, environment, heading, large_product
+from benchmarks.run import environment, heading, large_product, write_report
 from benchmarks.step import training
 from metakd.config import DataConfig, DistillConfig
 from metakd.data import Corpus, Split, StepSampler, collate, load_corpus
@@ -267,11 +266,7 @@ def main() -> None:
         models = scene.teacher.model, scene.student
         report["layers"] = [len(encoder_layers(model)) for model in models]
         report["rows"].append(measure(scene, tokenizer, options.batch, options.seconds))
-    folder = options.out or RESULTS / device_folder(device.type)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "throughput.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "throughput.md").write_text(markdown(report))
-    print(markdown(report))
+    write_report("throughput", report, markdown(report), device.type, options.out)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 The harness forks before anything computes with several threads, so it runs in a process of its own.
 """
 
-import os
 import random
 import re
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from crash_model import Change
 from faults import PARTS, STORIES, Story, record, replay
+from processes import unjoined
 
 from metakd.training.checkpoint import Checkpoints
 
@@ -23,9 +23,7 @@ QUICK = [part for part in PARTS if part not in ("launchers", "hangs")]
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory) -> str:
-    joined = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    fresh = {name: value for name, value in os.environ.items() if name not in joined}
-    fresh["TMPDIR"] = str(tmp_path_factory.mktemp("faults"))
+    fresh = unjoined() | {"TMPDIR": str(tmp_path_factory.mktemp("faults"))}
     command = [sys.executable, str(TOOL), "--quick"]
     command += [word for part in QUICK for word in ("--only", part)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=540, env=fresh)

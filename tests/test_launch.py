@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import unjoined
 from test_training import launched, losses, make_source, write_config
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
@@ -26,11 +27,9 @@ class Host:
 
     def start(self, command: list[str]) -> subprocess.Popen:
         """Run a command on this host."""
-        joined = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        fresh = {name: value for name, value in os.environ.items() if name not in joined}
         return subprocess.Popen(
             ["ip", "netns", "exec", self.name, *command],
-            env=fresh | {"GLOO_SOCKET_IFNAME": self.device},
+            env=unjoined() | {"GLOO_SOCKET_IFNAME": self.device},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

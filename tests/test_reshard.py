@@ -3,14 +3,13 @@ master weights and moments, bit for bit."""
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from processes import run_ranks
 from rich.console import Console
 
 from metakd.config import RunConfig, Sharding, TrainingConfig
@@ -141,12 +140,7 @@ def worker(folder: Path, reading: str) -> None:
 
 
 def launch(processes: int, folder: Path, reading: str = "") -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", __file__, str(folder), reading]
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(processes, __file__, str(folder), reading)
     name = f"{processes}-from-{reading}" if reading else f"{processes}"
     return json.loads((folder / f"{name}.json").read_text())
 

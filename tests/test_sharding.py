@@ -1,13 +1,12 @@
 """Two processes that shard a student, a teacher, both, give what two that replicate give."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from rich.console import Console
 from safetensors.torch import load_file
 from test_training import SETTINGS, make_source, rows_of, write_config
@@ -100,12 +99,7 @@ def trained(tmp_path_factory) -> Path:
     """The runs of all variants, by two processes."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sharding")
     make_source(source)
-    root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [__file__, str(source), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(2, __file__, str(source), str(folder))
     return folder
 
 

@@ -2,7 +2,6 @@
 leaves behind."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import pytest
 import torch
 import yaml
 from oracle import backend_dtypes
+from processes import unjoined
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -554,10 +554,7 @@ LAUNCHERS = {
 
 def launched(launcher: str, config: Path, *overrides: str) -> None:
     command = [*LAUNCHERS[launcher], "distill", str(config), "distill.domains=[hiking]", *overrides]
-    # This process has joined a world of its own, and says so in its environment.
-    joined = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    fresh = {name: value for name, value in os.environ.items() if name not in joined}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=fresh)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=unjoined())
     assert done.returncode == 0, done.stderr[-3000:]
 
 

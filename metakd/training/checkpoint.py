@@ -367,9 +367,7 @@ class Checkpoints:
         """
         if resume != "auto":
             checked_tag(resume)
-        if self.world.is_main:
-            self._finish_renames()
-        self.world.barrier()
+        self.world.on_first(self._finish_renames)
         if resume != "auto":
             folder = self.root / resume
             if not folder.is_dir():

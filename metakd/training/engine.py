@@ -45,6 +45,7 @@ from metakd.training.faults import SkippingAdamW, StopRequest, Watchdog
 from metakd.training.log import Meter, RunLog
 from metakd.training.reshard import ReshardedFiles
 from metakd.training.schedule import optimizer_and_scheduler, warmup
+from metakd.training.shards import own_part, put_weights, retire, shard, whole_weights
 from metakd.training.world import World
 
 Batch = dict[str, Tensor]
@@ -238,7 +239,7 @@ def fit(
     }
     settings = deepspeed_config(config, sharding, training, **facts, **_hidden_size(module))
     if sharding.zero == 3:
-        _shard(module, settings, config, world)
+        shard(module, settings, compute_dtype(config, world.device), world)
     else:
         module.to(world.device)
     engine, *_ = deepspeed.initialize(
@@ -474,7 +475,7 @@ class _Keeper:
         torch.manual_seed((seed + position.step) * self.world.size + self.world.rank)
 
     def _refuse_non_finite(self) -> None:
-        held = [_own_part(p, self.world.rank) for p in self.engine.module.parameters()]
+        held = [own_part(p, self.world.rank) for p in self.engine.module.parameters()]
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(held)])
         if not all(self.world.gather(bool(norms.isfinite().all()))):
             raise DivergedError(
@@ -485,97 +486,6 @@ class _Keeper:
 
 def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.pt"
-
-
-# ---- Weights, whole or in shards -----------------------------------------------------------------
-
-
-def _shard(module: nn.Module, settings: dict, config: RunConfig, world: World) -> None:
-    """Spread the weights over the processes one by one: the whole may not fit one device."""
-    module.to(compute_dtype(config, world.device))
-    deepspeed.zero.Init(module=module, config_dict_or_path=settings)
-    for part in module.modules():
-        for name, value in part._buffers.items():
-            part._buffers[name] = None if value is None else value.to(world.device)
-
-
-def _own_part(parameter: nn.Parameter, rank: int) -> Tensor:
-    """What this rank holds of a parameter, without the padding of the last shard."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach()
-    part = parameter.ds_tensor
-    return part.flatten()[: max(0, parameter.ds_numel - rank * part.numel())]
-
-
-def _gathered(parameters: list[nn.Parameter], modified_on: int | None = None):
-    """A context in which sharded parameters are whole; nothing for others.
-
-    Args:
-        parameters: of any kind.
-        modified_on: rank whose changes count; None for reading.
-    """
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(
-        sharded, modifier_rank=modified_on, enabled=bool(sharded)
-    )
-
-
-def whole_weights(module: nn.Module, world: World) -> dict[str, Tensor] | None:
-    """A copy of every weight and buffer on the CPU of the first rank, None on the others."""
-    kept = {}
-    buffers = (
-        module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys()
-    )
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        world.progress.beat("gathering weights")
-        with _gathered([parameter]):  # one at a time: the whole may not fit
-            if world.is_main:
-                kept[name] = parameter.detach().to("cpu", copy=True)
-    state = module.state_dict()
-    kept |= {name: state[name].detach().to("cpu", copy=True) for name in buffers}
-    return kept if world.is_main else None
-
-
-def put_weights(module: nn.Module, weights: dict[str, Tensor] | None, world: World) -> None:
-    """Load the first rank's ``whole_weights`` on every rank, which may hold them in shards."""
-    sharded = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if hasattr(parameter, "ds_id"):
-            sharded[name] = parameter
-            with _gathered([parameter], modified_on=0):
-                if world.is_main:
-                    parameter.data.copy_(weights[name])
-    for name, value in module.state_dict().items():
-        if name in sharded:
-            continue
-        if world.is_main:
-            value.copy_(weights[name])
-        if world.size > 1:
-            dist.broadcast(value, group_src=0)
-
-
-def retire(engine) -> None:
-    """End an engine and leave its module as plain torch: whole weights, no hooks; what was sharded
-    is in host memory."""
-    module = engine.module
-    engine.destroy()
-    # Left on the module, the hooks would keep engine and moments alive through the next run.
-    engine.module_forward_pre_hook.remove()
-    engine.module_forward_post_hook.remove()
-    plain: dict[int, nn.Parameter] = {}  # tied weights stay tied
-    for part in module.modules():
-        held = dict(part._parameters.items())
-        for name, parameter in held.items():
-            if parameter is None or not hasattr(parameter, "ds_id"):
-                continue
-            if id(parameter) not in plain:
-                with _gathered([parameter]):
-                    whole = parameter.detach().to("cpu", copy=True)
-                plain[id(parameter)] = nn.Parameter(whole, parameter.requires_grad)
-            held[name] = plain[id(parameter)]
-        part._parameters = held  # DeepSpeed's own kind of dict gathers on access
-    if plain:
-        module.cpu()  # buffers and what was too small to shard
 
 
 def _batches(

@@ -133,7 +133,7 @@ class Watchdog:
             timeout=timedelta(seconds=5),
         )
         progress, alive = self._world.progress, 0
-        keys = [f"metakd/{self._world.name}/{rank}" for rank in range(self._world.size)]
+        keys = [f"metakd/{rank}" for rank in range(self._world.size)]
         while not self._end.wait(POLL_SECONDS):
             alive += 1
             own = _Sign(progress.count, alive, progress.where)

@@ -85,7 +85,6 @@ class World:
         device: of this process.
         control: group for agreements, on the CPU whatever the device; None for a world of one.
         progress: counted by loops, looked at by ``faults.Watchdog``.
-        name: of the group, told apart from other groups of the same start.
     """
 
     rank: int = 0
@@ -93,7 +92,6 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     control: dist.ProcessGroup | None = None
     progress: Progress = field(default_factory=Progress)
-    name: str = "all"
 
     @property
     def is_main(self) -> bool:
