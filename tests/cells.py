@@ -321,7 +321,13 @@ def train(cell: Cell, folder: Path, fault: Fault | None = None) -> None:
                 seed=SEED,
                 columns=lambda epoch: {"poison": poison_of(cell, epoch)},
                 score=lambda: engine.evaluate(
-                    module.classify, split, collate, domains=["all"], batch_size=8, world=world
+                    module.classify,
+                    split,
+                    collate,
+                    domains=["all"],
+                    num_classes=2,
+                    batch_size=8,
+                    world=world,
                 ),
                 # The last checkpoint holds what a digest is made of.
                 saves=replace(saves, last_phase=False),

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
 from metakd.training import log as module
-from metakd.training.log import RunLog
+from metakd.training.log import Meter, RunLog
+from metakd.training.world import World
 
 
 @pytest.mark.parametrize("tokens", [0, 250])  # a caller that does not count tokens, one that does
@@ -25,3 +27,19 @@ def test_rates_are_since_the_last_line(tmp_path, monkeypatch, tokens):
     assert [line.get("samples_per_second") for line in lines] == [4.0, 8.0, None]
     rates = [line.get("tokens_per_second") for line in lines]
     assert rates == ([125.0, 250.0, None] if tokens else [None] * 3)
+
+
+def test_means_of_scalars_and_vectors():
+    meter = Meter()
+    meter.add({"loss": torch.tensor(1.0), "shares": torch.tensor([1.0, 0.0])}, 3)
+    meter.add({"loss": torch.tensor(5.0), "shares": torch.tensor([0.0, 1.0])}, 1)
+    assert meter.read(World()) == {"loss": 2.0, "shares": [0.75, 0.25]}
+    assert meter.read(World()) == {}
+
+
+def test_lists_are_for_the_jsonl_alone(tmp_path, capsys):
+    with RunLog(tmp_path, ["jsonl", "tensorboard"], Console()) as log:
+        log.start("title", 1)
+        log.write(1, {"loss": 1.0, "shares": [0.5, 0.5]})
+    [line] = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["shares"] == [0.5, 0.5]

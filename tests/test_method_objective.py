@@ -213,6 +213,9 @@ def test_lambda_multiplies_each_example_of_each_term(scene, name):
         gradient(output.rows, weighted), gradient(scene.expertise() * plain, weighted)
     )
     assert output.terms["expertise"].item() == pytest.approx(scene.expertise().mean().item())
+    histogram = output.terms["expertise_histogram"]
+    expected = torch.histc(scene.expertise(), len(histogram), 0.0, 1.0) / len(scene.expertise())
+    torch.testing.assert_close(histogram, expected)
 
 
 @every_weighted_term

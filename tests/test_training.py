@@ -271,6 +271,10 @@ def test_a_run_leaves_plain_students(make):
     run = make()
     scores = run.evaluate()
     assert set(scores["students"]) == {"hiking", "kitchen", "novels", "software"}
+    for domain, scored in [*scores["students"].items(), ("novels", scores["teacher"])]:
+        (right, taken), (missed, right_too) = scored[f"confusion/{domain}"]
+        share = (right + right_too) / (right + taken + missed + right_too)
+        assert scored[f"accuracy/{domain}"] == pytest.approx(share)
     [place] = run.distill(["novels"])
     assert place == run.folder / "students" / "meta-from-meta-s42" / "novels"
     student = AutoModelForSequenceClassification.from_pretrained(place)

@@ -358,4 +358,17 @@ class Distillation(nn.Module):
         if expertise is not None:
             logged["expertise"] = expertise.mean()
             logged["expertise_std"] = expertise.std(correction=0)
+            logged["expertise_histogram"] = _histogram(expertise)
         return StepOutput(total, logged)
+
+
+EXPERTISE_BINS = 40
+"""Bins of equal width over [0, 1], where lambda lies for scores t in [-1, 1]; what rescaled scores
+push beyond falls into the first and the last."""
+
+
+def _histogram(expertise: Tensor) -> Tensor:
+    """Share of the examples in each bin, without waiting for the device."""
+    number = (expertise * EXPERTISE_BINS).long().clamp(0, EXPERTISE_BINS - 1)
+    bins = torch.arange(EXPERTISE_BINS, device=expertise.device)
+    return (number[:, None] == bins).float().mean(0)  # [EXPERTISE_BINS]

@@ -35,7 +35,7 @@ class StepOutput(NamedTuple):
     log. A tuple, so that DeepSpeed finds the tensors in it (ZeRO-3 gathers weights by them)."""
 
     rows: Tensor  # [B]
-    terms: dict[str, Tensor]  # detached scalars, on the device
+    terms: dict[str, Tensor]  # detached scalars, or shares [bins], on the device
 
 
 def check_packed(packed: bool, recipe: Recipe) -> None:

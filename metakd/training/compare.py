@@ -139,7 +139,7 @@ def term_values(students: Sequence[Path]) -> dict[str, float]:
         steps = [row for row in logged if row["split"] == "train"]
         for row in steps[len(steps) // 2 :]:
             for name, value in row.items():
-                if name.endswith("_weighted") or name.startswith("expertise"):
+                if name.endswith("_weighted") or name in ("expertise", "expertise_std"):
                     seen.setdefault(name.removesuffix("_weighted"), []).append(value)
     return {name: statistics.fmean(values) for name, values in seen.items()}
 

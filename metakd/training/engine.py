@@ -23,7 +23,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from sklearn.metrics import f1_score
+from sklearn.metrics import confusion_matrix, f1_score
 from torch import Tensor, nn
 
 from metakd import __version__
@@ -532,22 +532,25 @@ def evaluate(
     collate: Collate,
     *,
     domains: list[str],
+    num_classes: int,
     batch_size: int,
     world: World,
-) -> dict[str, float]:
-    """Accuracy and macro-F1 over all examples, and accuracy per domain.
+) -> dict[str, float | list[list[int]]]:
+    """Accuracy and macro-F1 over all examples, accuracy and confusion per domain.
 
     Args:
         classify: batch to logits [B, M]; the caller has put the model in eval mode.
         split: examples to score.
         collate: examples to a padded batch.
         domains: names by domain number.
+        num_classes: M.
         batch_size: examples a batch.
         world: from ``join_world``.
 
     Returns:
-        ``accuracy``, ``macro_f1`` and ``accuracy/<domain>`` for each domain that occurs, as
-        fractions.
+        ``accuracy``, ``macro_f1`` and for each domain that occurs ``accuracy/<domain>``, as
+        fractions, and ``confusion/<domain>``, how many examples of each class (row) were given each
+        (column).
     """
     predicted = predict(classify, split, collate, batch_size=batch_size, world=world)
     right = (predicted == split.labels).double()
@@ -556,5 +559,9 @@ def evaluate(
         "macro_f1": float(f1_score(split.labels.numpy(), predicted.numpy(), average="macro")),
     }
     for number in split.domain.unique().tolist():
-        scores[f"accuracy/{domains[number]}"] = right[split.domain == number].mean().item()
+        own = split.domain == number
+        scores[f"accuracy/{domains[number]}"] = right[own].mean().item()
+        scores[f"confusion/{domains[number]}"] = confusion_matrix(
+            split.labels[own], predicted[own], labels=range(num_classes)
+        ).tolist()
     return scores

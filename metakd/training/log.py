@@ -19,7 +19,7 @@ from metakd.training.world import World
 
 
 class Meter:
-    """Running means per example of device scalars, read with one transfer."""
+    """Running means per example of device scalars and vectors, read with one transfer."""
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
@@ -32,19 +32,21 @@ class Meter:
             self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._examples += examples
 
-    def read(self, world: World) -> dict[str, float]:
+    def read(self, world: World) -> dict[str, float | list[float]]:
         """Means since the last read, over all ranks; synchronises with the host. Empty if nothing
         was added."""
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        sums = torch.stack([self._sums[name] for name in names])
+        shapes = [self._sums[name].shape for name in names]
+        sums = torch.cat([self._sums[name].flatten() for name in names])
         sums = torch.cat([sums, sums.new_tensor([self._examples])])
         if world.size > 1:
             dist.all_reduce(sums)
         self._sums.clear()
         self._examples = 0
-        return dict(zip(names, (sums[:-1] / sums[-1]).tolist()))
+        means = (sums[:-1] / sums[-1]).cpu().split([shape.numel() for shape in shapes])
+        return {n: mean.view(shape).tolist() for n, mean, shape in zip(names, means, shapes)}
 
     def state(self) -> dict:
         """What has been added since the last read, as tensors and numbers."""
@@ -122,8 +124,8 @@ class RunLog:
         self._tokens += tokens
         self._progress.advance(self._task)
 
-    def write(self, step: int, values: dict[str, float], prefix: str = "train") -> None:
-        """Log scalars at an optimizer step."""
+    def write(self, step: int, values: dict[str, float | list], prefix: str = "train") -> None:
+        """Log values at an optimizer step; lists (histograms, confusions) go to the JSONL alone."""
         if prefix == "train":
             now = time.perf_counter()
             seconds = max(now - self._since, 1e-9)
@@ -133,7 +135,7 @@ class RunLog:
             self._since, self._samples, self._tokens = now, 0, 0
             shown = {
                 k: v
-                for k, v in values.items()
+                for k, v in _scalars(values).items()
                 if not k.endswith("_weighted") and k != "learning_rate"
             }
             self._progress.update(
@@ -142,7 +144,7 @@ class RunLog:
         if self._jsonl:
             self._jsonl.write(json.dumps({"step": step, "split": prefix, **values}) + "\n")
         if self._board:
-            for name, value in values.items():
+            for name, value in _scalars(values).items():
                 self._board.add_scalar(f"{prefix}/{name}", value, step)
 
     def note(self, step: int, what: str, **facts) -> None:
@@ -166,3 +168,7 @@ class RunLog:
         for writer in (self._jsonl, self._board):
             if writer:
                 writer.close()
+
+
+def _scalars(values: dict[str, float | list]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if not isinstance(value, list)}

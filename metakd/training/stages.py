@@ -234,12 +234,13 @@ class Run:
     def _log(self, folder: Path) -> RunLog:
         return RunLog(folder, self.config.report_to, self.console, active=self.world.is_main)
 
-    def _score(self, classify: Callable, split: Split, training) -> dict[str, float]:
+    def _score(self, classify: Callable, split: Split, training) -> dict:
         return evaluate(
             classify,
             split,
             self.collate,
             domains=self.corpus.domains,
+            num_classes=len(self.corpus.label2id),
             batch_size=training.per_device_eval_batch_size,
             world=self.world,
         )
@@ -646,11 +647,11 @@ class Run:
             with service.showing(frozenset({"logits"})) as show:
                 teacher.eval()  # the release teaches with dropout
                 scored = self._score(lambda batch, show=show: show(batch).logits, part, training)
-            # Several single teachers have no accuracy in common, only one per domain.
+            # Several single teachers have no scores in common, only some per domain.
             scores["teacher"] |= {
                 name: value
                 for name, value in scored.items()
-                if domain == ALL_DOMAINS or name == f"accuracy/{domain}"
+                if domain == ALL_DOMAINS or name.endswith(f"/{domain}")
             }
         for place in self.distill():
             student = load_trained_classifier(place)
