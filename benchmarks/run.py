@@ -13,21 +13,19 @@ memory (CUDA) and the share of the machine's limit that was measured in the same
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from benchmarks.registry import ROWS, Contest, Row
+from metakd.environment import environment as describe
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -43,40 +41,13 @@ TESTS = {
 
 
 def environment(device: str, threads: int) -> dict:
-    versions = {}
-    for package in ("metakd", "torch", "triton", "liger-kernel", "trl", "textbrewer"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    """What a benchmark ran on, and of which commit."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
-    found = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or None,
-        "versions": versions,
-        "python": platform.python_version(),
-    }
-    if device == "cuda":
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-        )
-        name = torch.cuda.get_device_name()
-        return {
-            "device": name,
-            "driver": driver.stdout.strip(),
-            "cuda": torch.version.cuda,
-            **found,
-        }
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {
-        "device": f"CPU, {platform.machine()}, {capability}",
-        "threads": threads,
-        **found,
-    }
+    rivals = ("torch", "triton", "liger-kernel", "trl", "textbrewer")
+    found = describe(device, threads, *rivals)
+    return found | {"commit": commit.stdout.strip() or None}
 
 
 def device_folder(device: str) -> str:

@@ -274,22 +274,12 @@ def doctor(
 
 
 def _diagnose() -> dict[str, dict[str, str]]:
-    import platform
-    from importlib import metadata
-
     import torch
 
     from metakd import ops
+    from metakd.environment import processor, versions
 
-    versions = {"python": platform.python_version()}
-    for package in ("metakd", "torch", "triton", "transformers", "deepspeed", "datasets"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    devices = {
-        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    }
+    devices = {"cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
@@ -312,7 +302,7 @@ def _diagnose() -> dict[str, dict[str, str]]:
                 f"; {missing}" if missing else ""
             )
     report = {
-        "versions": versions,
+        "versions": {name: version or "not installed" for name, version in versions().items()},
         "devices": devices,
         "extension": extension,
         "backends": backends,

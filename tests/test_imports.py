@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "metakd"
 ARROWS = {
     "errors": set(),
     "deepspeed_schema": {"errors"},
+    "environment": {"__init__"},
     "reference": set(),
     "kernels": {"errors"},
     "ops": {"errors", "kernels", "_C"},
@@ -34,7 +35,7 @@ ARROWS = {
         "functional",
         "__init__",
     },
-    "deploy": {"errors", "config", "data", "method", "training", "__init__"},
+    "deploy": {"errors", "config", "data", "environment", "method", "training", "__init__"},
     "cli": {
         "errors",
         "config",
@@ -43,6 +44,7 @@ ARROWS = {
         "ops",
         "training",
         "deploy",
+        "environment",
         "verify",
         "_C",
         "__init__",
@@ -63,6 +65,7 @@ LOW = {
     "kernels": {"torch", "triton"},
     "errors": set(),
     "deepspeed_schema": set(),
+    "environment": {"torch"},
     "config": {"pydantic", "yaml"},
 }
 

@@ -1,0 +1,61 @@
+"""What a measurement ran on: versions, device, threads."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from metakd import __version__
+
+PACKAGES = ("torch", "triton", "transformers", "deepspeed", "datasets", "onnxruntime")
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Version of Python, of metakd and of each of these packages, None where it is not
+    installed."""
+    found = {"python": platform.python_version(), "metakd": __version__}
+    for package in packages or PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def processor() -> str:
+    """The CPU: its name where the system tells it, architecture, widest vectors that torch uses."""
+    import torch
+
+    name = ""
+    if (listing := Path("/proc/cpuinfo")).exists():
+        lines = (line.partition(":") for line in listing.read_text().splitlines())
+        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), "")
+    capability = torch.backends.cpu.get_cpu_capability()
+    return ", ".join(filter(None, ["CPU", name, platform.machine(), capability]))
+
+
+def environment(device: str, threads: int, *packages: str) -> dict:
+    """What a measurement on ``device`` (cpu or cuda) should record.
+
+    Args:
+        device: cpu or cuda.
+        threads: that a CPU computes with.
+        packages: whose versions matter; by default those that metakd stands on.
+    """
+    import torch
+
+    found = {"date": datetime.date.today().isoformat(), "versions": versions(*packages)}
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True)
+        gpu = {
+            "device": torch.cuda.get_device_name(),
+            "driver": driver.stdout.strip(),
+            "cuda": torch.version.cuda,
+        }
+        return gpu | found
+    return {"device": processor(), "cores": os.cpu_count(), "threads": threads} | found
