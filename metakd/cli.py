@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import traceback
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metakd.config import RunConfig, load_config
-from metakd.errors import ConfigError, MetakdError, UnsupportedError
+from metakd.errors import ConfigError, DataError, MetakdError, UnsupportedError
 
 app = typer.Typer(
     add_completion=False,
@@ -52,22 +53,23 @@ Reshard = Annotated[
 def _open(config: RunConfig, resume: str = "auto", reshard: bool = False):
     """A run with its world; here and not above, since torch and DeepSpeed take seconds to
     import."""
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
     from metakd.training.stages import Run
     from metakd.training.world import join_world
 
-    # One bar per stage is enough, and a fresh classification head is no news here.
+    _quiet_transformers()
+    return Run(config, join_world(), console, command=_command(), resume=resume, reshard=reshard)
+
+
+def _quiet_transformers() -> None:
+    """One bar per stage is enough, and a fresh classification head is no news here."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
     disable_progress_bar()
     set_verbosity_error()
-    return Run(
-        config,
-        join_world(),
-        console,
-        command=shlex.join(["metakd", *sys.argv[1:]]),
-        resume=resume,
-        reshard=reshard,
-    )
+
+
+def _command() -> str:
+    return shlex.join(["metakd", *sys.argv[1:]])
 
 
 @app.command()
@@ -189,6 +191,185 @@ def quickstart(
     _show_comparison(run, run_compare(run))
     for place in run.distill():
         run.say(f"student is in {place}")
+
+
+StudentFolder = Annotated[
+    str, typer.Argument(metavar="STUDENT", help="folder of a student, a teacher, or an export")
+]
+TextColumn = Annotated[str, typer.Option(help="column of the texts")]
+PairColumn = Annotated[str | None, typer.Option(help="column of the second texts, for pairs")]
+Threads = Annotated[int | None, typer.Option(min=1, help="on a CPU; every core by default")]
+
+
+@app.command()
+def export(
+    student: StudentFolder,
+    to: Annotated[str, typer.Option(metavar="onnx", help="format")] = "onnx",
+    int8: Annotated[bool, typer.Option("--int8", help="write a quantised model, too")] = False,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="write a half-precision model, too (for GPUs)")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="texts to compare on: CSV, TSV, JSONL or Parquet"),
+    ] = None,
+    domain: Annotated[str | None, typer.Option(help="of FILE, only the texts of this one")] = None,
+    text: TextColumn = "text",
+    text_pair: PairColumn = None,
+    label: Annotated[str, typer.Option(help="column of the labels, if there is one")] = "label",
+    out: Annotated[str | None, typer.Option(help="by default STUDENT/onnx")] = None,
+):
+    """Export a student to ONNX; files that do not answer as PyTorch does are refused."""
+    from metakd.demo import made_up_texts
+    from metakd.deploy import export_onnx
+    from metakd.reading import read_texts
+
+    if to != "onnx":
+        raise ConfigError(f"--to: {to!r} is not known", "the only format is onnx")
+    _quiet_transformers()
+    texts, labels, described = made_up_texts(400), None, "made-up reviews"
+    if data is not None:
+        rows = read_texts(data, text=text, text_pair=text_pair, label=label)
+        rows = [row for row in rows if domain in (None, row.domain)]
+        if not rows:
+            raise DataError(f"{data}: there are no texts of domain {domain}", "correct --domain")
+        texts, described = _texts(rows), data if domain is None else f"{data}, {domain}"
+        labels = None if rows[0].label is None else [row.label for row in rows]
+    report = export_onnx(
+        student,
+        texts,
+        labels=labels,
+        data=described,
+        int8=int8,
+        fp16=fp16,
+        out=out,
+        command=_command(),
+    )
+    _show_export(report, out or f"{student}/onnx")
+
+
+def _texts(rows: list) -> list:
+    return [row.text if row.pair is None else (row.text, row.pair) for row in rows]
+
+
+def _show_export(report: dict, place: str) -> None:
+    checked = report["checked"]
+    table = Table(
+        title=f"compared with PyTorch on {checked['examples']} texts ({checked['data']})",
+        title_justify="left",
+    )
+    table.add_column("file")
+    for name in ("MiB", "largest logit error", "mean", "same label", "accuracy"):
+        table.add_column(name, justify="right")
+    for name, parity in report["formats"].items():
+        table.add_row(
+            name,
+            f"{parity['bytes'] / 2**20:.1f}",
+            f"{parity['max_logit_error']:.1e}",
+            f"{parity['mean_logit_error']:.1e}",
+            f"{parity['label_agreement']:.2%}",
+            _percent(parity["accuracy"]),
+        )
+    table.add_row("PyTorch", "", "", "", "", _percent(checked["accuracy"]))
+    console.print(table)
+    console.print(f"written to {place}", markup=False, highlight=False)
+
+
+@app.command()
+def predict(
+    student: StudentFolder,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...")] = None,
+    input: Annotated[
+        str | None, typer.Option(metavar="FILE", help="texts: CSV, TSV, JSONL or Parquet")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="FILE", help="JSONL; the terminal by default")
+    ] = None,
+    text: TextColumn = "text",
+    text_pair: PairColumn = None,
+    engine: Annotated[
+        str, typer.Option(help="eager, compile, cudagraph, onnx, onnx-int8")
+    ] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
+    threads: Threads = None,
+):
+    """Label texts: a JSON line each, with the label and its probability."""
+    from metakd.deploy import Predictor
+    from metakd.reading import Row, read_texts
+
+    if bool(texts) == bool(input):
+        raise ConfigError("give either TEXT or --input FILE", "as in: metakd predict STUDENT TEXT")
+    _quiet_transformers()
+    rows = [Row("", number, text=given) for number, given in enumerate(texts or [])]
+    if input:
+        rows = read_texts(input, text=text, text_pair=text_pair)
+    predictor = Predictor(student, engine=engine, device=device, threads=threads)
+    found = predictor(_texts(rows))
+    lines = []
+    for row, (label, score) in zip(rows, found, strict=True):
+        known = {"text": row.text, "text_pair": row.pair, "domain": row.domain, "label": row.label}
+        known = {name: value for name, value in known.items() if value is not None}
+        lines.append(json.dumps(known | {"prediction": label, "score": score}, ensure_ascii=False))
+    _write_lines(lines, output)
+
+
+def _write_lines(lines: list[str], output: str | None) -> None:
+    try:
+        with open(output, "w", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise ConfigError(f"{output}: {error.strerror}", "give another --output") from error
+
+
+@app.command()
+def latency(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="folders, runs, bert-base, tinybert-...")
+    ],
+    engine: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="texts at once")] = None,
+    length: Annotated[list[int] | None, typer.Option(min=4, help="tokens of a text")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="for each cell of an engine")] = 5.0,
+    tokenizer: Annotated[str | None, typer.Option(help="folder, for models that have none")] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="by default the run, or this folder")
+    ] = None,
+):
+    """Time models side by side: engines x batch x length; writes latency.json and latency.md."""
+    from pathlib import Path
+
+    import torch
+
+    from metakd.deploy.engines import ENGINES
+    from metakd.deploy.latency import BATCHES, LENGTHS, markdown, measure_latency
+
+    unknown = set(engine or []) - set(ENGINES)
+    if unknown:
+        raise ConfigError(
+            f"--engine: {', '.join(sorted(unknown))} unknown", f"there are {', '.join(ENGINES)}"
+        )
+    _quiet_transformers()
+    result = measure_latency(
+        models,
+        engines=engine or ENGINES,
+        batches=sorted(batch or BATCHES),
+        lengths=sorted(length or LENGTHS),
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        threads=threads or torch.get_num_threads(),
+        seconds=seconds,
+        tokenizer=tokenizer,
+        command=_command(),
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    runs = [model for model in models if (Path(model) / "students").is_dir()]
+    place = Path(out or (runs[0] if runs else "."))
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "latency.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (place / "latency.md").write_text(markdown(result), encoding="utf-8")
+    print(markdown(result))
+    print(f"written to {place}/latency.json and .md")
 
 
 @app.command()

@@ -224,6 +224,12 @@ def _examples(sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, str]
     return splits
 
 
+def made_up_texts(count: int, seed: int = 0) -> list[str]:
+    """About ``count`` reviews of all domains, as in ``write_corpus``."""
+    rows = _examples({"texts": -(-count // len(_DOMAINS))}, seed)["texts"]
+    return [row["text"] for row in rows]
+
+
 def write_corpus(
     folder: str | Path, *, seed: int = 0, train: int = 400, validation: int = 100, test: int = 200
 ) -> Path:

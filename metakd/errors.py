@@ -2,7 +2,7 @@
 code.
 
 Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 non-finite or diverged, 6
-environment, 128 + n stopped by signal n.
+environment, 7 an export that does not agree with its model, 128 + n stopped by signal n.
 The command line prints cause and remedy and hides the traceback unless ``--debug`` is given.
 Imports the standard library only.
 """
@@ -59,6 +59,12 @@ class UnsupportedError(MetakdError, ValueError):
     6)."""
 
     exit_code = 6
+
+
+class ParityError(MetakdError):
+    """An exported model does not answer as the model that it was made from (exit code 7)."""
+
+    exit_code = 7
 
 
 class StoppedError(MetakdError):

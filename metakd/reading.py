@@ -19,6 +19,7 @@ import re
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -140,6 +141,33 @@ def read_corpus(config: DataConfig) -> RawCorpus:
     if problems:
         raise _error(problems)
     return RawCorpus(splits, domains, labels)
+
+
+def read_texts(
+    file: str, *, text: str = "text", text_pair: str | None = None, label: str = "label"
+) -> list[Row]:
+    """Reads and checks the texts of one file, as ``read_corpus`` does, to serve or to score.
+
+    Args:
+        file: ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``.
+        text: column of the texts.
+        text_pair: column of the second texts, if there are any.
+        label: column of the labels; rows have none where the file has no such column. A ``domain``
+            column is read likewise.
+
+    Raises:
+        DataError: as ``read_corpus``.
+    """
+    problems = _Problems()
+    config = DataConfig(train=file, text=text, text_pair=text_pair, label=label)
+    table = _read_file(Path(file), problems)
+    rows = []
+    if table is not None:
+        missing = {label, config.domain} - set(table.columns)
+        rows = _check_rows(table, config, None, problems, unneeded=missing)
+    if problems:
+        raise _error(problems)
+    return rows
 
 
 def _ordered(labels: set[str]) -> list[str]:
@@ -391,9 +419,14 @@ def _from_dataset(file: str, dataset) -> _Table:
 
 
 def _check_rows(
-    table: _Table, config: DataConfig, domain: str | None, problems: _Problems
+    table: _Table,
+    config: DataConfig,
+    domain: str | None,
+    problems: _Problems,
+    unneeded: Collection[str] = (),
 ) -> list[Row]:
-    """Checks columns and cells; ``domain`` is given where the file's name says it."""
+    """Checks columns and cells, except for columns that are not needed; ``domain`` is given where
+    the file's name says it."""
     checks = [
         ("text", config.text, _check_text),
         ("label", config.label, partial(_check_name, "label")),
@@ -402,6 +435,7 @@ def _check_rows(
         checks.append(("pair", config.text_pair, _check_text))
     if domain is None:
         checks.append(("domain", config.domain, _check_domain))
+    checks = [check for check in checks if check[1] not in unneeded]
     for _, column, _ in checks:
         if column not in table.columns:
             reason = f"missing column: {_unknown(column, table.columns)}"
@@ -417,7 +451,8 @@ def _check_rows(
             if reason:
                 problems.add(table.file, row, column, reason)
         rows.append(Row(table.file, row, **fields))
-    _check_label_types(table, config.label, problems)
+    if config.label not in unneeded:
+        _check_label_types(table, config.label, problems)
     return rows
 
 

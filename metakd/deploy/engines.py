@@ -1,0 +1,204 @@
+"""Ways to run a sequence classifier: one class per engine, one call for all.
+
+An engine takes a padded batch, ``{"input_ids": [B, L], "attention_mask": [B, L], ...}`` of int64
+NumPy arrays, and returns logits [B, M] as float32. ``why_not`` says why an engine cannot run a
+folder here, ``open_engine`` opens one; nothing falls back to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from metakd.errors import ConfigError, UnsupportedError
+from metakd.method.sources import load_trained_classifier
+
+Inputs = dict[str, np.ndarray]
+
+ENGINES = ("eager", "compile", "cudagraph", "onnx", "onnx-int8")
+ONNX_FOLDER = "onnx"
+ONNX_FILES = {"onnx": "model.onnx", "onnx-int8": "model_int8.onnx", "onnx-fp16": "model_fp16.onnx"}
+"""Names of the exported files, as other tools write them."""
+
+
+def why_not(engine: str, folder: Path, device: str) -> str | None:
+    """Why this engine cannot run this folder's model on this device (cpu or cuda); None if it
+    can."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if engine not in ONNX_FILES:
+        if not (folder / "model.safetensors").exists():
+            return f"{folder} holds no model.safetensors"
+        if engine == "cudagraph" and device != "cuda":
+            return "CUDA graphs need a CUDA device"
+        return None
+    try:
+        import onnxruntime
+    except ImportError:
+        return "onnxruntime is not installed: pip install metakd[deploy]"
+    provider = _PROVIDERS[device]
+    if provider not in onnxruntime.get_available_providers():
+        return f"this onnxruntime has no {provider}: pip install onnxruntime-gpu"
+    if onnx_file(engine, folder) is None:
+        option = engine.removeprefix("onnx").replace("-", " --")
+        return f"{folder} is not exported: metakd export {folder} --to onnx{option}"
+    return None
+
+
+def input_names(config: PretrainedConfig) -> frozenset[str]:
+    """What a model reads; token types only where it tells them apart."""
+    types = {"token_type_ids"} if getattr(config, "type_vocab_size", 0) > 1 else set()
+    return frozenset({"input_ids", "attention_mask"} | types)
+
+
+def onnx_file(engine: str, folder: Path) -> Path | None:
+    """Where the exported model of a student's folder, or of its export, is."""
+    places = (folder / ONNX_FOLDER / ONNX_FILES[engine], folder / ONNX_FILES[engine])
+    return next(filter(Path.exists, places), None)
+
+
+def open_engine(
+    engine: str, folder: Path, *, device: str = "cpu", threads: int | None = None
+) -> Engine:
+    """Open a folder's model.
+
+    Args:
+        engine: one of ``ENGINES``, or ``onnx-fp16``.
+        folder: a student or teacher, or what ``export`` made of it.
+        device: cpu or cuda.
+        threads: on a CPU; None leaves the library's choice.
+
+    Raises:
+        ConfigError: there is no such engine.
+        UnsupportedError: it cannot run this model here, with the reason.
+        CheckpointError: the model is damaged.
+    """
+    if engine not in _CLASSES:
+        raise ConfigError(f"engine: {engine} is not among {', '.join(_CLASSES)}", "name another")
+    if reason := why_not(engine, folder, device):
+        raise UnsupportedError(f"engine {engine}: {reason}", "name another engine")
+    return _CLASSES[engine](engine, folder, device, threads)
+
+
+class Engine:
+    """A model that is ready to run.
+
+    Attributes:
+        inputs: names of what the model reads, a subset of what a tokenizer makes.
+    """
+
+    inputs: frozenset[str]
+
+    def __call__(self, batch: Inputs) -> np.ndarray:
+        """Logits [B, M], float32."""
+        raise NotImplementedError
+
+    def padded_shape(self, batch: int, length: int) -> tuple[int, int]:
+        """The shape, at least as large, in which the engine would rather have a batch."""
+        return batch, length
+
+
+class EagerEngine(Engine):
+    """PyTorch, operation by operation."""
+
+    def __init__(self, name: str, folder: Path, device: str, threads: int | None):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._device = torch.device(device)
+        self.model = load_trained_classifier(folder).to(self._device).eval()
+        self.inputs = input_names(self.model.config)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Inputs) -> np.ndarray:
+        placed = {
+            name: torch.from_numpy(batch[name]).to(self._device, non_blocking=True)
+            for name in self.inputs
+        }
+        return self._logits(placed).float().cpu().numpy()
+
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model(**batch).logits
+
+
+class CompiledEngine(EagerEngine):
+    """``torch.compile`` with dynamic shapes: compiled once, at the first batch (a batch of one
+    counts as another model)."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._logits = torch.compile(super()._logits, dynamic=True)
+
+
+class GraphEngine(EagerEngine):
+    """One CUDA graph per shape, captured when the shape is first met; shapes are rounded up so that
+    there are few."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._graphs: dict[tuple[int, int], tuple[Callable, dict[str, Tensor], Tensor]] = {}
+
+    def padded_shape(self, batch: int, length: int) -> tuple[int, int]:
+        longest = getattr(self.model.config, "max_position_embeddings", length)
+        return 1 << (batch - 1).bit_length(), min(-(-length // 32) * 32, max(longest, length))
+
+    @torch.inference_mode()
+    def __call__(self, batch: Inputs) -> np.ndarray:
+        shape = batch["input_ids"].shape
+        if shape not in self._graphs:
+            self._graphs[shape] = self._capture(shape)
+        replay, placed, logits = self._graphs[shape]
+        for name, buffer in placed.items():
+            buffer.copy_(torch.from_numpy(batch[name]))
+        replay()
+        return logits.float().cpu().numpy()
+
+    def _capture(self, shape: tuple[int, int]):
+        placed = {
+            name: torch.ones(shape, dtype=torch.long, device=self._device) for name in self.inputs
+        }
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries allocate their workspaces before the capture
+            for _ in range(2):
+                self._logits(placed)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._logits(placed)
+        return graph.replay, placed, logits
+
+
+class OnnxEngine(Engine):
+    """ONNX Runtime on an exported file."""
+
+    def __init__(self, name: str, folder: Path, device: str, threads: int | None):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # what it says below that is for its own developers
+        if threads is not None:
+            options.intra_op_num_threads = threads
+            options.inter_op_num_threads = 1
+        file = onnx_file(name, folder)
+        self._session = onnxruntime.InferenceSession(
+            str(file), options, providers=[_PROVIDERS[device]]
+        )
+        self.inputs = frozenset(value.name for value in self._session.get_inputs())
+
+    def __call__(self, batch: Inputs) -> np.ndarray:
+        [logits] = self._session.run(None, {name: batch[name] for name in self.inputs})
+        return logits.astype(np.float32, copy=False)
+
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_CLASSES = {
+    "eager": EagerEngine,
+    "compile": CompiledEngine,
+    "cudagraph": GraphEngine,
+    **dict.fromkeys(ONNX_FILES, OnnxEngine),
+}

@@ -1,0 +1,242 @@
+"""A student as ONNX, for runtimes without PyTorch: ``export_onnx``.
+
+The graph comes from ``torch.export`` with dynamic batch and length, attention as ONNX's own
+operator. int8 is ONNX Runtime's dynamic quantisation of the matrix products: weights per output
+channel beforehand, activations while it runs. fp16 is for GPUs. Every file is compared with PyTorch
+on texts before anything is published; one that answers otherwise is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from metakd.deploy.engines import ONNX_FILES, ONNX_FOLDER, input_names
+from metakd.deploy.predictor import Predictor, Text
+from metakd.environment import environment
+from metakd.errors import DataError, ParityError, UnsupportedError
+
+OPSET = 23
+"""The first with an attention operator."""
+
+LOGIT_TOLERANCE = 1e-4
+"""Largest difference of a logit between the exported fp32 model and PyTorch."""
+
+LEAST_AGREEMENT = 0.99
+"""Share of the texts that int8 and fp16 must give the label that PyTorch gives them."""
+
+_LARGEST_FILE = (
+    2**31 - 2**24
+)  # protobuf's limit, and room for the graph; beyond it weights go aside
+
+
+def export_onnx(
+    folder: str | Path,
+    texts: Sequence[Text],
+    *,
+    labels: Sequence[str] | None = None,
+    data: str = "",
+    int8: bool = False,
+    fp16: bool = False,
+    out: str | Path | None = None,
+    command: str = "",
+) -> dict:
+    """Export a sequence classifier and compare the exported files with it.
+
+    Args:
+        folder: the student, saved with its tokenizer.
+        texts: what to compare on; the more like the texts to be served, the better.
+        labels: of the texts, to score the exports as well.
+        data: what the texts are; recorded.
+        int8: write a quantised model beside the fp32 one.
+        fp16: write a half-precision model beside it.
+        out: receives the files; by default ``folder/onnx``.
+        command: recorded.
+
+    Returns:
+        The content of ``export.json``: for each file its size, its largest and mean logit error,
+        the share of texts with PyTorch's label, and its accuracy where there are labels.
+
+    Raises:
+        ParityError: a file answers otherwise than PyTorch does; nothing is published then.
+        UnsupportedError: a package is missing, or the model cannot be exported.
+        CheckpointError: the folder holds no model, or a damaged one.
+        DataError: there are no texts, or a label is not the model's.
+    """
+    if not texts:
+        raise DataError("there are no texts to compare the export on", "give some")
+    folder = Path(folder)
+    out = folder / ONNX_FOLDER if out is None else Path(out)
+    trained = Predictor(folder, engine="eager", device="cpu")
+    building = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        write_files(trained.engine.model, building, int8=int8, fp16=fp16)
+        trained.tokenizer.save_pretrained(building)
+        report = {
+            "source": str(folder),
+            "command": command,
+            "opset": OPSET,
+            "environment": environment("cpu", torch.get_num_threads()),
+            **_compare(building, trained, texts, labels, data),
+        }
+        (building / "export.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(building, out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return report
+
+
+def write_files(
+    model: PreTrainedModel, folder: Path, *, int8: bool = False, fp16: bool = False
+) -> None:
+    """Write a model's ONNX files and its configuration into a new folder; compares nothing.
+
+    Raises:
+        UnsupportedError: a package is missing, or the model cannot be exported.
+    """
+    _need("onnx", "onnxruntime", "onnxscript")
+    folder.mkdir(parents=True)
+    fp32 = folder / ONNX_FILES["onnx"]
+    _write_onnx(model, fp32)
+    if int8:
+        _quantise(fp32, folder / ONNX_FILES["onnx-int8"])
+    if fp16:
+        _halve(fp32, folder / ONNX_FILES["onnx-fp16"])
+    model.config.save_pretrained(folder)
+
+
+def _need(*packages: str) -> None:
+    for package in packages:
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise UnsupportedError(
+                f"{package} is not installed", "pip install metakd[deploy]"
+            ) from error
+
+
+def _write_onnx(model: PreTrainedModel, file: Path) -> None:
+    names = sorted(input_names(model.config))
+    # Neither size may be 1, which torch.export would take for fixed.
+    example = {name: torch.ones(2, 8, dtype=torch.long) for name in names}
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    with _quiet():
+        try:
+            torch.onnx.export(
+                model,
+                (),
+                str(file),
+                kwargs=example,
+                input_names=names,
+                output_names=["logits"],
+                dynamic_shapes={name: {0: "batch", 1: "length"} for name in names},
+                opset_version=OPSET,
+                dynamo=True,
+                external_data=size > _LARGEST_FILE,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot be exported: {str(error).splitlines()[0]}",
+                "serve it with engine eager or compile",
+            ) from error
+
+
+def _quantise(fp32: Path, int8: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(
+            fp32,
+            int8,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+        )
+
+
+def _halve(fp32: Path, fp16: Path) -> None:
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    with _quiet():
+        model = convert_float_to_float16(onnx.load(fp32), keep_io_types=True)
+        onnx.save(model, fp16)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Exporter and quantiser tell much that a user can do nothing about."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _compare(
+    built: Path,
+    trained: Predictor,
+    texts: Sequence[Text],
+    labels: Sequence[str] | None,
+    data: str,
+) -> dict:
+    wanted = trained.logits(texts)
+    gold = None if labels is None else np.array([_number(trained, label) for label in labels])
+
+    def accuracy(logits: np.ndarray) -> float | None:
+        return None if gold is None else float((logits.argmax(1) == gold).mean())
+
+    formats = {}
+    for engine, name in ONNX_FILES.items():
+        if not (built / name).exists():
+            continue
+        found = Predictor(built, engine=engine, device="cpu").logits(texts)
+        errors = np.abs(found - wanted)
+        formats[name] = {
+            "bytes": sum(file.stat().st_size for file in built.glob(f"{name}*")),
+            "max_logit_error": float(errors.max()),
+            "mean_logit_error": float(errors.mean()),
+            "label_agreement": float((found.argmax(1) == wanted.argmax(1)).mean()),
+            "accuracy": accuracy(found),
+        }
+        _check(name, engine, formats[name], len(texts))
+    checked = {"examples": len(texts), "data": data, "accuracy": accuracy(wanted)}
+    return {"checked": checked, "formats": formats}
+
+
+def _number(trained: Predictor, label: str) -> int:
+    if label not in trained.labels:
+        known = ", ".join(map(repr, trained.labels))
+        raise DataError(f"label {label!r} is not among the model's: {known}", "correct the data")
+    return trained.labels.index(label)
+
+
+def _check(name: str, engine: str, parity: dict, examples: int) -> None:
+    error, agreement = parity["max_logit_error"], parity["label_agreement"]
+    if engine == "onnx":
+        # NaN is no agreement either.
+        good = error <= LOGIT_TOLERANCE
+        found = f"logits differ by up to {error:.1e} from PyTorch's, more than {LOGIT_TOLERANCE:g}"
+    else:
+        good = agreement >= LEAST_AGREEMENT
+        found = (
+            f"{agreement:.1%} of {examples} labels are PyTorch's, less than {LEAST_AGREEMENT:.0%}"
+        )
+    if not good:
+        raise ParityError(f"{name}: {found}", "serve another format; nothing was written")

@@ -1,0 +1,581 @@
+"""How long models take to answer, side by side: engine x batch x length.
+
+Every model and engine runs in a process of its own, with the same number of threads, and waits
+while another one is measured. They take turns, so that a drift of the machine hits all alike. Each
+cell is timed until the median is known to 2 % with 95 % confidence, or the time for it is used up;
+how many calls there were, and the confidence interval of the median, stand beside it. A percentile
+is given where at least two calls were slower.
+
+Sizes: B batch, L length in tokens; no padding is timed, every text is L tokens long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import binom
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from metakd.deploy.engines import ENGINES, ONNX_FILES, onnx_file, open_engine
+from metakd.deploy.export import write_files
+from metakd.environment import environment
+from metakd.errors import ConfigError, MetakdError, ParityError, UnsupportedError
+from metakd.method.sources import load_config, load_tokenizer, load_trained_classifier
+
+BATCHES = (1, 8, 32, 128)
+LENGTHS = (32, 128, 512)
+
+PRESETS = {
+    "bert-base": (12, 768, 12, 3072),
+    "tinybert-4l-312": (4, 312, 12, 1200),
+}
+"""Layers, width, heads, feed-forward width of models with random weights: the teacher and the
+student of the paper (Devlin et al. 2019; Jiao et al. 2020)."""
+
+PUBLISHED_RATIO = 9.4
+"""Times that TinyBERT-4L-312 is faster than BERT-base on a GPU (Jiao et al. 2020, abstract)."""
+
+TOKENISING = "tokenising"
+"""Stands among the engines of the process that only tokenises."""
+
+PERCENTILES = (50, 90, 95, 99)
+_PRECISION = 0.02  # half the width of the median's 95 % interval, relative to it
+_CALLS = 200  # what a 99th percentile needs
+_FEWEST, _FEWEST_OF_LONG = 5, 2  # calls, however long they take
+_TURN_S = 0.2  # about how long one engine is timed before the next has its turn
+_TOLERANCE = 1e-3  # of the largest logit, between engines that compute in fp32
+
+
+@dataclass
+class Model:
+    """One model to measure.
+
+    Args:
+        name: as it is called in the results.
+        folder: with its weights, and its tokenizer if it has one.
+        source: where a person finds it: the folder, or a preset's name.
+        role: teacher or student, where it is known.
+        exported: where its ONNX files are; None where they are in its own folder.
+    """
+
+    name: str
+    folder: Path
+    source: str
+    role: str | None = None
+    exported: Path | None = None
+
+
+def measure_latency(
+    sources: Sequence[str],
+    *,
+    engines: Sequence[str] = ENGINES,
+    batches: Sequence[int] = BATCHES,
+    lengths: Sequence[int] = LENGTHS,
+    device: str = "cpu",
+    threads: int = 1,
+    seconds: float = 5.0,
+    tokenizer: str | None = None,
+    command: str = "",
+    say: Callable[[str], None] = print,
+) -> dict:
+    """Measure models side by side.
+
+    Args:
+        sources: folders of models, run folders (their teacher and one of their students, which are
+            all of one shape), or names of ``PRESETS``.
+        engines: of ``engines.ENGINES``.
+        batches: sizes B.
+        lengths: sizes L, tokens.
+        device: cpu or cuda.
+        threads: that each process computes with.
+        seconds: for each cell of a model and engine, once it is warm.
+        tokenizer: folder whose tokenizer is timed; None takes the first model's that has one.
+        command: recorded.
+        say: hears what happens.
+
+    Returns:
+        The content of ``latency.json``: environment, models, a row for each cell, the times of
+        tokenising, and what could not be measured, with reasons.
+
+    Raises:
+        ConfigError: a source is neither a model nor a preset.
+        ParityError: two engines do not compute the same.
+    """
+    absent: list[dict] = []
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        models = _find_models(sources, scratch)
+        contenders = [(model, engine) for model in models for engine in engines]
+        contenders += _tokenizing_model(models, tokenizer)
+        for model in models:
+            _export_where_missing(model, engines, scratch, say)
+        workers = []
+        for model, engine in contenders:
+            worker = stack.enter_context(_Worker(model, engine, device, threads))
+            if worker.problem is None:
+                workers.append(worker)
+            else:
+                absent.append(_absence(worker, worker.problem))
+        rows = []
+        for length in lengths:
+            for batch in batches:
+                rows += _measure_cell(workers, batch, length, seconds, absent)
+                say(f"batch {batch}, length {length}: measured")
+        described = {model.name: _describe(model, workers) for model in models}
+    return {
+        "environment": environment(device, threads),
+        "command": command,
+        "models": described,
+        "rows": [row for row in rows if row["engine"] != TOKENISING],
+        "tokenising": [row for row in rows if row["engine"] == TOKENISING],
+        "absent": absent,
+    }
+
+
+def best_ratio(result: dict, batch: int = 1, length: int = 128) -> dict | None:
+    """How many times faster the last model answers than the first, each in its fastest engine of
+    those that compute in fp32 and of all.
+
+    Returns:
+        ``{"fp32": (ratio, engine of the first, engine of the last), "any": ...}``; None where the
+        cell was not measured for two models.
+    """
+    cell = [row for row in result["rows"] if (row["batch"], row["length"]) == (batch, length)]
+    names = list(result["models"])
+    found = {}
+    for kind, left_out in (("fp32", {"onnx-int8"}), ("any", set())):
+        fastest = []
+        for name in (names[0], names[-1]):
+            own = [r for r in cell if r["model"] == name and r["engine"] not in left_out]
+            if len(names) < 2 or not own:
+                return None
+            fastest.append(min(own, key=lambda row: row["p50_ms"]))
+        slow, fast = fastest
+        found[kind] = (slow["p50_ms"] / fast["p50_ms"], slow["engine"], fast["engine"])
+    return found
+
+
+def markdown(result: dict) -> str:
+    """The result as a page of tables."""
+    found = result["environment"]
+    versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items() if v)
+    machine = f"{found['threads']} threads" if "threads" in found else f"driver {found['driver']}"
+    lines = ["# Latency", "", f"{found['device']}, {machine}; {versions}; {found['date']}", ""]
+    lines += [f"Command: `{result['command']}`", ""]
+    lines += ["| | parameters | layers | width | MiB on disk |", "|---|---:|---:|---:|---|"]
+    for name, model in result["models"].items():
+        sizes = ", ".join(f"{e} {size / 2**20:.0f}" for e, size in model["bytes"].items())
+        facts = (f"{model['parameters']:,}", model["layers"], model["hidden"], sizes)
+        lines.append(f"| {name} | {' | '.join(map(str, facts))} |")
+    if ratios := best_ratio(result):
+        first, *_, last = result["models"]
+        lines += ["", f"At batch 1 and length 128 {last} answers "]
+        said = [
+            f"{ratio:.1f} times as fast as {first} ({kind}: {slow} against {fast})"
+            for kind, (ratio, slow, fast) in ratios.items()
+        ]
+        lines[-1] += " and ".join(said) + "."
+    for batch, length in dict.fromkeys((r["batch"], r["length"]) for r in result["rows"]):
+        lines += [
+            "",
+            f"## Batch {batch}, length {length}",
+            "",
+            "| | engine | p50 ms (95 %) | p90 | p95 | p99 | texts/s | peak MiB | GFLOP "
+            "| logit error | calls |",
+            "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for row in [*result["rows"], *result["tokenising"]]:
+            if (row["batch"], row["length"]) == (batch, length):
+                lines.append(f"| {' | '.join(_cells(row))} |")
+    lines += [""] * bool(result["absent"])
+    lines += [f"- {a['model']}, {a['engine']}: {a['reason']}" for a in result["absent"]]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict) -> list[str]:
+    def shown(name: str, form: str, scale: float = 1.0) -> str:
+        value = row.get(name)
+        return "-" if value is None else format(scale * value, form)
+
+    interval = row["p50_ci95_ms"]
+    within = f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""
+    return [
+        row["model"],
+        row["engine"],
+        f"{row['p50_ms']:.2f}{within}",
+        *(shown(f"p{percent}_ms", ".2f") for percent in PERCENTILES[1:]),
+        shown("sequences_per_s", ".1f"),
+        shown("peak_memory_bytes", ".0f", 2**-20),
+        shown("flops", ".1f", 1e-9),
+        shown("max_logit_error", ".0e"),
+        str(row["calls"]),
+    ]
+
+
+# ---- What is measured ----------------------------------------------------------------------------
+
+
+def _find_models(sources: Sequence[str], scratch: Path) -> list[Model]:
+    models: list[Model] = []
+    for source in sources:
+        path = Path(source)
+        if source in PRESETS and not path.exists():
+            models.append(Model(source, _random_model(source, scratch), source))
+        elif (path / "config.json").exists():
+            models.append(Model(path.name, path, source))
+        elif found := _models_of_run(path):
+            models += found
+        else:
+            raise ConfigError(
+                f"{source}: is no folder of a model, no run with a student, and no preset",
+                f"give a folder with config.json, a run folder, or {', '.join(PRESETS)}",
+            )
+    names = [model.name for model in models]
+    for model in models:
+        if names.count(model.name) > 1:
+            model.name = model.source
+    return models
+
+
+def _models_of_run(run: Path) -> list[Model]:
+    """The teacher and one student: those of a run differ in their weights alone."""
+    found = []
+    for role in ("teacher", "student"):
+        places = sorted(path.parent for path in (run / f"{role}s").glob("**/config.json"))
+        kept = [path for path in places if (path / "stage.json").exists()]
+        if kept:
+            found.append(Model(role, kept[0], str(kept[0]), role))
+    return found
+
+
+def _random_model(preset: str, scratch: Path) -> Path:
+    layers, hidden, heads, intermediate = PRESETS[preset]
+    torch.manual_seed(0)
+    shape = BertConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+    )
+    folder = scratch / preset
+    BertForSequenceClassification(shape).save_pretrained(folder)
+    return folder
+
+
+def _tokenizing_model(models: list[Model], tokenizer: str | None) -> list[tuple[Model, str]]:
+    if tokenizer is not None:
+        return [(Model(Path(tokenizer).name, Path(tokenizer), tokenizer), TOKENISING)]
+    having = [model for model in models if (model.folder / "tokenizer_config.json").exists()]
+    return [(model, TOKENISING) for model in having[:1]]
+
+
+def _export_where_missing(model: Model, engines: Sequence[str], scratch: Path, say) -> None:
+    """Make ONNX files that nobody keeps; if that fails, the engine says what is missing."""
+    wanted = [name for name in engines if name in ONNX_FILES]
+    if all(onnx_file(name, model.folder) for name in wanted):
+        return
+    say(f"{model.name}: exporting to ONNX")
+    model.exported = scratch / f"onnx-{hashlib.sha256(model.name.encode()).hexdigest()[:16]}"
+    try:
+        write_files(load_trained_classifier(model.folder), model.exported, int8=True)
+    except UnsupportedError as error:
+        say(f"{model.name}: {error.cause}")
+
+
+def _describe(model: Model, workers: list[_Worker]) -> dict:
+    shape = load_config(str(model.folder))
+    own = {w.engine: w.bytes for w in workers if w.model is model and w.engine != TOKENISING}
+    return {
+        "source": model.source,
+        "role": model.role,
+        "folder": None if model.source in PRESETS else str(model.folder),
+        "parameters": sum(p.numel() for p in _unallocated(model.folder).parameters()),
+        "layers": shape.num_hidden_layers,
+        "hidden": shape.hidden_size,
+        "bytes": own,
+    }
+
+
+def _unallocated(folder: Path) -> PreTrainedModel:
+    # Eager attention is made of matrix products, which is what the counter of flops knows.
+    shape = load_config(str(folder))
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(shape, attn_implementation="eager")
+
+
+@lru_cache
+def flops_of_text(folder: Path, length: int) -> int:
+    """Floating-point operations of one text of ``length`` tokens, matrix products alone, a
+    multiplication and an addition being two."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.device("meta"), torch.no_grad():
+        _unallocated(folder)(torch.ones(1, length, dtype=torch.long))
+    return counter.get_total_flops()
+
+
+# ---- Cells ---------------------------------------------------------------------------------------
+
+
+def _measure_cell(
+    workers: list[_Worker], batch: int, length: int, seconds: float, absent: list[dict]
+) -> list[dict]:
+    taking_part, answers, times = [], {}, {}
+    for worker in workers:
+        try:
+            answers[worker] = worker.ask("open_cell", batch, length)
+        except MetakdError as error:
+            absent.append(_absence(worker, f"batch {batch}, length {length}: {error.cause}"))
+        else:
+            times[worker] = []
+            taking_part.append(worker)
+    waiting = taking_part
+    while waiting:
+        for worker in waiting:
+            times[worker] += worker.ask("time", _TURN_S)
+        waiting = [worker for worker in waiting if not _known(times[worker], seconds)]
+    rows = []
+    for worker in taking_part:
+        row = {
+            "model": worker.model.name,
+            "engine": worker.engine,
+            "batch": batch,
+            "length": length,
+            **describe_times(times[worker]),
+        }
+        row["sequences_per_s"] = batch / (1e-3 * row["p50_ms"])
+        if worker.engine != TOKENISING:
+            alike = [other for other in taking_part if other.model is worker.model]
+            row["peak_memory_bytes"] = worker.ask("peak_memory")
+            row["flops"] = batch * flops_of_text(worker.model.folder, length)
+            row["max_logit_error"] = _error(answers[worker], answers[alike[0]], worker)
+        rows.append(row)
+    return rows
+
+
+def _error(found: np.ndarray, wanted: np.ndarray, worker: _Worker) -> float:
+    error = float(np.abs(found - wanted).max())
+    if worker.engine != "onnx-int8" and not error <= _TOLERANCE * np.abs(wanted).max():
+        raise ParityError(
+            f"{worker.model.name}: {worker.engine} computes logits that differ by {error:.1e}",
+            "nothing was reported: what computes something else has no speed",
+        )
+    return error
+
+
+def _known(times: list[float], seconds: float) -> bool:
+    """Were there enough calls?"""
+    spent = sum(times)
+    if len(times) < _FEWEST:
+        return len(times) >= _FEWEST_OF_LONG and spent > 4 * seconds
+    if spent > seconds or len(times) < _CALLS:
+        return spent > seconds
+    low, high = median_interval(times)
+    return high - low < 2 * _PRECISION * statistics.median(times)
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % confidence interval of the median, from order statistics, whatever the distribution;
+    None for fewer than six values, which cannot give one."""
+    ordered = sorted(values)
+    rank = int(binom.ppf(0.025, len(ordered), 0.5))
+    return (ordered[rank - 1], ordered[-rank]) if rank else None
+
+
+def describe_times(seconds: Sequence[float]) -> dict:
+    """Percentiles of calls, in milliseconds, and how many calls there were."""
+    milliseconds = sorted(1e3 * value for value in seconds)
+    n = len(milliseconds)
+    interval = median_interval(milliseconds)
+    row = {"calls": n, "p50_ms": statistics.median(milliseconds)}
+    row["p50_ci95_ms"] = None if interval is None else list(interval)
+    for percent in PERCENTILES[1:]:
+        slower = n * (100 - percent) / 100
+        rank = math.ceil(n * percent / 100) - 1
+        row[f"p{percent}_ms"] = milliseconds[rank] if slower >= 2 else None
+    return row
+
+
+def _absence(worker: _Worker, reason: str) -> dict:
+    return {"model": worker.model.name, "engine": worker.engine, "reason": reason}
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+
+class _Worker:
+    """The process of one model and engine, seen from the one that asks.
+
+    ``problem`` says why it cannot run; otherwise ``bytes`` is the size of its weights on disk.
+    """
+
+    def __init__(self, model: Model, engine: str, device: str, threads: int):
+        self.model, self.engine = model, engine
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        folder = model.folder
+        if model.exported is not None and engine in ONNX_FILES:
+            folder = model.exported
+        self._process = context.Process(
+            target=_serve, args=(theirs, engine, folder, device, threads), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.problem, self.bytes = None, 0
+        try:
+            self.bytes = self._receive()
+        except MetakdError as error:
+            self.problem = error.cause
+
+    def ask(self, method: str, *arguments):
+        """Call a method of the process's bench, and wait for what it returns."""
+        self._connection.send((method, arguments))
+        return self._receive()
+
+    def _receive(self):
+        try:
+            answer = self._connection.recv()
+        except EOFError:
+            raise UnsupportedError(
+                f"the process of {self.engine} ended (exit code {self._process.exitcode}); "
+                "out of memory?"
+            ) from None
+        if isinstance(answer, MetakdError):
+            raise answer
+        return answer
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self._connection.close()
+        self._process.join(10)
+        self._process.kill()
+
+
+def _serve(connection, engine: str, folder: Path, device: str, threads: int) -> None:
+    """What a worker's process does: open, then answer until nobody asks."""
+    disable_progress_bar()
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # read when a tokenizer is first used
+    try:
+        bench = _TokenizerBench(folder) if engine == TOKENISING else None
+        bench = bench or _EngineBench(engine, folder, device, threads)
+        connection.send(bench.bytes)
+        while True:
+            method, arguments = connection.recv()
+            connection.send(getattr(bench, method)(*arguments))
+    except EOFError:
+        pass
+    except MetakdError as error:
+        connection.send(error)
+    except Exception as error:  # whatever a library does to an engine, the others go on
+        first = (str(error).splitlines() or [""])[0]
+        connection.send(UnsupportedError(f"{type(error).__name__}: {first}"))
+
+
+class _Bench:
+    """Times one callable, which ``open_cell`` of a subclass prepares."""
+
+    bytes = 0
+    _call: Callable
+
+    def time(self, turn_s: float) -> list[float]:
+        """Seconds of each of the calls of about ``turn_s`` seconds; at least one."""
+        times: list[float] = []
+        if self._warm_s < turn_s:  # another engine has had the caches since
+            self._call()
+        while not times or sum(times) < turn_s:
+            start = time.perf_counter()
+            self._call()
+            times.append(time.perf_counter() - start)
+        return times
+
+    def _warm_up(self):
+        """The second call's answer: the first may compile."""
+        self._call()
+        start = time.perf_counter()
+        answer = self._call()
+        self._warm_s = time.perf_counter() - start
+        return answer
+
+
+class _EngineBench(_Bench):
+    def __init__(self, engine: str, folder: Path, device: str, threads: int):
+        self._engine = open_engine(engine, folder, device=device, threads=threads)
+        self._device, self._torch = device, engine not in ONNX_FILES
+        weights = onnx_file(engine, folder) if engine in ONNX_FILES else None
+        pattern = f"{weights.name}*" if weights else "*.safetensors"
+        place = weights.parent if weights else folder
+        self.bytes = sum(file.stat().st_size for file in place.glob(pattern))
+        shape = load_config(str(folder))
+        self._vocabulary = shape.vocab_size
+        self._positions = getattr(shape, "max_position_embeddings", math.inf)
+
+    def open_cell(self, batch: int, length: int) -> np.ndarray:
+        """Logits of the batch that is timed from now on, the same for every engine."""
+        if length > self._positions:
+            raise UnsupportedError(f"the model has {self._positions} positions")
+        size = (batch, length)
+        ids = np.random.default_rng(0).integers(0, self._vocabulary, size)
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        inputs["token_type_ids"] = np.zeros_like(ids)
+        self._call = lambda: self._engine(inputs)
+        _forget_peak(self._device)
+        return self._warm_up()
+
+    def peak_memory(self) -> int | None:
+        """Bytes: of the process on a CPU; on a GPU what PyTorch has allocated, None for others."""
+        if self._device == "cuda":
+            return torch.cuda.max_memory_allocated() if self._torch else None
+        try:
+            status = Path("/proc/self/status").read_text()
+            return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+        except (OSError, IndexError):
+            return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _forget_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):  # then it is the highest so far, and cells grow
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class _TokenizerBench(_Bench):
+    def __init__(self, folder: Path):
+        self._tokenizer = load_tokenizer(str(folder))
+
+    def open_cell(self, batch: int, length: int) -> None:
+        """Texts that fill ``length`` tokens, made of the tokenizer's own words."""
+        draw = np.random.default_rng(0).integers
+        size = len(self._tokenizer)
+        special = set(self._tokenizer.all_special_ids)
+        texts = []
+        for _ in range(batch):
+            ids = [int(number) for number in draw(0, size, length) if number not in special]
+            texts.append(self._tokenizer.decode(ids))
+        self._call = lambda: self._tokenizer(
+            texts, padding=True, truncation=True, max_length=length, return_tensors="np"
+        )
+        self._warm_up()

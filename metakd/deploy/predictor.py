@@ -1,0 +1,154 @@
+"""Texts to labels, fast: ``Predictor("students/.../books")(["a fine book"])``.
+
+Texts are tokenised together, sorted by length and run in batches of about as many tokens each, so
+that next to nothing is spent on padding; answers come back in the order of the texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from metakd.deploy.engines import ENGINES, Engine, Inputs, open_engine, why_not
+from metakd.errors import CheckpointError, DataError
+from metakd.method.sources import load_config, load_tokenizer
+
+Text = str | tuple[str, str]
+
+# Fastest first, of those that answer as the trained model does: int8 has to be asked for.
+FASTEST = {"cpu": ("onnx", "eager"), "cuda": ("cudagraph", "eager")}
+
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_SORTED_AT_ONCE = 8192  # texts; bounds the memory of a long list
+
+
+class Prediction(NamedTuple):
+    """The likeliest class of a text, and the probability that the model gives it."""
+
+    label: str
+    score: float
+
+
+class Predictor:
+    """A student, or any sequence classifier that was saved with its tokenizer, ready to serve.
+
+    Args:
+        folder: the student's folder, or what ``export_onnx`` made of it.
+        engine: one of ``engines.ENGINES``; ``auto`` takes the fastest that is here and gives the
+            labels of the trained model.
+        device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
+        threads: on a CPU; None leaves the library's choice, every core.
+        batch_tokens: tokens of a batch, padding included; None takes what suits the device.
+        max_length: tokens of a text that are read; None reads what the model has positions for.
+
+    Raises:
+        ConfigError: there is no such engine.
+        UnsupportedError: the engine cannot run this model here, with the reason.
+        CheckpointError: the folder holds no model, or a damaged one.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        engine: str = "auto",
+        device: str | None = None,
+        threads: int | None = None,
+        batch_tokens: int | None = None,
+        max_length: int | None = None,
+    ):
+        folder = Path(folder)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer, config = _read(folder)
+        self.labels = [config.id2label[number] for number in range(config.num_labels)]
+        if engine == "auto":
+            engine = _fastest(folder, device)
+        self.engine: Engine = open_engine(engine, folder, device=device, threads=threads)
+        self.engine_name = engine
+        self._batch_tokens = batch_tokens or BATCH_TOKENS[device]
+        longest = (
+            self.tokenizer.model_max_length,
+            getattr(config, "max_position_embeddings", None),
+            max_length,
+        )
+        self._max_length = min(filter(None, longest))
+
+    def __call__(self, texts: Sequence[Text]) -> list[Prediction]:
+        """The class of each text; of two texts each where they are pairs.
+
+        Raises:
+            DataError: something among them is no text.
+        """
+        logits = self.logits(texts).astype(np.float64)
+        odds = np.exp(logits - logits.max(1, keepdims=True, initial=-np.inf))
+        best = odds.argmax(1) if len(odds) else []
+        return [
+            Prediction(self.labels[number], float(row[number] / row.sum()))
+            for number, row in zip(best, odds)
+        ]
+
+    def logits(self, texts: Sequence[Text]) -> np.ndarray:
+        """Logits [N, M] of N texts, float32.
+
+        Raises:
+            DataError: something among them is no text.
+        """
+        _check_texts(texts)
+        logits = np.empty((len(texts), len(self.labels)), np.float32)
+        for start in range(0, len(texts), _SORTED_AT_ONCE):
+            part = slice(start, start + _SORTED_AT_ONCE)
+            self._run(texts[part], logits[part])
+        return logits
+
+    def _run(self, texts: Sequence[Text], logits: np.ndarray) -> None:
+        tokens = self.tokenizer(
+            list(texts), truncation=True, max_length=self._max_length, return_attention_mask=False
+        )
+        lengths = np.array([len(ids) for ids in tokens["input_ids"]])
+        order = np.argsort(lengths, kind="stable")
+        while len(order):
+            # As many of the longest as fit: those left behind are never longer.
+            count = max(1, self._batch_tokens // int(lengths[order[-1]]))
+            rows, order = order[-count:], order[:-count]
+            logits[rows] = self.engine(self._pad(tokens, lengths, rows))[: len(rows)]
+
+    def _pad(self, tokens: dict, lengths: np.ndarray, rows: np.ndarray) -> Inputs:
+        shape = self.engine.padded_shape(len(rows), int(lengths[rows].max()))
+        batch = {name: np.zeros(shape, np.int64) for name in self.engine.inputs}
+        batch["input_ids"][:] = self.tokenizer.pad_token_id or 0
+        batch["attention_mask"][len(rows) :, 0] = 1  # rows that only fill up see something, too
+        for place, row in enumerate(rows):
+            batch["attention_mask"][place, : lengths[row]] = 1
+            for name in batch.keys() & tokens.keys():
+                batch[name][place, : lengths[row]] = tokens[name][row]
+        return batch
+
+
+def _read(folder: Path):
+    remedy = "give the folder of a student, or of its export, with its tokenizer"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such folder", remedy)
+    try:
+        return load_tokenizer(str(folder)), load_config(str(folder))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}", remedy) from error
+
+
+def _fastest(folder: Path, device: str) -> str:
+    reasons = {name: why_not(name, folder, device) for name in FASTEST[device]}
+    return next((name for name, reason in reasons.items() if reason is None), ENGINES[0])
+
+
+def _check_texts(texts: Sequence[Text]) -> None:
+    if isinstance(texts, str):
+        raise DataError("texts: is one text, not a list of texts", "write [text]")
+    pairs = len(texts) > 0 and not isinstance(texts[0], str)
+    for number, text in enumerate(texts):
+        parts = text if pairs and isinstance(text, tuple) and len(text) == 2 else (text,)
+        if len(parts) != 1 + pairs or not all(isinstance(part, str) for part in parts):
+            wanted = "a pair of texts" if pairs else "a text"
+            raise DataError(f"texts[{number}]: {text!r:.60} is not {wanted}", "correct it")
