@@ -120,8 +120,13 @@ def timed(function: Callable, *inputs) -> float:
     return time.perf_counter() - start
 
 
-def median_rate(amounts: list[float], seconds: list[float]) -> float:
-    return statistics.median(a / s for a, s in zip(amounts, seconds, strict=True))
+def rates(amounts: list[float], seconds: list[float]) -> list[float]:
+    return [a / s for a, s in zip(amounts, seconds, strict=True)]
+
+
+def inner_quantiles(values: list[float]) -> list[float]:
+    """The 20 and the 80 % quantile."""
+    return statistics.quantiles(values, n=10)[1:8:6]
 
 
 def measure(scene: Scene, tokenizer, batch_size: int, budget_s: float) -> dict:
@@ -170,15 +175,18 @@ def measure(scene: Scene, tokenizer, batch_size: int, budget_s: float) -> dict:
     for name, (_, grouped) in LAYOUTS.items():
         sizes = [lengths[micro] for micro in plans[grouped][:count]]
         padded = [p / s for p, s in zip(seconds[name.replace("packed", "padded")], seconds[name])]
-        tokens_per_s = median_rate([int(n.sum()) for n in sizes], seconds[name])
+        tokens = rates([int(n.sum()) for n in sizes], seconds[name])
+        tokens_per_s = statistics.median(tokens)
+        flops = rates(list(map(scene.model_flops, sizes)), seconds[name])
         rows[name] = {
             "tokens_per_s": tokens_per_s,
+            "tokens_per_s_quantiles": inner_quantiles(tokens),
             "samples_per_s": tokens_per_s / float(lengths.double().mean()),
             "padding": 1
             - sum(int(n.sum()) for n in sizes) / sum(len(n) * int(n.max()) for n in sizes),
             "times_padded": statistics.median(padded),
-            "times_padded_quantiles": statistics.quantiles(padded, n=10)[1:8:6],
-            "mfu": median_rate(list(map(scene.model_flops, sizes)), seconds[name]) / rate,
+            "times_padded_quantiles": inner_quantiles(padded),
+            "mfu": statistics.median(flops) / rate,
             "seconds": seconds[name],
         }
     for row in rows.values():
