@@ -2,9 +2,9 @@
 
 A row builds its ``Contest`` on a device: contenders (each one step, forward and backward) that must
 all give the same loss, the fewest bytes (or flops) the step needs, and the dtype. ``run.py`` times
-them and writes results, ``test_registry.py`` gives them to pytest-benchmark. Opponents are written
-as their users write them; a library that is not installed or refuses the device is left out with
-its reason.
+them and writes results, ``test_registry.py`` gives the small ones to pytest-benchmark. Opponents
+are written as their users write them; a library that is not installed or refuses the device is left
+out with its reason.
 
 Legend: N rows, C classes, H hidden size, B batch, A heads, L length, D head dimension.
 """
@@ -36,7 +36,7 @@ class Row:
     shape: str
     dtype: torch.dtype
     devices: tuple[str, ...]
-    build: Callable[[str], Contest]
+    build: Callable[..., Contest]  # (device, rivals=True): compiling rivals takes seconds
     bytes: int = 0  # least to move, forward and backward
     flops: int = 0  # least to compute
     quick: bool = False  # small enough for pytest-benchmark in CI
@@ -128,7 +128,7 @@ def _liger_soft(beta: float, temperature: float):
 
 
 def _soft_row(op: str, N: int, C: int, dtype, devices, *, beta=0.0, temperature=2.0, quick=False):
-    def build(device: str) -> Contest:
+    def build(device: str, rivals: bool = True) -> Contest:
         student = (3 * torch.randn(N, C, device=device)).to(dtype).requires_grad_()
         teacher = (3 * torch.randn(N, C, device=device)).to(dtype)
         contest = Contest({}, tolerance=0.02)
@@ -144,6 +144,8 @@ def _soft_row(op: str, N: int, C: int, dtype, devices, *, beta=0.0, temperature=
             )
 
         _ours(contest, op, device, dtype, ours)
+        if not rivals:
+            return contest
         opponents = _soft_opponents(beta, temperature)
         for name, loss in opponents.items():
             contest.contenders[name] = _step(lambda f=loss: f(student, teacher), student)
@@ -168,7 +170,7 @@ def _soft_row(op: str, N: int, C: int, dtype, devices, *, beta=0.0, temperature=
 def _head_row(N: int, H: int, C: int, dtype, devices, *, beta: float, quick=False):
     divergence = "kl" if beta == 0.0 else "jsd"
 
-    def build(device: str) -> Contest:
+    def build(device: str, rivals: bool = True) -> Contest:
         def rand(*shape, scale=1.0):
             return (scale * torch.randn(shape, device=device)).to(dtype)
 
@@ -189,6 +191,8 @@ def _head_row(N: int, H: int, C: int, dtype, devices, *, beta: float, quick=Fals
             )
 
         _ours(contest, "linear_soft_kl", device, dtype, ours)
+        if not rivals:
+            return contest
         whole = list(_soft_opponents(beta, 1.0).values())[-1]
 
         def eager():
@@ -248,7 +252,7 @@ def _attention_row(
 ) -> Row:
     """``eager``: whole maps fit the memory."""
 
-    def build(device: str) -> Contest:
+    def build(device: str, rivals: bool = True) -> Contest:
         def pair(d):
             # Views of [B, L, A, D], as a model hands them out.
             return tuple(
@@ -267,7 +271,7 @@ def _attention_row(
             dtype,
             lambda backend: _step(lambda: loss(student, teacher, backend=backend), *student),
         )
-        if eager:
+        if rivals and eager:
             contest.contenders["eager maps"] = _step(
                 lambda: _maps_loss(op, student, teacher), *student
             )
@@ -289,7 +293,7 @@ def _attention_row(
 
 
 def _hidden_row(n: int, B: int, L: int, H: int, H_t: int, dtype, devices, quick=False) -> Row:
-    def build(device: str) -> Contest:
+    def build(device: str, rivals: bool = True) -> Contest:
         student = [torch.randn(B, L, H, device=device).to(dtype) for _ in range(n)]
         teacher = [torch.randn(B, L, H_t, device=device).to(dtype) for _ in range(n)]
         learned = [x.requires_grad_() for x in student]
@@ -308,6 +312,8 @@ def _hidden_row(n: int, B: int, L: int, H: int, H_t: int, dtype, devices, quick=
                 *learned,
             ),
         )
+        if not rivals:
+            return contest
 
         def eager():
             seen = student if projection is None else [x @ projection for x in student]
@@ -334,8 +340,8 @@ def _hidden_row(n: int, B: int, L: int, H: int, H_t: int, dtype, devices, quick=
     return Row("hidden_mse", shape, dtype, devices, build, bytes=least, flops=flops, quick=quick)
 
 
-def _mean_row(B: int, L: int, H: int, dtype, devices) -> Row:
-    def build(device: str) -> Contest:
+def _mean_row(B: int, L: int, H: int, dtype, devices, quick=False) -> Row:
+    def build(device: str, rivals: bool = True) -> Contest:
         hidden = torch.randn(B, L, H, device=device).to(dtype).requires_grad_()
         lengths = torch.randint(L // 2, L, (B, 1), device=device)
         mask = torch.arange(L, device=device) < lengths
@@ -349,6 +355,8 @@ def _mean_row(B: int, L: int, H: int, dtype, devices) -> Row:
                 lambda: metakd.masked_mean(hidden, mask, backend=backend).float().sum(), hidden
             ),
         )
+        if not rivals:
+            return contest
 
         def eager():
             weight = mask[:, :, None].to(dtype)
@@ -359,13 +367,13 @@ def _mean_row(B: int, L: int, H: int, dtype, devices) -> Row:
         return contest
 
     least = 2 * B * L * H * dtype.itemsize
-    return Row("masked_mean", f"[{B}, {L}, {H}]", dtype, devices, build, bytes=least)
+    return Row("masked_mean", f"[{B}, {L}, {H}]", dtype, devices, build, bytes=least, quick=quick)
 
 
-def _weights_row(N: int, H: int, K: int, M: int, dtype, devices) -> Row:
+def _weights_row(N: int, H: int, K: int, M: int, dtype, devices, quick=False) -> Row:
     """Prototypes, scores and expertise of a corpus: one loss so that they can be compared."""
 
-    def build(device: str) -> Contest:
+    def build(device: str, rivals: bool = True) -> Contest:
         embedding = (torch.randn(N, H, device=device) + 1).to(dtype)
         domain = torch.randint(K, (N,), device=device)
         label = torch.randint(M, (N,), device=device)
@@ -388,22 +396,24 @@ def _weights_row(N: int, H: int, K: int, M: int, dtype, devices) -> Row:
         return contest
 
     shape = f"[{N}, {H}], {K} domains x {M} classes"
-    return Row("prototype_score", shape, dtype, devices, build, bytes=2 * N * H * dtype.itemsize)
+    least = 2 * N * H * dtype.itemsize
+    return Row("prototype_score", shape, dtype, devices, build, bytes=least, quick=quick)
 
 
 FP32, BF16, CPU, CUDA = torch.float32, torch.bfloat16, ("cpu",), ("cuda",)
 
 ROWS = [
-    # The method's own regime, a BERT vocabulary, and what CI can afford.
+    # The method's own regime, a BERT vocabulary, and for each operation what CI can afford.
     *(_soft_row("soft_kl", 8192, C, FP32, (*CPU, *CUDA), quick=C == 2) for C in (2, 3, 5)),
     _soft_row("soft_kl", 256, 1024, FP32, CPU, quick=True),
     _soft_row("soft_kl", 256, 30522, FP32, CPU),
     _soft_row("soft_kl", 256, 30522, BF16, CPU),
     *(_soft_row("soft_kl", 8192, C, BF16, CUDA) for C in (30522, 50257, 128256, 151936)),
     _soft_row("soft_kl", 4096, 128256, FP32, CUDA),
-    _soft_row("soft_reverse_kl", 256, 30522, FP32, CPU, beta=1.0),
-    _soft_row("soft_jsd", 256, 30522, FP32, CPU, beta=0.5),
+    _soft_row("soft_reverse_kl", 256, 30522, FP32, CPU, beta=1.0, quick=True),
+    _soft_row("soft_jsd", 256, 30522, FP32, CPU, beta=0.5, quick=True),
     *(_soft_row("soft_jsd", 8192, C, BF16, CUDA, beta=0.5) for C in (30522, 128256)),
+    _head_row(128, 384, 8192, FP32, CPU, beta=0.0, quick=True),
     _head_row(512, 384, 30522, FP32, CPU, beta=0.0),
     _head_row(512, 384, 30522, FP32, CPU, beta=0.5),
     _head_row(8192, 4096, 128256, BF16, CUDA, beta=0.0),
@@ -417,7 +427,7 @@ ROWS = [
         for L in (128, 512, 4096)
     ),
     *(
-        _attention_row(op, 4, 12, L, 26, 64, FP32, CPU)
+        _attention_row(op, 4, 12, L, 26, 64, FP32, CPU, quick=L == 128)
         for op in ("attention_kl", "attention_prob_mse")
         for L in (128, 512)
     ),
@@ -430,8 +440,8 @@ ROWS = [
     _hidden_row(5, 8, 128, 312, 768, FP32, CPU),
     _hidden_row(5, 32, 128, 768, 768, BF16, CUDA),
     _hidden_row(5, 32, 128, 312, 768, BF16, CUDA),
-    _mean_row(32, 128, 384, FP32, CPU),
+    _mean_row(32, 128, 384, FP32, CPU, quick=True),
     _mean_row(256, 512, 768, BF16, CUDA),
-    _weights_row(6480, 384, 4, 2, FP32, CPU),
+    _weights_row(6480, 384, 4, 2, FP32, CPU, quick=True),
     _weights_row(400000, 768, 5, 3, FP32, CUDA),
 ]

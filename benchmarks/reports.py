@@ -109,13 +109,13 @@ def _pytest(report: dict) -> Panels:
     return {"pytest-benchmark": found}
 
 
-def _backend(name: str) -> bool | None:
+def _metakd(name: str) -> bool | None:
     """The reference is the oracle: neither a kernel nor anyone's alternative."""
-    return None if name == "metakd reference" else name.startswith("metakd ")
+    return None if "reference" in name else name.startswith("metakd")
 
 
-REGISTRY = Kind("operation", "20-80 %", _contests, _backend)
-STEP = Kind("step", "20-80 %", _contests, lambda name: name.startswith("metakd"))
+REGISTRY = Kind("operation", "20-80 %", _contests, _metakd)
+STEP = Kind("step", "20-80 %", _contests, _metakd)
 THROUGHPUT = Kind(
     *("throughput", "20-80 %", _layouts, lambda name: name.startswith("packed")),
     unit="tokens/s",

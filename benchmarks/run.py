@@ -7,7 +7,8 @@ alike.
 Reported are the median and the 20 and 80 % quantiles, the ratio to the first contender, peak extra
 memory (CUDA) and the share of the machine's limit that was measured in the same run: a large copy
 (bytes read plus bytes written) or a large matrix product. Losing rows stay. Writes
-``results/<device>/<op>.json`` and prints the table, which it also writes beside it.
+``results/<device>/<op>.json`` and prints the table, which it also writes beside it;
+``benchmarks.plot`` draws it.
 """
 
 from __future__ import annotations
@@ -218,44 +219,26 @@ def markdown(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(report: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = report["rows"]
-    figure, axes = pyplot.subplots(len(rows), 1, figsize=(8, 2 * len(rows)), squeeze=False)
-    for axis, row in zip(axes[:, 0], rows):
-        names = list(row["contenders"])
-        axis.barh(names, [row["contenders"][name]["median_ms"] for name in names])
-        axis.invert_yaxis()
-        axis.set_title(f"{row['op']} {row['shape']} {row['dtype']}, ms", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
-def write_report(name: str, report: dict, page: str, device: str, out: Path | None) -> Path:
-    """Write ``<name>.json`` and ``<name>.md``, print the page, and return their folder: ``out``, or
-    the device's among the results."""
+def write_report(name: str, report: dict, page: str, device: str, out: Path | None) -> None:
+    """Write ``<name>.json`` and ``<name>.md`` to ``out``, or to the device's folder among the
+    results, and print the page."""
     folder = out or RESULTS / device_folder(device)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / f"{name}.md").write_text(page)
     print(page)
-    return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", required=True, choices=sorted({row.op for row in ROWS}))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="only rows that CI can afford")
     parser.add_argument("--shape", default="", help="only rows whose shape begins so")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
     parser.add_argument("--seconds", type=float, default=20.0, help="per row, on a CPU")
     parser.add_argument("--out", type=Path, help="results folder")
     parser.add_argument("--no-tests", action="store_true", help="they have just passed")
-    parser.add_argument("--plot", action="store_true", help="bars beside the JSON (matplotlib)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tests = TESTS.get(options.op, ROOT / "tests" / f"test_{options.op}.py")
@@ -271,13 +254,11 @@ def main() -> None:
     }
     for row in ROWS:
         chosen = row.op == options.op and row.shape.startswith(options.shape)
-        if chosen and device in row.devices:
+        if chosen and device in row.devices and (row.quick or not options.quick):
             report["rows"].append(measure(row, device, options.seconds, report["rates"]))
             if device == "cuda":
                 torch.cuda.empty_cache()
-    folder = write_report(options.op, report, markdown(report), device, options.out)
-    if options.plot:
-        plot(report, folder / f"{options.op}.png")
+    write_report(options.op, report, markdown(report), device, options.out)
 
 
 if __name__ == "__main__":
