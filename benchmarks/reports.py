@@ -23,6 +23,12 @@ class ReportError(Exception):
 class Figure:
     """A measured value with the interval that it moved in.
 
+    Args:
+        centre: the median.
+        low: end of the interval.
+        high: the other end.
+        share_of_limit: of what the machine can do at most, where the benchmark knows.
+
     Raises:
         ValueError: they are not positive, finite and in order, so a damaged file is noticed.
     """
@@ -30,6 +36,7 @@ class Figure:
     centre: float
     low: float
     high: float
+    share_of_limit: float | None = None
 
     def __post_init__(self):
         if not 0 < self.low <= self.centre <= self.high < math.inf:
@@ -75,7 +82,10 @@ def _contests(report: dict) -> Panels:
     for row in report["rows"]:
         title = f"{report.get('op', 'step')} {row['shape']} {row['dtype']}"
         panels[title] = {
-            name: Figure(entry["median_ms"], entry["p20_ms"], entry["p80_ms"])
+            name: Figure(
+                *(entry[key] for key in ("median_ms", "p20_ms", "p80_ms")),
+                entry.get("share_of_limit"),
+            )
             for name, entry in row["contenders"].items()
         }
     return panels
