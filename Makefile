@@ -8,15 +8,17 @@ READY := .venv/.stamp
 endif
 BASE_PYTHON ?= python3
 OUT ?= benchmarks/results/gpu
+BENCH_JSON ?= .benchmarks/ci.json
 
-.PHONY: help quickstart test lint bench mutants faults offline-gpu gpu-check clean
+.PHONY: help quickstart test lint bench bench-ci mutants faults offline-gpu gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart  train prototypes, teacher and students on a synthetic corpus, print the table"
 	@echo "make test        run the tests"
 	@echo "make lint        check style (ruff)"
-	@echo "make bench       time the losses that CI can afford (python -m benchmarks.run --op OP: all of them)"
+	@echo "make bench       time losses, steps and latency on this device (python -m benchmarks.suite --help)"
+	@echo "make bench-ci    time a small row of each loss, for benchmarks.compare; JSON in BENCH_JSON ($(BENCH_JSON))"
 	@echo "make mutants     break the losses in many ways and see that the tests notice (about an hour)"
 	@echo "make faults      kill, stop and starve training runs, damage checkpoints, cut the power (about 25 minutes)"
 	@echo "make models/minilm  fetch the encoder of the configurations (all-MiniLM-L6-v2, checksum verified)"
@@ -46,7 +48,11 @@ models/minilm: $(READY)
 	$(PYTHON) -c "from metakd.demo import pretrained_encoder; pretrained_encoder('$@')"
 
 bench: $(READY)
-	$(PYTHON) -m pytest benchmarks --benchmark-only
+	$(PYTHON) -m benchmarks.suite
+
+bench-ci: $(READY)
+	mkdir -p $(dir $(BENCH_JSON))
+	$(PYTHON) -m pytest -q benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-json=$(BENCH_JSON)
 
 mutants: $(READY)
 	$(PYTHON) tests/mutants.py
