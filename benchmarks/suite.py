@@ -80,27 +80,23 @@ def _lines(report: Report) -> list[tuple[str, ...]]:
     best = max if report.kind.higher_is_better else min
     lines = []
     for title, figures in report.panels.items():
-
-        def centre(name: str, figures=figures) -> float:
-            return figures[name].centre
-
+        medians = {name: figure.centre for name, figure in figures.items()}
         ours = [name for name in figures if report.kind.is_ours(name)]
         rivals = [name for name in figures if report.kind.is_ours(name) is False]
         if report.kind is LATENCY and ours:  # engines are each other's rivals: the best one counts
-            ours = [best(ours, key=centre)]
-        rival = best(rivals, key=centre) if rivals else None
+            ours = [best(ours, key=medians.get)]
+        rival = best(rivals, key=medians.get, default=None)
         for name in ours:
             share = figures[name].share_of_limit
-            times = None
-            if rival is not None:
-                times = centre(rival) / centre(name)
-                times = 1 / times if report.kind.higher_is_better else times
+            times = None if rival is None else medians[rival] / medians[name]
+            if times is not None and report.kind.higher_is_better:
+                times = 1 / times
             lines.append(
                 (
                     title,
                     name,
                     rival or "-",
-                    f"{centre(name):.4g} {report.kind.unit}",
+                    f"{medians[name]:.4g} {report.kind.unit}",
                     "-" if share is None else f"{share:.0%}",
                     "-" if times is None else f"{times:.2f}",
                 )
