@@ -3,7 +3,8 @@
 Both are reports of one kind (see ``benchmarks.reports``), or folders whose files of the same name
 are compared. A figure changed when the intervals of the two (20-80 % quantiles, quartiles, or the
 95 % confidence interval of a median) do not overlap and the change exceeds the threshold: the one
-leaves out what a noisy run explains, the other what nobody would feel. Every row is printed, losing
+leaves out what a noisy run explains, the other what nobody would feel. A figure of too few calls
+has no interval, so nothing is said of it. Every row is printed, losing
 ones first. Exit code: 0 nothing got slower, 1 something did, 2 files that cannot be compared.
 """
 
@@ -16,7 +17,14 @@ from pathlib import Path
 
 from benchmarks.reports import Figure, Kind, Report, ReportError, load, table
 
-VERDICTS = ("slower", "only before", "faster", "only after", "within noise")  # as printed
+VERDICTS = (  # as printed
+    "slower",
+    "only before",
+    "faster",
+    "only after",
+    "too few calls",
+    "within noise",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class Change:
 
 def judge(before: Figure, after: Figure, threshold: float, higher_is_better: bool) -> str:
     """The verdict on a figure that both reports have."""
+    if before.low is None or after.low is None:
+        return "too few calls"
     ratio = after.centre / before.centre
     overlap = before.low <= after.high and after.low <= before.high
     if overlap or max(ratio, 1 / ratio) <= 1 + threshold:
@@ -99,6 +109,8 @@ def page(changes: list[Change], kind: Kind) -> str:
     def cell(figure: Figure | None) -> str:
         if figure is None:
             return "-"
+        if figure.low is None:
+            return f"{figure.centre:.4g}"
         return f"{figure.centre:.4g} ({figure.low:.4g}-{figure.high:.4g})"
 
     rows = [

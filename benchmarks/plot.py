@@ -17,7 +17,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.reports import LATENCY, Figure, Report, ReportError, load
+from benchmarks.reports import LATENCY, TOKENISING, Figure, Report, ReportError, calls, load
 
 OURS, RIVAL, WHISKER = "#3b75af", "#b9bec6", "#33373d"
 # Told apart without colour by their markers; from the palette of Okabe and Ito.
@@ -27,6 +27,7 @@ ENGINES = {
     "cudagraph": ("#009e73", "D"),
     "onnx": ("#d55e00", "^"),
     "onnx-int8": ("#cc79a7", "v"),
+    TOKENISING: ("#8a9099", "x"),
 }
 LOG_RATIO = 20
 INCH_PER_BAR, INCH_PER_TITLE = 0.28, 0.75  # so that bars are equally thick in every panel
@@ -61,13 +62,20 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
+def _whiskers(figures: list[Figure]) -> list[list[float]]:
+    """[2, N]: from each centre to the ends of its interval."""
+    reach = [
+        (0.0, 0.0)
+        if figure.low is None
+        else (figure.centre - figure.low, figure.high - figure.centre)
+        for figure in figures
+    ]
+    return [list(side) for side in zip(*reach)]
+
+
 def _bars(axes: Axes, title: str, figures: dict[str, Figure], report: Report) -> None:
     names = list(figures)
     centres = [figures[name].centre for name in names]
-    whiskers = [
-        [figures[name].centre - figures[name].low for name in names],
-        [figures[name].high - figures[name].centre for name in names],
-    ]
     colours = [OURS if report.kind.is_ours(name) else RIVAL for name in names]
     log = max(centres) > LOG_RATIO * min(centres)
     left = 0.5 * min(figure.low for figure in figures.values()) if log else 0
@@ -81,7 +89,7 @@ def _bars(axes: Axes, title: str, figures: dict[str, Figure], report: Report) ->
         left=left,
         height=0.7,
         color=colours,
-        xerr=whiskers,
+        xerr=_whiskers(list(figures.values())),
         error_kw={"ecolor": WHISKER, "elinewidth": 1, "capsize": 2},
     )
     for name, bar in zip(names, bars):
@@ -114,10 +122,10 @@ def _bar_chart(report: Report) -> Drawing:
 
 
 def _latency_chart(report: Report) -> Drawing:
-    rows = report.data["rows"]
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    batches = sorted({row["batch"] for row in rows})
-    lengths = sorted({row["length"] for row in rows})
+    rows = calls(report.data)
+    models = list(dict.fromkeys(row[0] for row in rows))
+    batches = sorted({row[2] for row in rows})
+    lengths = sorted({row[3] for row in rows})
     drawing = _drawing(0.6 + 3.4 * len(models), 0.6 + 2.3 * len(batches))
     # One scale a line of panels: that is where models are compared.
     grid = drawing.subplots(len(batches), len(models), squeeze=False, sharex=True, sharey="row")
@@ -125,17 +133,14 @@ def _latency_chart(report: Report) -> Drawing:
         for column, model in enumerate(models):
             axes = grid[line, column]
             for engine, (colour, marker) in ENGINES.items():
-                chosen = sorted(
-                    (row["length"], row["p50_ms"], *row["p50_ci95_ms"])
-                    for row in rows
-                    if (row["model"], row["batch"], row["engine"]) == (model, batch, engine)
-                )
-                if not chosen:
+                wanted = model, engine, batch
+                figures = {x: figure for *row, x, figure in rows if tuple(row) == wanted}
+                if not figures:
                     continue
-                x, p50, low, high = zip(*chosen)
-                errors = [[p - q for p, q in zip(p50, low)], [q - p for p, q in zip(p50, high)]]
+                x = sorted(figures)
+                p50 = [figures[length].centre for length in x]
                 axes.errorbar(
-                    *(x, p50, errors),
+                    *(x, p50, _whiskers([figures[length] for length in x])),
                     color=colour,
                     marker=marker,
                     markersize=4,

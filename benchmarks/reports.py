@@ -25,8 +25,8 @@ class Figure:
 
     Args:
         centre: the median.
-        low: end of the interval.
-        high: the other end.
+        low: end of the interval; None where too few calls gave none.
+        high: the other end, or None.
         share_of_limit: of what the machine can do at most, where the benchmark knows.
 
     Raises:
@@ -34,14 +34,17 @@ class Figure:
     """
 
     centre: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
     share_of_limit: float | None = None
 
     def __post_init__(self):
-        if not 0 < self.low <= self.centre <= self.high < math.inf:
-            raise ValueError(f"{self.centre} is not within {self.low} to {self.high}")
+        low, high = (self.centre if end is None else end for end in (self.low, self.high))
+        if not 0 < low <= self.centre <= high < math.inf:
+            raise ValueError(f"{self.centre} is not within {low} to {high}")
 
+
+TOKENISING = "tokenising"
 
 Panels = dict[str, dict[str, Figure]]  # title -> contender -> figure
 
@@ -102,12 +105,22 @@ def _layouts(report: dict) -> Panels:
     return panels
 
 
-def _calls(report: dict) -> Panels:
+def calls(report: dict) -> list[tuple[str, str, int, int, Figure]]:
+    """Model, engine or ``TOKENISING``, batch, length and time of each row of a latency report."""
+    tokenising = [row | {"engine": TOKENISING} for row in report["tokenising"]]
+    return [
+        (
+            *(row[key] for key in ("model", "engine", "batch", "length")),
+            Figure(row["p50_ms"], *(row["p50_ci95_ms"] or ())),
+        )
+        for row in (*report["rows"], *tokenising)
+    ]
+
+
+def _latencies(report: dict) -> Panels:
     panels: Panels = {}
-    for row in report["rows"]:
-        title = f"{row['model']}, batch {row['batch']}, length {row['length']}"
-        figure = Figure(row["p50_ms"], *row["p50_ci95_ms"])
-        panels.setdefault(title, {})[row["engine"]] = figure
+    for model, engine, batch, length, figure in calls(report):
+        panels.setdefault(f"{model}, batch {batch}, length {length}", {})[engine] = figure
     return panels
 
 
@@ -124,6 +137,11 @@ def _metakd(name: str) -> bool | None:
     return None if "reference" in name else name.startswith("metakd")
 
 
+def _engine(name: str) -> bool | None:
+    """Tokens are made before any engine runs."""
+    return None if name == TOKENISING else name != "eager"
+
+
 REGISTRY = Kind("operation", "20-80 %", _contests, _metakd)
 STEP = Kind("step", "20-80 %", _contests, _metakd)
 THROUGHPUT = Kind(
@@ -131,7 +149,7 @@ THROUGHPUT = Kind(
     unit="tokens/s",
     higher_is_better=True,
 )
-LATENCY = Kind("latency", "95 % of the median", _calls, lambda name: name != "eager")
+LATENCY = Kind("latency", "95 % of the median", _latencies, _engine)
 PYTEST = Kind("pytest-benchmark", "quartiles", _pytest, lambda name: True)
 
 
