@@ -123,7 +123,7 @@ def _bar_chart(report: Report) -> Drawing:
 
 def _latency_chart(report: Report) -> Drawing:
     rows = calls(report.data)
-    models = list(dict.fromkeys(row[0] for row in rows))
+    models = list(dict.fromkeys(row[0] for row in rows if row[1] != TOKENISING))
     batches = sorted({row[2] for row in rows})
     lengths = sorted({row[3] for row in rows})
     drawing = _drawing(0.6 + 3.4 * len(models), 0.6 + 2.3 * len(batches))
@@ -133,8 +133,13 @@ def _latency_chart(report: Report) -> Drawing:
         for column, model in enumerate(models):
             axes = grid[line, column]
             for engine, (colour, marker) in ENGINES.items():
-                wanted = model, engine, batch
-                figures = {x: figure for *row, x, figure in rows if tuple(row) == wanted}
+                # Tokens are made once for all models.
+                figures = {
+                    length: figure
+                    for owner, own_engine, size, length, figure in rows
+                    if (own_engine, size) == (engine, batch)
+                    and (owner == model or engine == TOKENISING)
+                }
                 if not figures:
                     continue
                 x = sorted(figures)
