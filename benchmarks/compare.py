@@ -150,8 +150,8 @@ def show(before: Path, after: Path, threshold: float) -> bool:
     """Prints the comparison of two files; whether anything got slower."""
     old, new = load(before), load(after)
     changes = compare(old, new, threshold)
-    commits = (str(report.environment.get("commit")) for report in (old, new))
-    print(f"\n## {new.name}, commit {' to '.join(commits)}\n")
+    commits = [report.environment.get("commit") for report in (old, new)]
+    print(f"\n## {new.name}" + (f", commit {' to '.join(commits)}" if all(commits) else "") + "\n")
     for difference in differences(old.environment, new.environment):
         print(f"warning: measured differently: {difference}", file=sys.stderr)
     print(page(changes, new.kind))
