@@ -43,6 +43,7 @@ _MODEL_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "vocab.txt",
+    "README.md",  # the model card of its authors: origin and licence
     _WEIGHTS,  # last: its presence means the others are there
 )
 _DOWNLOAD_TIMEOUT = 600  # seconds

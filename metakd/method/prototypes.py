@@ -24,11 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metakd.functional import class_prototypes, prototype_score
-from metakd.method.recipe import PAPER, Recipe
+from metakd.method.recipe import FLAT_SCORES, PAPER, Recipe
 from metakd.method.taps import Taps, pool
-
-# Under this spread the scores are one constant for practical purposes, and t weights nothing.
-FLAT_SCORES = 0.01
 
 
 @torch.no_grad()

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Under this spread the scores are one constant for practical purposes, and t weights nothing.
+FLAT_SCORES = 0.01
+
 
 @dataclass(frozen=True)
 class Recipe:

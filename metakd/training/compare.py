@@ -8,25 +8,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from metakd.config import CompareRow
-from metakd.training.stages import ALL_DOMAINS, Run, method_label
-
-AVERAGE = "average"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One score: accuracy in percent of a row on a domain with one seed."""
-
-    row: str
-    domain: str
-    seed: int
-    accuracy: float
+from metakd.training.stages import Run, method_label
+from metakd.training.table import (
+    ALL_DOMAINS,
+    TEACHER,
+    Cell,
+    markdown,
+    summarise,
+    term_values,
+    terms_markdown,
+)
 
 
 def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
@@ -51,7 +46,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
             for place in run.teach(kind, seed):
                 scores |= run.store.result(place)[split]
             cells += [
-                Cell(f"teacher: {kind}", domain, seed, 100 * scores[f"accuracy/{domain}"])
+                Cell(f"{TEACHER}{kind}", domain, seed, 100 * scores[f"accuracy/{domain}"])
                 for domain in run.corpus.domains
                 if f"accuracy/{domain}" in scores
             ]
@@ -108,75 +103,6 @@ def _expand(rows: Sequence[CompareRow], gamma2: Sequence[float]) -> list[Compare
         else:
             expanded.append(row)
     return list(dict.fromkeys(expanded))
-
-
-def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, float]]]:
-    """``{row: {domain or "average": {"mean", "std", "n"}}}``; the average's spread is over seeds,
-    not domains."""
-    summary: dict[str, dict[str, dict[str, float]]] = {}
-    for row in dict.fromkeys(cell.row for cell in cells):
-        own = [cell for cell in cells if cell.row == row]
-        by_domain = {
-            d: [c.accuracy for c in own if c.domain == d]
-            for d in dict.fromkeys(c.domain for c in own)
-        }
-        by_seed = [
-            statistics.fmean(c.accuracy for c in own if c.seed == s)
-            for s in dict.fromkeys(c.seed for c in own)
-        ]
-        summary[row] = {
-            name: _spread(values) for name, values in {**by_domain, AVERAGE: by_seed}.items()
-        }
-    return summary
-
-
-def term_values(students: Sequence[Path]) -> dict[str, float]:
-    """Mean weighted value of each term over the second half of training, and of lambda and its
-    standard deviation within a batch, from the students' ``log.jsonl``; empty where none is."""
-    seen: dict[str, list[float]] = {}
-    for log in filter(Path.exists, (place / "log.jsonl" for place in students)):
-        logged = map(json.loads, log.read_text(encoding="utf-8").splitlines())
-        steps = [row for row in logged if row["split"] == "train"]
-        for row in steps[len(steps) // 2 :]:
-            for name, value in row.items():
-                if name.endswith("_weighted") or name in ("expertise", "expertise_std"):
-                    seen.setdefault(name.removesuffix("_weighted"), []).append(value)
-    return {name: statistics.fmean(values) for name, values in seen.items()}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    # One seed says nothing about spread; None keeps it from reading as "no spread".
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": std, "n": len(values)}
-
-
-def markdown(result: dict) -> str:
-    """The table as Markdown: accuracy in percent, mean ± sample standard deviation over seeds."""
-    summary = result["summary"]
-    domains = list(
-        dict.fromkeys(name for row in summary.values() for name in row if name != AVERAGE)
-    )
-    lines = ["| | " + " | ".join([*domains, AVERAGE]) + " |", "|---" * (len(domains) + 2) + "|"]
-    for row, scores in summary.items():
-        shown = [_show(scores.get(name)) for name in [*domains, AVERAGE]]
-        lines.append(f"| {row} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
-
-
-def terms_markdown(result: dict) -> str:
-    """What each term contributed to the loss, as Markdown."""
-    names = list(dict.fromkeys(name for row in result["terms"].values() for name in row))
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for row, values in result["terms"].items():
-        shown = [f"{values[name]:.3g}" if name in values else "-" for name in names]
-        lines.append(f"| {row} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
-
-
-def _show(score: dict[str, float] | None) -> str:
-    if score is None:
-        return "-"
-    return f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if score["std"] is not None else "")
 
 
 def _write(folder: Path, result: dict) -> None:

@@ -39,7 +39,7 @@ from metakd.method.student import build_student, check_models
 from metakd.method.taps import model_inputs
 from metakd.method.teacher import Teacher, domain_loss_floor, false_domains
 from metakd.tensor_cache import content_key
-from metakd.training.card import write_card
+from metakd.training.card import origin, write_card
 from metakd.training.engine import (
     Saves,
     evaluate,
@@ -49,9 +49,9 @@ from metakd.training.engine import (
 from metakd.training.log import RunLog
 from metakd.training.serving import TeacherService
 from metakd.training.store import StageStore
+from metakd.training.table import ALL_DOMAINS
 from metakd.training.world import World, in_groups, join_world
 
-ALL_DOMAINS = "all"
 NOT_OF_A_STUDENT = {"domains", "processes_per_student"}  # say which are made, and by whom
 
 
@@ -583,6 +583,7 @@ class Run:
             "label": label,
             "domain": domain,
             "parameters": sum(p.numel() for p in student.parameters()),
+            "origin": origin(self.config, seed, len(train)) if self.world.is_main else {},
         }
 
         def conclude() -> None:
@@ -621,7 +622,7 @@ class Run:
             student.config.dtype = torch.float32
             student.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-            write_card(folder, result, self.config, self.command, seed)
+            write_card(folder, result, self.command)
         return result
 
     # Evaluation

@@ -1,0 +1,553 @@
+"""What a run folder holds, gathered into one dictionary: the content of ``report.json``.
+
+Everything a report shows is worked out here and nowhere else; what a run has not got is None. Reads
+files only, and imports neither torch nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from metakd.environment import versions
+from metakd.errors import CheckpointError, ConfigError
+from metakd.method.recipe import FLAT_SCORES
+from metakd.training.table import ALL_DOMAINS, AVERAGE, TEACHER, Cell, summarise
+
+LATENCY_AT = (1, 128)  # batch and length that the headline and the trade-off speak of
+LEAST_AGREEMENT = 0.99  # share of examples that an int8 model should label as PyTorch does
+INT8_ENGINE = "onnx-int8"  # its answers differ: never compared as if it were the same model
+INT8_FILE = "model_int8.onnx"
+_LINEAGE = re.compile(r"(?P<label>.+)-s(?P<seed>\d+)(?:-t\d+)?")
+_CURVE_POINTS = 60
+_SCORE_BINS = 40
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage.
+
+    Args:
+        folder: where it lies.
+        kind: prototypes, teacher or student.
+        label: of a student its method, of a teacher its kind.
+        seed: of either.
+        domain: of either; ``all`` if it serves them all.
+        record: ``stage.json``.
+    """
+
+    folder: Path
+    kind: str
+    label: str
+    seed: int
+    domain: str
+    record: dict
+
+    @property
+    def row(self) -> str:
+        """Its row in the table of methods and domains."""
+        return TEACHER + self.label if self.kind == "teacher" else self.label
+
+
+def gather(folder: Path, command: str = "") -> dict:
+    """The facts of a run, as JSON values; every accuracy in percent.
+
+    Args:
+        folder: the run's ``output_dir``.
+        command: that asked for the report.
+
+    Raises:
+        ConfigError: the folder holds nothing of a run.
+        CheckpointError: one of its files cannot be read.
+    """
+    stages = find_stages(folder)
+    read = {name: _read(folder / f"{name}.json") for name in ("compare", "evaluation", "latency")}
+    if not stages and not any(read.values()):
+        raise ConfigError(
+            f"{folder}: no finished stage of a run is there",
+            "give the output_dir of a configuration that `metakd run` or `metakd compare` has run",
+        )
+    students = [stage for stage in stages if stage.kind == "student"]
+    exports = [
+        {"student": f"{stage.folder.parent.name}/{stage.domain}", "row": stage.row}
+        | {"domain": stage.domain, **found}
+        for stage in students
+        if (found := _read(stage.folder / "onnx" / "export.json"))
+    ]
+    comparison = _comparison(read["compare"], stages)
+    best = _best(comparison, stages)
+    scores = _scores(folder / "prototypes", stages)
+    tradeoff = _tradeoff(comparison, read["latency"], exports)
+    expertise = {row: _expertise(own) for row, own in _logs_by_row(students).items()}
+    facts = {
+        "run": str(folder),
+        "command": command,
+        "versions": versions(),
+        "comparison": comparison,
+        "best": best,
+        "close": _close(comparison, best),
+        "evaluation": read["evaluation"],
+        "tradeoff": tradeoff,
+        "terms": {
+            row: curves
+            for row, logs in _logs_by_row(students).items()
+            if (curves := _curves(logs))["terms"]
+        },
+        "scores": scores,
+        "expertise": {row: found for row, found in expertise.items() if found},
+        "confusion": _confusion(best, stages),
+        "latency": read["latency"],
+        "ratios": _ratios(read["latency"]),
+        "exports": exports,
+        "commands": _commands(stages, read, exports),
+        "seconds": _seconds(stages),
+    }
+    return facts | {"warnings": _warnings(facts)}
+
+
+# Reading
+
+
+def find_stages(folder: Path) -> list[Stage]:
+    """Every finished stage of a run; unfinished ones lie in hidden folders and are passed over."""
+    found = []
+    for path in sorted(folder.glob("**/stage.json")):
+        place = path.parent.relative_to(folder).parts
+        if any(part.startswith(".") for part in place):
+            continue
+        if place == ("prototypes",):
+            found.append(Stage(path.parent, "prototypes", "", 0, ALL_DOMAINS, _read(path)))
+        elif (
+            len(place) in (2, 3)
+            and place[0] in ("teachers", "students")
+            and (lineage := _LINEAGE.fullmatch(place[1]))
+        ):
+            domain = place[2] if len(place) == 3 else ALL_DOMAINS
+            label, seed = lineage["label"], int(lineage["seed"])
+            kind = place[0].removesuffix("s")
+            found.append(Stage(path.parent, kind, label, seed, domain, _read(path)))
+    return found
+
+
+def _read(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error})", "remove it, and give the command that wrote it"
+        ) from error
+
+
+def _logs_by_row(stages: Iterable[Stage]) -> dict[str, list[list[dict]]]:
+    """The training steps of every log, by row."""
+    found: dict[str, list[list[dict]]] = {}
+    for stage in stages:
+        log = stage.folder / "log.jsonl"
+        if not log.is_file():
+            continue
+        lines = log.read_text(encoding="utf-8").splitlines()
+        steps = [row for row in map(json.loads, lines) if row["split"] == "train"]
+        if steps:
+            found.setdefault(stage.row, []).append(steps)
+    return found
+
+
+# Accuracy
+
+
+def _comparison(compared: dict | None, stages: Sequence[Stage]) -> dict | None:
+    """Rows x domains, from ``compare.json`` or else from whatever stages are there."""
+    if compared:
+        cells = [Cell(**cell) for cell in compared["cells"]]
+        facts = {name: compared[name] for name in ("split", "summary")}
+    else:
+        scored = [stage for stage in stages if stage.kind != "prototypes"]
+        split = "test" if all("test" in s.record["result"] for s in scored) else "validation"
+        cells = [
+            Cell(stage.row, name.removeprefix("accuracy/"), stage.seed, 100 * value)
+            for stage in sorted(scored, key=lambda stage: stage.kind != "teacher")
+            for name, value in stage.record["result"][split].items()
+            if name.startswith("accuracy/")
+        ]
+        facts = {"split": split, "summary": summarise(cells)}
+    if not cells:
+        return None
+    domains = list(dict.fromkeys(cell.domain for cell in cells))
+    # An average over other domains, or not over all seeds, compares with nothing.
+    for scores in facts["summary"].values():
+        if len({score["n"] for name, score in scores.items()}) > 1 or len(scores) <= len(domains):
+            scores.pop(AVERAGE, None)
+    return facts | {
+        "domains": domains,
+        "seeds": sorted({cell.seed for cell in cells if not cell.row.startswith(TEACHER)}),
+        "teacher_seeds": sorted({cell.seed for cell in cells if cell.row.startswith(TEACHER)}),
+    }
+
+
+def _student_rows(comparison: dict | None) -> dict[str, dict]:
+    """Rows of students that have every domain."""
+    summary = comparison["summary"] if comparison else {}
+    return {
+        row: scores
+        for row, scores in summary.items()
+        if AVERAGE in scores and not row.startswith(TEACHER)
+    }
+
+
+def teacher_of(row: str, summary: dict) -> str | None:
+    """The row of a student's teacher; of a student without one, the first teacher there is."""
+    own = re.search(r"-from-(\w+)", row)
+    if own and TEACHER + own[1] in summary:
+        return TEACHER + own[1]
+    return next((name for name in summary if name.startswith(TEACHER)), None)
+
+
+def _best(comparison: dict | None, stages: Sequence[Stage]) -> dict | None:
+    """The row of students with the best average, its teacher, and how large both are."""
+    rows = _student_rows(comparison)
+    if not rows:
+        return None
+    row = max(rows, key=lambda name: rows[name][AVERAGE]["mean"])
+    teacher = teacher_of(row, comparison["summary"])
+    sizes = [stage.record["result"].get("parameters") for stage in stages if stage.row == row]
+    weights = [
+        stage.folder / "model.safetensors" for stage in stages if teacher and stage.row == teacher
+    ]
+    return {
+        "row": row,
+        "average": rows[row][AVERAGE],
+        "teacher": teacher,
+        "teacher_average": comparison["summary"].get(teacher, {}).get(AVERAGE),
+        "parameters": next(filter(None, sizes), None),
+        "teacher_parameters": next(filter(None, map(_parameters, weights)), None),
+    }
+
+
+def _parameters(weights: Path) -> int | None:
+    """How many numbers a safetensors file holds, from its header."""
+    if not weights.is_file():
+        return None
+    with safe_open(weights, framework="numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def _close(comparison: dict | None, best: dict | None) -> list[dict]:
+    """Rows whose average differs from the best by less than the larger spread of the two."""
+    found = []
+    for row, scores in _student_rows(comparison).items():
+        spreads = [score["std"] for score in (scores[AVERAGE], best["average"])]
+        if row == best["row"] or None in spreads:
+            continue
+        difference = best["average"]["mean"] - scores[AVERAGE]["mean"]
+        if difference < max(spreads):
+            found.append({"row": row, "difference": difference, "spread": max(spreads)})
+    return found
+
+
+def _confusion(best: dict | None, stages: Sequence[Stage]) -> dict | None:
+    """Counts [gold, predicted] by domain, summed over seeds: of the best row, or of the first that
+    has any."""
+    students = [stage for stage in stages if stage.kind == "student"]
+    rows = dict.fromkeys(([best["row"]] if best else []) + [stage.row for stage in students])
+    for row, split in itertools.product(rows, ("test", "validation")):
+        domains: dict[str, np.ndarray] = {}
+        own = [stage for stage in students if stage.row == row]
+        for stage in own:
+            for name, counts in stage.record["result"].get(split, {}).items():
+                if name.startswith("confusion/"):
+                    domain = name.removeprefix("confusion/")
+                    domains[domain] = domains.get(domain, 0) + np.array(counts)
+        if domains:
+            size = len(next(iter(domains.values())))
+            return {
+                "row": row,
+                "split": split,
+                "seeds": sorted({stage.seed for stage in own}),
+                "classes": _class_names(stages, size),
+                "domains": {name: counts.tolist() for name, counts in domains.items()},
+            }
+    return None
+
+
+def _class_names(stages: Sequence[Stage], number: int) -> list[str]:
+    """From the configuration of a model that was kept, a student's first of all."""
+    for stage in sorted(stages, key=lambda stage: stage.kind):
+        names = (_read(stage.folder / "config.json") or {}).get("id2label", {})
+        if len(names) == number:  # an MTL teacher has an output for each domain
+            return [names[str(index)] for index in range(number)]
+    return [f"class {index}" for index in range(number)]
+
+
+# What training logged
+
+
+def _curves(logs: Sequence[list[dict]]) -> dict:
+    """Weighted value of each term, averaged over students at equal shares of their training, since
+    domains of different sizes take different numbers of steps."""
+    share = np.linspace(0, 1, _CURVE_POINTS)
+    names = dict.fromkeys(
+        name for steps in logs for name in steps[0] | steps[-1] if name.endswith("_weighted")
+    )
+    ends, curves = [], {name: [] for name in names}
+    for steps in logs:
+        position = _positions(steps)
+        ends.append(position[-1])
+        for name in names:
+            # A term that another stage of the schedule trains has no value here.
+            value = [row.get(name, math.nan) for row in steps]
+            curves[name].append(np.interp(share * position[-1], position, value, left=math.nan))
+    means = {}
+    for name, values in curves.items():
+        kept = np.ma.masked_invalid(values).mean(axis=0).tolist()
+        means[name.removesuffix("_weighted")] = kept
+    return {
+        "step": (share * statistics.fmean(ends)).round(1).tolist(),
+        "terms": means,
+        "students": len(logs),
+    }
+
+
+def _positions(steps: Sequence[dict]) -> list[int]:
+    """Optimizer steps since the start, through stages that each count from their own."""
+    position, before, last = [], 0, 0
+    for row in steps:
+        if row["step"] < last:
+            before += last
+        last = row["step"]
+        position.append(before + last)
+    return position
+
+
+def _scores(folder: Path, stages: Sequence[Stage]) -> dict | None:
+    """Mean, spread and histogram of the prototype scores t."""
+    described = next((s.record["result"] for s in stages if s.kind == "prototypes"), None)
+    if described is None:
+        return None
+    facts = {"mean": described["mean"], "std": described["std"]}
+    path = folder / "scores.safetensors"
+    if not path.is_file():
+        return facts | described["histogram"]
+    try:
+        with safe_open(path, framework="numpy") as file:
+            counts, edges = np.histogram(file.get_tensor("t"), bins=_SCORE_BINS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error})", "build it again: metakd prototypes CONFIG.yaml"
+        ) from error
+    return facts | {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def _expertise(logs: Sequence[list[dict]]) -> dict | None:
+    """Mean and spread of lambda over all that was logged, and its histogram in shares; the spread
+    is that within a batch where no histogram was kept."""
+    rows = [row for steps in logs for row in steps if "expertise" in row]
+    if not rows:
+        return None
+    facts = {"mean": statistics.fmean(row["expertise"] for row in rows)}
+    shares = [row["expertise_histogram"] for row in rows if "expertise_histogram" in row]
+    if not shares:
+        std = statistics.fmean(row["expertise_std"] for row in rows)
+        return facts | {"std": std, "within_batch": True, "edges": None, "counts": None}
+    share = np.mean(shares, axis=0)
+    edges = np.linspace(0, 1, len(share) + 1)
+    middle = (edges[:-1] + edges[1:]) / 2
+    std = math.sqrt(np.average((middle - facts["mean"]) ** 2, weights=share))
+    return facts | {
+        "std": std,
+        "within_batch": False,
+        "edges": edges.tolist(),
+        "counts": share.tolist(),
+    }
+
+
+# Latency
+
+
+def _ratios(latency: dict | None) -> list[dict]:
+    """For each batch and length that both models were measured at: the fastest engine of each, and
+    how many times faster the student is, engine by engine."""
+    rows = latency["rows"] if latency else []
+    p50 = {
+        (row["model"], row["engine"], row["batch"], row["length"]): row["p50_ms"] for row in rows
+    }
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    found = []
+    for batch, length in sorted({(row["batch"], row["length"]) for row in rows}):
+        times = {
+            model: {e: p50[key] for e in engines if (key := (model, e, batch, length)) in p50}
+            for model in ("teacher", "student")
+        }
+        exact = {
+            model: {engine: ms for engine, ms in own.items() if engine != INT8_ENGINE}
+            for model, own in times.items()
+        }
+        if not all(exact.values()):
+            continue
+        fastest = {
+            model: {"engine": (engine := min(own, key=own.get)), "p50_ms": own[engine]}
+            for model, own in exact.items()
+        }
+        both = [engine for engine in times["teacher"] if engine in times["student"]]
+        found.append(
+            {
+                "batch": batch,
+                "length": length,
+                **fastest,
+                "ratio": fastest["teacher"]["p50_ms"] / fastest["student"]["p50_ms"],
+                "engines": {e: times["teacher"][e] / times["student"][e] for e in both},
+                "int8_ms": times["student"].get(INT8_ENGINE),
+            }
+        )
+    return found
+
+
+def headline_ratio(ratios: Sequence[dict]) -> dict | None:
+    """The entry at ``LATENCY_AT``, or what was measured nearest to it."""
+    return min(
+        ratios,
+        key=lambda row: (
+            abs(math.log(row["batch"] / LATENCY_AT[0])),
+            abs(math.log(row["length"] / LATENCY_AT[1])),
+        ),
+        default=None,
+    )
+
+
+def _tradeoff(
+    comparison: dict | None, latency: dict | None, exports: Sequence[dict]
+) -> dict | None:
+    """Accuracy against latency: the teachers, every row of students, and int8 students where all
+    domains of a row were exported and scored."""
+    at = headline_ratio(_ratios(latency))
+    if comparison is None or at is None:
+        return None
+    points = [
+        {"name": row, "accuracy": scores[AVERAGE]["mean"]} | at[_role(row)]
+        for row, scores in comparison["summary"].items()
+        if AVERAGE in scores
+    ]
+    left_out = []
+    scored: dict[str, dict[str, list[float]]] = {}
+    for export in exports:
+        accuracy = export["formats"].get(INT8_FILE, {}).get("accuracy")
+        if accuracy is not None:
+            scored.setdefault(export["row"], {}).setdefault(export["domain"], []).append(accuracy)
+    for row, domains in scored.items():
+        wanted = [ALL_DOMAINS] if ALL_DOMAINS in domains else comparison["domains"]
+        missing = [name for name in wanted if name not in domains]
+        if missing or at["int8_ms"] is None:
+            reason = f"not exported: {', '.join(missing)}" if missing else "no int8 latency"
+            left_out.append({"name": f"{row}, int8", "reason": reason})
+            continue
+        accuracy = statistics.fmean(statistics.fmean(domains[name]) for name in wanted)
+        points.append(
+            {"name": f"{row}, int8", "accuracy": 100 * accuracy}
+            | {"engine": INT8_ENGINE, "p50_ms": at["int8_ms"]}
+        )
+    front = pareto([(point["p50_ms"], point["accuracy"]) for point in points])
+    return {
+        "batch": at["batch"],
+        "length": at["length"],
+        "points": [point | {"front": on} for point, on in zip(points, front)],
+        "left_out": left_out,
+    }
+
+
+def _role(row: str) -> str:
+    return "teacher" if row.startswith(TEACHER) else "student"
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which of these (cost, value) no other beats: none costs as little and is worth more, or costs
+    less and is worth as much."""
+    return [
+        not any(
+            other_cost <= cost and other >= value and (other_cost, other) != (cost, value)
+            for other_cost, other in points
+        )
+        for cost, value in points
+    ]
+
+
+# The rest
+
+
+def _warnings(facts: dict) -> list[dict]:
+    found = []
+    comparison = facts["comparison"]
+    summary = comparison["summary"] if comparison else {}
+    for row, (domain, tuned) in itertools.product(summary, summary.get("finetune", {}).items()):
+        taught = summary[row].get(domain)
+        if row.startswith(TEACHER) and taught and taught["mean"] < tuned["mean"]:
+            where = "on average" if domain == AVERAGE else f"on {domain}"
+            found.append(
+                {
+                    "kind": "weak teacher",
+                    "text": f"{row} reaches {taught['mean']:.1f} % {where}, a student that was "
+                    f"fine-tuned alone {tuned['mean']:.1f} %: there it has little to teach.",
+                }
+            )
+    if facts["scores"] and facts["scores"]["std"] < FLAT_SCORES:
+        found.append(
+            {
+                "kind": "flat scores",
+                "text": "The prototype scores t are nearly constant (standard deviation "
+                f"{facts['scores']['std']:.4f}, less than {FLAT_SCORES}): weighting by them does "
+                "next to nothing. Try prototypes.rescale.",
+            }
+        )
+    if comparison and len(comparison["seeds"]) == 1:
+        found.append(
+            {
+                "kind": "one seed",
+                "text": f"All students have one seed ({comparison['seeds'][0]}): no difference "
+                "between rows can be told from chance. Give compare.seeds more of them.",
+            }
+        )
+    for export in facts["exports"]:
+        agreement = export["formats"].get(INT8_FILE, {}).get("label_agreement", 1.0)
+        if agreement < LEAST_AGREEMENT:
+            found.append(
+                {
+                    "kind": "int8",
+                    "text": f"{export['student']} in int8 labels {100 * agreement:.1f} % of "
+                    f"{export['checked']['examples']} examples as PyTorch does, less than "
+                    f"{100 * LEAST_AGREEMENT:.0f} %.",
+                }
+            )
+    return found
+
+
+def _commands(stages: Sequence[Stage], read: dict, exports: Sequence[dict]) -> list[str]:
+    """The commands that made all this, each once, in the order of the stages."""
+    recorded = [stage.record.get("command") for stage in stages]
+    recorded += [(read[name] or {}).get("command") for name in ("compare", "latency")]
+    recorded += [export.get("command") for export in exports]
+    return list(dict.fromkeys(filter(None, recorded)))
+
+
+def _seconds(stages: Sequence[Stage]) -> list[dict]:
+    found: dict[tuple[str, str], list[Stage]] = {}
+    order = ("prototypes", "teacher", "student")
+    for stage in sorted(stages, key=lambda stage: order.index(stage.kind)):
+        found.setdefault((stage.kind, stage.row), []).append(stage)
+    return [
+        {
+            "stage": row or kind,
+            "number": len(own),
+            "seconds": sum(stage.record["seconds"] for stage in own),
+            "processes": sorted({stage.record["world_size"] for stage in own}),
+        }
+        for (kind, row), own in found.items()
+    ]

@@ -1,0 +1,241 @@
+"""Plots of a report as SVG that goes into the page itself.
+
+matplotlib draws in sentinel colours, which become CSS variables of the page, so that a plot follows
+its light or dark theme. Text stays text in the page's font. Each plot is narrow enough for a phone;
+the page puts several beside each other where there is room.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from xml.etree import ElementTree
+
+from metakd.errors import UnsupportedError
+
+INK, FAINT = "ink", "faint"
+SERIES = tuple(f"series-{number}" for number in range(1, 8))
+# Told apart without colour as well.
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)), (0, (3, 1)), (0, (9, 3)), "-.")
+_MARKERS = "os^DvPX"
+
+# Any colours that nothing else uses: matplotlib writes them as they are.
+_SENTINELS = {name: f"#0a0b{number:02x}" for number, name in enumerate((INK, FAINT, *SERIES))}
+_SIZE = (420, 290)  # of a plot, in the units of its own coordinates: CSS pixels at full size
+_FONT = 12
+_POINTS_PER_INCH = 72
+_LABEL_ROOM = 0.3  # share of the width that labels of curves take
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UnsupportedError(
+            f"a report needs matplotlib ({error})", "pip install metakd[deploy]"
+        ) from error
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _style() -> dict:
+    ink, faint = _SENTINELS[INK], _SENTINELS[FAINT]
+    return {
+        "svg.fonttype": "none",
+        "text.parse_math": False,  # a domain may be called $x$
+        "font.size": _FONT,
+        "axes.titlesize": _FONT,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": _FONT,
+        "xtick.labelsize": _FONT - 1,
+        "ytick.labelsize": _FONT - 1,
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.titlecolor": ink,
+        "axes.edgecolor": faint,
+        "xtick.color": faint,
+        "ytick.color": faint,
+        "xtick.labelcolor": ink,
+        "ytick.labelcolor": ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": faint,
+        "grid.alpha": 0.35,
+        "grid.linewidth": 0.6,
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "savefig.facecolor": "none",
+    }
+
+
+class _Plot:
+    """A figure with one set of axes; on leaving, ``svg`` is its text."""
+
+    def __init__(self, name: str, title: str, x: str, y: str):
+        self.name, self.title, self.x, self.y = name, title, x, y
+        self.svg = ""
+
+    def __enter__(self):
+        pyplot = _pyplot()
+        self._context = pyplot.rc_context(_style() | {"svg.hashsalt": self.name})
+        self._context.__enter__()
+        size = [pixels / _POINTS_PER_INCH for pixels in _SIZE]
+        self.figure, self.axes = pyplot.subplots(figsize=size, layout="constrained")
+        self.axes.set_title(self.title)
+        self.axes.set_xlabel(self.x)
+        self.axes.set_ylabel(self.y)
+        return self
+
+    def __exit__(self, kind, *_rest) -> None:
+        pyplot = _pyplot()
+        written = io.StringIO()
+        if kind is None:
+            self.figure.savefig(written, format="svg", metadata={"Date": None})
+            label = f"{self.title}: {self.y} against {self.x}"
+            self.svg = _inline(written.getvalue(), self.name, label)
+        pyplot.close(self.figure)
+        self._context.__exit__(None, None, None)
+
+
+def _inline(text: str, name: str, label: str) -> str:
+    """matplotlib's file as an element of a page: themed, with a label, its names its own."""
+    root = ElementTree.fromstring(text)
+    variables = {colour: f"var(--{key})" for key, colour in _SENTINELS.items()}
+    for parent in list(root.iter()):
+        for child in list(parent):
+            # Provenance, and rules that would hold for the whole page.
+            if child.tag.endswith(("}metadata", "}style")):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        if "id" in attributes:
+            attributes["id"] = f"{name}-{attributes['id']}"
+        if "href" in attributes:
+            attributes["href"] = f"#{name}-{attributes['href'].removeprefix('#')}"
+        if "clip-path" in attributes:
+            attributes["clip-path"] = attributes["clip-path"].replace("(#", f"(#{name}-")
+        if "style" in attributes:
+            style = re.sub(r"font: [^;]*;?", f"font-size: {_FONT - 1}px;", attributes["style"])
+            for colour, variable in variables.items():
+                style = style.replace(colour, variable)
+            attributes["style"] = style
+        element.attrib.clear()
+        element.attrib.update(attributes)
+    for unwanted in ("width", "height", "version"):
+        del root.attrib[unwanted]
+    root.attrib |= {"role": "img", "aria-label": label}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def tradeoff(facts: dict) -> str:
+    """Accuracy against latency, the Pareto front joined by a line."""
+    points = facts["points"]
+    at = f"batch {facts['batch']}, {facts['length']} tokens"
+    with _Plot(
+        "tradeoff", "Accuracy against latency", f"p50 latency, ms ({at})", "accuracy, %"
+    ) as plot:
+        front = sorted((point["p50_ms"], point["accuracy"]) for point in points if point["front"])
+        plot.axes.plot(*zip(*front), color=_SENTINELS[FAINT], linestyle=_DASHES[1], zorder=1)
+        for number, point in enumerate(points):
+            colour = _SENTINELS[SERIES[number % len(SERIES)]]
+            plot.axes.plot(
+                point["p50_ms"],
+                point["accuracy"],
+                _MARKERS[number % len(_MARKERS)],
+                color=colour,
+                markerfacecolor=colour if point["front"] else "none",
+                markersize=8,
+                label=point["name"],
+            )
+        plot.axes.margins(x=0.12, y=0.15)
+        plot.figure.legend(
+            loc="outside lower left", frameon=False, ncols=2, handletextpad=0.2, columnspacing=1
+        )
+    return plot.svg
+
+
+def curves(name: str, title: str, facts: dict, colours: Sequence[str]) -> str:
+    """The weighted terms of one row of students against the step, on a logarithmic scale.
+
+    Args:
+        name: of the plot, unique within the page.
+        title: the row's name.
+        facts: an entry of ``terms``.
+        colours: all terms of the report, so that each has one colour throughout.
+    """
+    with _Plot(name, title, "optimizer step", "weighted term") as plot:
+        plot.axes.set_yscale("log", nonpositive="mask")
+        ends = []
+        for term, values in facts["terms"].items():
+            number = colours.index(term) % len(SERIES)
+            shown = [value if value is not None and value > 0 else float("nan") for value in values]
+            colour = _SENTINELS[SERIES[number]]
+            plot.axes.plot(facts["step"], shown, color=colour, linestyle=_DASHES[number], lw=1.8)
+            last = [value for value in shown if value == value]
+            if last:
+                ends.append((last[-1], term, colour))
+        plot.axes.set_xlim(0, facts["step"][-1])
+        _label_ends(plot, ends)
+    return plot.svg
+
+
+def _label_ends(plot: _Plot, ends: list[tuple[float, str, str]]) -> None:
+    """Names beside the ends of curves, moved apart where they would cover each other."""
+    plot.figure.get_layout_engine().set(rect=(0, 0, 1 - _LABEL_ROOM, 1))
+    plot.figure.canvas.draw()  # decides where the axes lie
+    plot.figure.set_layout_engine("none")
+    transform = plot.axes.transData
+    gap = (_FONT + 2) * plot.figure.dpi / _POINTS_PER_INCH
+    box = plot.axes.get_window_extent()
+    height = -float("inf")
+    placed = []
+    for value, term, colour in sorted(ends):
+        height = max(transform.transform((0, value))[1], height + gap)
+        placed.append([height, term, colour])
+    # What was pushed over the top goes back down, and pushes in its turn.
+    ceiling = box.y1
+    for label in reversed(placed):
+        label[0] = min(label[0], ceiling)
+        ceiling = label[0] - gap
+    for height, term, colour in placed:
+        share = (height - box.y0) / box.height
+        plot.axes.annotate(
+            term,
+            (1.02, share),
+            xycoords="axes fraction",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def histogram(name: str, title: str, x: str, y: str, facts: dict) -> str:
+    """Counts or shares over ``edges``, the mean marked.
+
+    Args:
+        name: of the plot, unique within the page.
+        title: what is counted.
+        x: label of the values, y of their number.
+        facts: ``edges``, ``counts``, ``mean``.
+    """
+    with _Plot(name, title, x, y) as plot:
+        colour = _SENTINELS[SERIES[0]]
+        plot.axes.stairs(facts["counts"], facts["edges"], fill=True, color=colour, alpha=0.55)
+        plot.axes.stairs(facts["counts"], facts["edges"], color=colour)
+        plot.axes.axvline(facts["mean"], color=_SENTINELS[INK], linestyle=_DASHES[1], lw=1.2)
+        plot.axes.annotate(
+            f"mean {facts['mean']:.3f}",
+            (facts["mean"], 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -4),
+            textcoords="offset points",
+            va="top",
+        )
+    return plot.svg

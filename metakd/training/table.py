@@ -1,0 +1,116 @@
+"""Tables of scores: cells, their means and spreads, and how they look in Markdown.
+
+Imports the standard library only, so that reading a finished run does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ALL_DOMAINS = "all"  # in place of a domain: the one student, or teacher, that serves them all
+AVERAGE = "average"
+TEACHER = "teacher: "  # what the rows of teachers begin with, before their kind
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score: accuracy in percent of a row on a domain with one seed."""
+
+    row: str
+    domain: str
+    seed: int
+    accuracy: float
+
+
+def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, float]]]:
+    """``{row: {domain or "average": {"mean", "std", "n"}}}``; the average's spread is over seeds,
+    not domains."""
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for row in dict.fromkeys(cell.row for cell in cells):
+        own = [cell for cell in cells if cell.row == row]
+        by_domain = {
+            d: [c.accuracy for c in own if c.domain == d]
+            for d in dict.fromkeys(c.domain for c in own)
+        }
+        by_seed = [
+            statistics.fmean(c.accuracy for c in own if c.seed == s)
+            for s in dict.fromkeys(c.seed for c in own)
+        ]
+        summary[row] = {
+            name: _spread(values) for name, values in {**by_domain, AVERAGE: by_seed}.items()
+        }
+    return summary
+
+
+def term_values(students: Sequence[Path]) -> dict[str, float]:
+    """Mean weighted value of each term over the second half of training, and of lambda and its
+    standard deviation within a batch, from the students' ``log.jsonl``; empty where none is."""
+    seen: dict[str, list[float]] = {}
+    for log in filter(Path.exists, (place / "log.jsonl" for place in students)):
+        logged = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+        steps = [row for row in logged if row["split"] == "train"]
+        for row in steps[len(steps) // 2 :]:
+            for name, value in row.items():
+                if name.endswith("_weighted") or name in ("expertise", "expertise_std"):
+                    seen.setdefault(name.removesuffix("_weighted"), []).append(value)
+    return {name: statistics.fmean(values) for name, values in seen.items()}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    # One seed says nothing about spread; None keeps it from reading as "no spread".
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "n": len(values)}
+
+
+def markdown(result: dict) -> str:
+    """The table as Markdown: accuracy in percent, mean ± sample standard deviation over seeds."""
+    summary = result["summary"]
+    domains = list(
+        dict.fromkeys(name for row in summary.values() for name in row if name != AVERAGE)
+    )
+    columns = [*domains, AVERAGE]
+    rows = [[row, *(show(scores.get(c)) for c in columns)] for row, scores in summary.items()]
+    return markdown_table(["", *columns], rows)
+
+
+def terms_markdown(result: dict) -> str:
+    """What each term contributed to the loss, as Markdown."""
+    names = list(dict.fromkeys(name for row in result["terms"].values() for name in row))
+    rows = [
+        [row, *(f"{values[name]:.3g}" if name in values else "-" for name in names)]
+        for row, values in result["terms"].items()
+    ]
+    return markdown_table(["", *names], rows)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
+    """A table whose cells stay cells, whatever their text.
+
+    Args:
+        header: column names.
+        rows: as many cells each.
+        numbers: so many of the last columns are aligned to the right.
+    """
+    rules = ["---"] * (len(header) - numbers) + ["---:"] * numbers
+    lines = [_line(header), "|" + "|".join(rules) + "|", *map(_line, rows)]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "|" + "".join(f" {_cell(cell)} |" if cell else " |" for cell in cells)
+
+
+def _cell(text: str) -> str:
+    # Names come from the data: neither markup nor a column of their own.
+    return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|")
+
+
+def show(score: dict[str, float] | None) -> str:
+    """Mean ± standard deviation of one entry of a summary, in its own unit."""
+    if score is None:
+        return "-"
+    return f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if score["std"] is not None else "")
