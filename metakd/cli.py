@@ -13,6 +13,7 @@ import shlex
 import sys
 import traceback
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -338,8 +339,6 @@ def latency(
     ] = None,
 ):
     """Time models side by side: engines x batch x length; writes latency.json and latency.md."""
-    from pathlib import Path
-
     import torch
 
     from metakd.deploy.engines import ENGINES
@@ -370,6 +369,20 @@ def latency(
     (place / "latency.md").write_text(markdown(result), encoding="utf-8")
     print(markdown(result))
     print(f"written to {place}/latency.json and .md")
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder that a run has written")],
+    out: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="where to write; RUN by default")
+    ] = None,
+):
+    """Write all that is known of a run as one HTML page, as Markdown and as JSON."""
+    from metakd.deploy.report import write_report
+
+    for path in write_report(Path(run), Path(out) if out else None, _command()):
+        console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -494,7 +507,6 @@ def _diagnose() -> dict[str, dict[str, str]]:
 def _build_locks() -> dict[str, str]:
     """Locks under torch's extension cache, where DeepSpeed compiles its operators at first use."""
     import time
-    from pathlib import Path
 
     from torch.utils.cpp_extension import get_default_build_root
 

@@ -25,6 +25,7 @@ _SENTINELS = {name: f"#0a0b{number:02x}" for number, name in enumerate((INK, FAI
 _SIZE = (420, 290)  # of a plot, in the units of its own coordinates: CSS pixels at full size
 _FONT = 12
 _POINTS_PER_INCH = 72
+_OWN_FONT = re.compile(r"font: (?:(\d+|bold) )?([\d.]+)px [^;]*")
 _LABEL_ROOM = 0.3  # share of the width that labels of curves take
 
 
@@ -122,7 +123,8 @@ def _inline(text: str, name: str, label: str) -> str:
         if "clip-path" in attributes:
             attributes["clip-path"] = attributes["clip-path"].replace("(#", f"(#{name}-")
         if "style" in attributes:
-            style = re.sub(r"font: [^;]*;?", f"font-size: {_FONT - 1}px;", attributes["style"])
+            style = _OWN_FONT.sub(r"font-weight: \1; font-size: \2px", attributes["style"])
+            style = style.replace("font-weight: ;", "")
             for colour, variable in variables.items():
                 style = style.replace(colour, variable)
             attributes["style"] = style

@@ -1,0 +1,631 @@
+"""``metakd report``: a run as one page, for people (HTML, Markdown) and programs (JSON).
+
+``facts.gather`` reads the run, ``sections`` puts the facts in words and tables, and two renderers
+write these down; plots are the page's alone. What a run has not got is left out, and a line says
+which command would fill it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from metakd.deploy import facts as found
+from metakd.deploy import plots
+from metakd.errors import ConfigError, UnsupportedError
+from metakd.training.card import Measured, write_card
+from metakd.training.table import ALL_DOMAINS, AVERAGE, markdown_table, show
+
+_TEMPLATE = "report.html.jinja"
+_MISSING = "—"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text.
+
+    Args:
+        caption: what it shows, with units.
+        header: column names.
+        rows: as many cells each.
+        names: so many of the first columns are words; the others are numbers.
+        shares: by row and column of the numbers, how strongly a cell is shaded, 0 to 1.
+        folded: long enough to be opened on demand.
+    """
+
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+    names: int = 1
+    shares: list[list[float]] | None = None
+    folded: bool = False
+
+
+@dataclass
+class Section:
+    """A part of the report.
+
+    Args:
+        name: its anchor.
+        title: its heading.
+        notes: paragraphs.
+        plots: SVG elements.
+        tables: below the plots.
+        commands: lines to copy.
+    """
+
+    name: str
+    title: str
+    notes: list[str] = field(default_factory=list)
+    plots: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+
+
+def write_report(run: Path, out: Path | None = None, command: str = "") -> list[Path]:
+    """Write ``report.html``, ``report.md`` and ``report.json``, and the cards of the students anew.
+
+    Args:
+        run: the run's ``output_dir``.
+        out: folder for the report; the run's by default.
+        command: that asked for it.
+
+    Returns:
+        The three files.
+
+    Raises:
+        ConfigError: the folder is no run.
+        CheckpointError: a file of the run cannot be read.
+        UnsupportedError: matplotlib or Jinja is missing.
+    """
+    facts = found.gather(run, command)
+    parts = sections(facts)
+    texts = {
+        "html": html(facts, parts),
+        "md": markdown(facts, parts),
+        "json": json.dumps(facts, indent=1, allow_nan=False),
+    }
+    out = out or run
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for suffix, text in texts.items():
+            (out / f"report.{suffix}").write_text(text, encoding="utf-8")
+        _rewrite_cards(run, facts)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}", "give --out FOLDER") from error
+    return [out / f"report.{suffix}" for suffix in texts]
+
+
+def _rewrite_cards(run: Path, facts: dict) -> None:
+    comparison, latency = facts["comparison"], facts["latency"]
+    for stage in found.find_stages(run):
+        result = stage.record["result"]
+        # Without weights there is no model; without its origin the card was written before that was
+        # kept, and says more than could be said now.
+        if stage.kind != "student" or not stage.record["kept"] or "origin" not in result:
+            continue
+        column = AVERAGE if stage.domain == ALL_DOMAINS else stage.domain
+        spread = comparison["summary"].get(stage.row, {}).get(column) if comparison else None
+        rows = [row for row in latency["rows"] if row["model"] == "student"] if latency else []
+        least = min((row["batch"] for row in rows), default=None)
+        formats = [
+            export["formats"]
+            for export in facts["exports"]
+            if export["student"] == f"{stage.folder.parent.name}/{stage.domain}"
+        ]
+        measured = Measured(
+            spread=spread and {"split": comparison["split"], **spread},
+            latency=[row for row in rows if row["batch"] == least],
+            device=_device(latency["environment"]) if latency else "",
+            formats=formats[0] if formats else {},
+        )
+        write_card(stage.folder, result, stage.record["command"], measured)
+
+
+# What the report says
+
+
+def sections(facts: dict) -> list[Section]:
+    """The parts of the report in their order, each with what there is to say."""
+    return [
+        _accuracy(facts),
+        _tradeoff(facts),
+        _terms(facts),
+        _weights(facts),
+        _confusion(facts),
+        _latency(facts),
+        _exports(facts),
+        _environment(facts),
+        _reproduce(facts),
+    ]
+
+
+def headline(facts: dict) -> str:
+    """What the best students reach, against their teacher, in one or two sentences."""
+    best = facts["best"]
+    if best is None:
+        return "No row of students is complete yet."
+    domains = len(facts["comparison"]["domains"])
+    over = f"on average over {domains} domains" if domains > 1 else "on its one domain"
+    text = (
+        f"{best['row']} reaches {show(best['average'])} % accuracy {over} "
+        f"({facts['comparison']['split']} split)"
+    )
+    if best["teacher_average"]:
+        gap = best["average"]["mean"] - best["teacher_average"]["mean"]
+        side = "above" if gap > 0 else "below"
+        text += f", {abs(gap):.1f} points {side} the teacher's {show(best['teacher_average'])} %"
+    gains = []
+    if best["parameters"] and best["teacher_parameters"]:
+        gains.append(
+            f"{best['parameters'] / 1e6:.1f} million parameters against "
+            f"{best['teacher_parameters'] / 1e6:.1f} million "
+            f"({_times(best['teacher_parameters'] / best['parameters'])} fewer)"
+        )
+    if at := found.headline_ratio(facts["ratios"]):
+        gains.append(
+            f"{at['student']['p50_ms']:.2f} ms against {at['teacher']['p50_ms']:.2f} ms "
+            f"({_times(at['ratio'])} as fast; p50 at batch {at['batch']} and {at['length']} "
+            f"tokens, {at['student']['engine']} against {at['teacher']['engine']})"
+        )
+    return f"{text}. " + (f"It takes {' and '.join(gains)}." if gains else "")
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f} times"
+
+
+def _accuracy(facts: dict) -> Section:
+    comparison = facts["comparison"]
+    section = Section("accuracy", "Accuracy by method and domain")
+    if comparison is None:
+        section.notes.append(
+            "Nothing is trained yet: `metakd run CONFIG` or `metakd compare CONFIG`."
+        )
+        return section
+    columns = [*comparison["domains"], AVERAGE]
+    rows = [
+        [row, *(show(scores[c]) if c in scores else _MISSING for c in columns), _seeds(scores)]
+        for row, scores in comparison["summary"].items()
+    ]
+    section.tables.append(
+        Table(
+            f"Accuracy in percent on the {comparison['split']} split: mean ± sample standard "
+            "deviation over seeds.",
+            ["", *columns, "seeds"],
+            rows,
+        )
+    )
+    for close in facts["close"]:
+        section.notes.append(
+            f"{facts['best']['row']} and {close['row']} differ by {close['difference']:.1f} points "
+            f"on average, less than their spread over seeds ({close['spread']:.1f}): no difference "
+            "is shown."
+        )
+    if scored := facts["evaluation"]:
+        section.tables.append(_evaluation(scored))
+    return section
+
+
+def _seeds(scores: dict) -> str:
+    numbers = sorted({score["n"] for score in scores.values()})
+    return "–".join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))
+
+
+def _evaluation(scored: dict) -> Table:
+    students = {
+        name.removeprefix("accuracy/"): value
+        for scores in scored["students"].values()
+        for name, value in scores.items()
+        if name.startswith("accuracy/")
+    }
+    rows = []
+    for domain, student in students.items():
+        teacher = scored["teacher"].get(f"accuracy/{domain}")
+        if teacher is None:
+            rows.append([domain, _MISSING, f"{100 * student:.1f}", _MISSING])
+        else:
+            values = (teacher, student, student - teacher)
+            rows.append([domain, *(f"{100 * value:.1f}" for value in values)])
+    return Table(
+        "The configured method once more, from its saved files in fp32: accuracy in percent on "
+        f"the {scored['split']} split.",
+        ["domain", "teacher", "student", "difference"],
+        rows,
+    )
+
+
+def _tradeoff(facts: dict) -> Section:
+    section = Section("tradeoff", "Accuracy against latency")
+    trade = facts["tradeoff"]
+    if trade is None:
+        section.notes.append(_not_measured(facts))
+        return section
+    section.plots.append(plots.tradeoff(trade))
+    section.notes.append(
+        "Filled marks are on the Pareto front: nothing else is both as fast and as accurate. "
+        "Students of one run have one shape, so one was measured; each model runs on its fastest "
+        "engine with unrounded weights."
+    )
+    section.notes += [
+        f"{left['name']} is left out ({left['reason']})." for left in trade["left_out"]
+    ]
+    section.tables.append(
+        Table(
+            f"Average accuracy in percent, p50 latency in ms at batch {trade['batch']} and "
+            f"{trade['length']} tokens.",
+            ["", "engine", "accuracy", "p50", "Pareto front"],
+            [
+                [
+                    point["name"],
+                    point["engine"],
+                    f"{point['accuracy']:.1f}",
+                    f"{point['p50_ms']:.2f}",
+                    "yes" if point["front"] else "no",
+                ]
+                for point in trade["points"]
+            ],
+            names=2,
+        )
+    )
+    return section
+
+
+def _not_measured(facts: dict) -> str:
+    return f"Latency is not measured yet: `metakd latency {facts['run']}`."
+
+
+def _terms(facts: dict) -> Section:
+    section = Section("terms", "What the loss is made of")
+    terms = facts["terms"]
+    if not terms:
+        section.notes.append(
+            "No log of a student is there: train with `report_to: [jsonl]`, the default."
+        )
+        return section
+    names = list(dict.fromkeys(name for curves in terms.values() for name in curves["terms"]))
+    section.notes.append(
+        "Each term as it enters the loss, weighted, averaged over domains and seeds at equal "
+        "shares of training."
+    )
+    section.plots += [
+        plots.curves(f"terms-{number}", row, curves, names)
+        for number, (row, curves) in enumerate(terms.items(), 1)
+    ]
+    section.tables.append(
+        Table(
+            "Weighted value of each term at the end of training (last logged, mean over students).",
+            ["", *names, "students"],
+            [
+                [
+                    row,
+                    *(_last(curves["terms"].get(name)) for name in names),
+                    str(curves["students"]),
+                ]
+                for row, curves in terms.items()
+            ],
+        )
+    )
+    return section
+
+
+def _last(values: Sequence[float | None] | None) -> str:
+    known = [value for value in values or () if value is not None]
+    return f"{known[-1]:.3g}" if known else _MISSING
+
+
+def _weights(facts: dict) -> Section:
+    section = Section("weights", "Weights of the examples")
+    scores, expertise = facts["scores"], facts["expertise"]
+    if scores:
+        section.plots.append(
+            plots.histogram(
+                "scores", "Prototype scores", "score t of an example", "training examples", scores
+            )
+        )
+    else:
+        section.notes.append("No prototype scores: `metakd prototypes CONFIG` makes them.")
+    rows = (
+        [["t, prototype score", f"{scores['mean']:.4f}", f"{scores['std']:.4f}"]] if scores else []
+    )
+    for number, (row, spread) in enumerate(expertise.items(), 1):
+        within = " (within a batch)" if spread["within_batch"] else ""
+        values = [f"{spread['mean']:.4f}", f"{spread['std']:.4f}{within}"]
+        rows.append([f"λ, {row}", *values])
+        if spread["counts"]:
+            title = f"Expertise of the teacher, {row}"
+            section.plots.append(
+                plots.histogram(
+                    f"expertise-{number}", title, "weight λ of an example", "share", spread
+                )
+            )
+    if rows:
+        section.tables.append(
+            Table(
+                "Weights of training examples, without unit.",
+                ["", "mean", "standard deviation"],
+                rows,
+            )
+        )
+    return section
+
+
+def _confusion(facts: dict) -> Section:
+    section = Section("confusion", "What is taken for what")
+    confusion = facts["confusion"]
+    if confusion is None:
+        section.notes.append(
+            "The stages here keep no confusions: those that are trained by `metakd run` now do."
+        )
+        return section
+    seeds = ", ".join(map(str, confusion["seeds"]))
+    section.notes.append(
+        f"{confusion['row']}, {confusion['split']} split, examples summed over seeds ({seeds}). "
+        "Rows are what is right, columns what was predicted."
+    )
+    for domain, counts in confusion["domains"].items():
+        totals = [max(1, sum(row)) for row in counts]
+        section.tables.append(
+            Table(
+                f"{domain}: number of examples.",
+                ["right", *confusion["classes"]],
+                [[name, *map(str, row)] for name, row in zip(confusion["classes"], counts)],
+                shares=[[count / total for count in row] for row, total in zip(counts, totals)],
+            )
+        )
+    return section
+
+
+_TIMES = ("p50_ms", "p90_ms", "p95_ms", "p99_ms")
+
+
+def _latency(facts: dict) -> Section:
+    section = Section("latency", "Latency")
+    latency = facts["latency"]
+    if latency is None:
+        section.notes.append(_not_measured(facts))
+        return section
+    section.notes.append(f"Measured on {_device(latency['environment'])}.")
+    section.tables.append(_models(latency))
+    if facts["ratios"]:
+        section.tables.append(_ratios(facts["ratios"]))
+    section.tables.append(
+        Table(
+            "Every measurement: latency of a call in ms (a percentile needs enough calls), "
+            "sequences a second, peak memory in MiB, largest error of a logit against PyTorch.",
+            [
+                *("model", "engine", "batch", "tokens", "calls", "p50", "p50, 95 % interval"),
+                *("p90", "p95", "p99", "sequences/s", "memory", "logit error"),
+            ],
+            [
+                [
+                    row["model"],
+                    row["engine"],
+                    *(str(row[name]) for name in ("batch", "length", "calls")),
+                    _ms(row["p50_ms"]),
+                    "–".join(map(_ms, row["p50_ci95_ms"])),
+                    *(_ms(row[name]) for name in _TIMES[1:]),
+                    f"{row['sequences_per_s']:,.0f}",
+                    _MISSING
+                    if row["peak_memory_bytes"] is None
+                    else f"{row['peak_memory_bytes'] / 2**20:,.0f}",
+                    f"{row['max_logit_error']:.1e}",
+                ]
+                for row in latency["rows"]
+            ],
+            names=2,
+            folded=True,
+        )
+    )
+    if latency["tokenising"]:
+        section.tables.append(
+            Table(
+                "Tokenising, which comes on top: ms a call.",
+                ["model", "batch", "tokens", "p50", "p90", "p95", "p99"],
+                [
+                    [
+                        row["model"],
+                        *(str(row[name]) for name in ("batch", "length")),
+                        *(_ms(row[name]) for name in _TIMES),
+                    ]
+                    for row in latency["tokenising"]
+                ],
+                folded=True,
+            )
+        )
+    if latency["absent"]:
+        section.tables.append(
+            Table(
+                "Not measured, and why.",
+                ["model", "engine", "reason"],
+                [[row["model"], row["engine"], row["reason"]] for row in latency["absent"]],
+                names=3,
+            )
+        )
+    return section
+
+
+def _ms(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:.2f}"
+
+
+def _models(latency: dict) -> Table:
+    models = latency["models"]
+    engines = list(dict.fromkeys(name for model in models.values() for name in model["bytes"]))
+    return Table(
+        "The models: parameters in millions, and their files' size in MB by engine.",
+        ["model", "layers", "width", "parameters", *engines],
+        [
+            [
+                name,
+                str(model["layers"]),
+                str(model["hidden"]),
+                f"{model['parameters'] / 1e6:.1f}",
+                *(
+                    f"{model['bytes'][engine] / 1e6:.1f}" if engine in model["bytes"] else _MISSING
+                    for engine in engines
+                ),
+            ]
+            for name, model in models.items()
+        ],
+    )
+
+
+def _ratios(ratios: Sequence[dict]) -> Table:
+    engines = list(dict.fromkeys(engine for row in ratios for engine in row["engines"]))
+    return Table(
+        "How many times as fast as the teacher the student is: on the fastest engine of each "
+        "(unrounded weights; p50 in ms), and engine by engine.",
+        ["batch", "tokens", "teacher", "student", "fastest", *engines],
+        [
+            [
+                *(str(row[name]) for name in ("batch", "length")),
+                *(f"{_ms(row[m]['p50_ms'])} {row[m]['engine']}" for m in ("teacher", "student")),
+                f"{row['ratio']:.2f}×",
+                *(
+                    f"{row['engines'][engine]:.2f}×" if engine in row["engines"] else _MISSING
+                    for engine in engines
+                ),
+            ]
+            for row in ratios
+        ],
+        names=0,
+    )
+
+
+def _exports(facts: dict) -> Section:
+    section = Section("exports", "Exported students")
+    if not facts["exports"]:
+        section.notes.append(
+            f"None is exported: `metakd export {facts['run']}/students/... --to onnx --int8`."
+        )
+        return section
+    rows = []
+    for export in facts["exports"]:
+        checked = export["checked"]
+        on = f"{checked['examples']:,} of {checked['data']}"
+        rows.append([export["student"], "PyTorch fp32", on, *[_MISSING] * 4])
+        rows[-1].append(_accuracy_percent(checked["accuracy"]))
+        for name, file in export["formats"].items():
+            rows.append(
+                [
+                    export["student"],
+                    name,
+                    on,
+                    f"{file['bytes'] / 1e6:.1f}",
+                    f"{file['max_logit_error']:.1e}",
+                    f"{file['mean_logit_error']:.1e}",
+                    f"{100 * file['label_agreement']:.2f}",
+                    _accuracy_percent(file["accuracy"]),
+                ]
+            )
+    section.tables.append(
+        Table(
+            "Against PyTorch in fp32: size in MB, error of a logit, share of examples with the "
+            "same label and accuracy in percent.",
+            [
+                *("student", "file", "checked on", "size", "largest error", "mean error"),
+                *("same label", "accuracy"),
+            ],
+            rows,
+            names=3,
+        )
+    )
+    return section
+
+
+def _accuracy_percent(share: float | None) -> str:
+    return _MISSING if share is None else f"{100 * share:.1f}"
+
+
+def _environment(facts: dict) -> Section:
+    section = Section("environment", "Environment")
+    places = {"this report": {"versions": facts["versions"]}}
+    if facts["latency"]:
+        places["latency"] = facts["latency"]["environment"]
+    for export in facts["exports"]:
+        places.setdefault("exports", export["environment"])
+    flat = {
+        place: {k: v for k, v in known.items() if k != "versions"} | known["versions"]
+        for place, known in places.items()
+    }
+    names = dict.fromkeys(name for known in flat.values() for name in known)
+    section.tables.append(
+        Table(
+            "What each part ran on: device, threads, versions. Training stages keep their command, "
+            "not their environment.",
+            ["", *flat],
+            [
+                [name, *(str(known.get(name) or _MISSING) for known in flat.values())]
+                for name in names
+            ],
+            names=1 + len(flat),
+        )
+    )
+    return section
+
+
+def _device(environment: dict) -> str:
+    threads = environment.get("threads")
+    return environment["device"] + (f", {threads} threads" if threads else "")
+
+
+def _reproduce(facts: dict) -> Section:
+    section = Section("reproduce", "How to make it again", commands=facts["commands"])
+    if facts["seconds"]:
+        rows = [
+            [
+                row["stage"],
+                str(row["number"]),
+                ", ".join(map(str, row["processes"])),
+                f"{row['seconds']:,.0f}",
+            ]
+            for row in facts["seconds"]
+        ]
+        rows.append(["all", *[""] * 2, f"{sum(row['seconds'] for row in facts['seconds']):,.0f}"])
+        section.tables.append(
+            Table(
+                "Time that the stages took: seconds, summed.",
+                ["stage", "times", "processes", "seconds"],
+                rows,
+            )
+        )
+    return section
+
+
+# How it looks
+
+
+def markdown(facts: dict, parts: Sequence[Section]) -> str:
+    """The report as Markdown, without its plots."""
+    lines = [f"# Report of {facts['run']}", headline(facts)]
+    lines += [f"> **Warning.** {warning['text']}" for warning in facts["warnings"]]
+    for part in parts:
+        lines += [f"## {part.title}", *part.notes]
+        for table in part.tables:
+            numbers = len(table.header) - table.names
+            lines += [table.caption, markdown_table(table.header, table.rows, numbers)]
+        if part.commands:
+            lines.append("```\n" + "\n".join(part.commands) + "\n```")
+    return "\n\n".join(lines) + "\n"
+
+
+def html(facts: dict, parts: Sequence[Section]) -> str:
+    """The report as one page that needs nothing else."""
+    try:
+        from jinja2 import Environment, PackageLoader
+    except ImportError as error:
+        raise UnsupportedError(
+            f"a report needs Jinja ({error})", "pip install metakd[deploy]"
+        ) from error
+    environment = Environment(
+        loader=PackageLoader("metakd.deploy", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(_TEMPLATE).render(
+        facts=facts, headline=headline(facts), parts=parts
+    )
