@@ -8,6 +8,7 @@ the page puts several beside each other where there is room.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from xml.etree import ElementTree
@@ -26,7 +27,7 @@ _SIZE = (420, 290)  # of a plot, in the units of its own coordinates: CSS pixels
 _FONT = 12
 _POINTS_PER_INCH = 72
 _OWN_FONT = re.compile(r"font: (?:(\d+|bold) )?([\d.]+)px [^;]*")
-_LABEL_ROOM = 0.3  # share of the width that labels of curves take
+_LABEL_ROOM = 0.2  # share of the width that labels of curves take
 
 
 def _pyplot():
@@ -163,24 +164,44 @@ def tradeoff(facts: dict) -> str:
     return plot.svg
 
 
-def curves(name: str, title: str, facts: dict, colours: Sequence[str]) -> str:
-    """The weighted terms of one row of students against the step, on a logarithmic scale.
+def curves(terms: dict[str, dict]) -> list[str]:
+    """For each row of students its weighted terms against the step, all on one logarithmic scale
+    and each term in one colour throughout.
 
     Args:
-        name: of the plot, unique within the page.
-        title: the row's name.
-        facts: an entry of ``terms``.
-        colours: all terms of the report, so that each has one colour throughout.
+        terms: as in the facts.
     """
-    with _Plot(name, title, "optimizer step", "weighted term") as plot:
+    names = list(dict.fromkeys(name for facts in terms.values() for name in facts["terms"]))
+    logged = [
+        value
+        for facts in terms.values()
+        for values in facts["terms"].values()
+        for value in values
+        if value is not None and value > 0
+    ]
+    limits = (min(logged) / 1.5, max(logged) * 1.5) if logged else (0.1, 1.0)
+    return [
+        _curves(f"terms-{number}", row, facts, names, limits)
+        for number, (row, facts) in enumerate(terms.items(), 1)
+    ]
+
+
+def _curves(
+    name: str, row: str, facts: dict, names: Sequence[str], limits: tuple[float, float]
+) -> str:
+    with _Plot(name, row, "optimizer step", "weighted term") as plot:
         plot.axes.set_yscale("log", nonpositive="mask")
+        plot.axes.set_ylim(limits)
+        # The usual labels are powers set as formulas, which the page cannot show.
+        plot.axes.yaxis.set_major_formatter("{x:g}")
+        plot.axes.yaxis.set_minor_formatter("")
         ends = []
         for term, values in facts["terms"].items():
-            number = colours.index(term) % len(SERIES)
-            shown = [value if value is not None and value > 0 else float("nan") for value in values]
+            number = names.index(term) % len(SERIES)
+            shown = [value if value is not None and value > 0 else math.nan for value in values]
             colour = _SENTINELS[SERIES[number]]
             plot.axes.plot(facts["step"], shown, color=colour, linestyle=_DASHES[number], lw=1.8)
-            last = [value for value in shown if value == value]
+            last = [value for value in shown if not math.isnan(value)]
             if last:
                 ends.append((last[-1], term, colour))
         plot.axes.set_xlim(0, facts["step"][-1])
@@ -196,7 +217,7 @@ def _label_ends(plot: _Plot, ends: list[tuple[float, str, str]]) -> None:
     transform = plot.axes.transData
     gap = (_FONT + 2) * plot.figure.dpi / _POINTS_PER_INCH
     box = plot.axes.get_window_extent()
-    height = -float("inf")
+    height = -math.inf
     placed = []
     for value, term, colour in sorted(ends):
         height = max(transform.transform((0, value))[1], height + gap)
@@ -231,6 +252,7 @@ def histogram(name: str, title: str, x: str, y: str, facts: dict) -> str:
         colour = _SENTINELS[SERIES[0]]
         plot.axes.stairs(facts["counts"], facts["edges"], fill=True, color=colour, alpha=0.55)
         plot.axes.stairs(facts["counts"], facts["edges"], color=colour)
+        plot.axes.set_ylim(0, 1.15 * max(facts["counts"]))  # the mean's label stands above them
         plot.axes.axvline(facts["mean"], color=_SENTINELS[INK], linestyle=_DASHES[1], lw=1.2)
         plot.axes.annotate(
             f"mean {facts['mean']:.3f}",

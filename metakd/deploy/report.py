@@ -290,10 +290,7 @@ def _terms(facts: dict) -> Section:
         "Each term as it enters the loss, weighted, averaged over domains and seeds at equal "
         "shares of training."
     )
-    section.plots += [
-        plots.curves(f"terms-{number}", row, curves, names)
-        for number, (row, curves) in enumerate(terms.items(), 1)
-    ]
+    section.plots += plots.curves(terms)
     section.tables.append(
         Table(
             "Weighted value of each term at the end of training (last logged, mean over students).",
@@ -370,7 +367,7 @@ def _confusion(facts: dict) -> Section:
         section.tables.append(
             Table(
                 f"{domain}: number of examples.",
-                ["right", *confusion["classes"]],
+                ["right \\ predicted", *confusion["classes"]],
                 [[name, *map(str, row)] for name, row in zip(confusion["classes"], counts)],
                 shares=[[count / total for count in row] for row, total in zip(counts, totals)],
             )
@@ -502,35 +499,38 @@ def _exports(facts: dict) -> Section:
             f"None is exported: `metakd export {facts['run']}/students/... --to onnx --int8`."
         )
         return section
+    checked = [
+        f"{export['checked']['examples']:,} examples of {export['checked']['data']}"
+        for export in facts["exports"]
+    ]
+    section.notes.append(f"Checked on {'; '.join(dict.fromkeys(checked))}.")
     rows = []
     for export in facts["exports"]:
-        checked = export["checked"]
-        on = f"{checked['examples']:,} of {checked['data']}"
-        rows.append([export["student"], "PyTorch fp32", on, *[_MISSING] * 4])
-        rows[-1].append(_accuracy_percent(checked["accuracy"]))
+        accuracy = _accuracy_percent(export["checked"]["accuracy"])
+        rows.append([export["student"], "PyTorch fp32", _MISSING, _MISSING, accuracy])
+        rows[-1] += [_MISSING, _MISSING]
         for name, file in export["formats"].items():
             rows.append(
                 [
                     export["student"],
                     name,
-                    on,
                     f"{file['bytes'] / 1e6:.1f}",
-                    f"{file['max_logit_error']:.1e}",
-                    f"{file['mean_logit_error']:.1e}",
                     f"{100 * file['label_agreement']:.2f}",
                     _accuracy_percent(file["accuracy"]),
+                    f"{file['max_logit_error']:.1e}",
+                    f"{file['mean_logit_error']:.1e}",
                 ]
             )
     section.tables.append(
         Table(
-            "Against PyTorch in fp32: size in MB, error of a logit, share of examples with the "
-            "same label and accuracy in percent.",
+            "Against PyTorch in fp32: size in MB, share of examples with the same label and "
+            "accuracy in percent, error of a logit.",
             [
-                *("student", "file", "checked on", "size", "largest error", "mean error"),
-                *("same label", "accuracy"),
+                *("student", "file", "size", "same label", "accuracy"),
+                *("largest error", "mean error"),
             ],
             rows,
-            names=3,
+            names=2,
         )
     )
     return section
@@ -542,20 +542,24 @@ def _accuracy_percent(share: float | None) -> str:
 
 def _environment(facts: dict) -> Section:
     section = Section("environment", "Environment")
-    places = {"this report": {"versions": facts["versions"]}}
+    places: list[tuple[str, dict]] = []
     if facts["latency"]:
-        places["latency"] = facts["latency"]["environment"]
-    for export in facts["exports"]:
-        places.setdefault("exports", export["environment"])
-    flat = {
-        place: {k: v for k, v in known.items() if k != "versions"} | known["versions"]
-        for place, known in places.items()
-    }
+        places.append(("latency", facts["latency"]["environment"]))
+    places += [("export", export["environment"]) for export in facts["exports"]]
+    # Training keeps none, so this machine's versions are the next best where nothing was measured.
+    places = places or [("this report", {"versions": facts["versions"]})]
+    flat: dict[str, dict] = {}
+    for place, known in places:
+        known = {name: known[name] for name in known if name != "versions"} | known["versions"]
+        same = next((title for title in flat if flat[title] == known), None)
+        if same is None:
+            flat[place if place not in flat else f"{place} {len(flat) + 1}"] = known
+        elif place not in same:
+            flat[f"{same}, {place}"] = flat.pop(same)
     names = dict.fromkeys(name for known in flat.values() for name in known)
     section.tables.append(
         Table(
-            "What each part ran on: device, threads, versions. Training stages keep their command, "
-            "not their environment.",
+            "What was measured on what: device, threads, versions.",
             ["", *flat],
             [
                 [name, *(str(known.get(name) or _MISSING) for known in flat.values())]
