@@ -109,8 +109,8 @@ class Browser:
         ]
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as PNG."""
-        found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        """What is in view, as PNG."""
+        found = self.call("Page.captureScreenshot")
         path.write_bytes(base64.b64decode(found["data"]))
 
     def close(self) -> None:

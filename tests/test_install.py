@@ -79,3 +79,13 @@ def test_build_info():
     assert info["cpp_standard"] >= 201703
     assert info["compiler"]
     assert info["cuda"] is None or torch.version.cuda
+
+
+def test_what_is_no_python_is_installed_too(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    env = os.environ | {"METAKD_NO_EXT": "1"}
+    subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, timeout=120)
+    package = ROOT / "metakd"
+    wanted = {path.relative_to(package) for path in package.rglob("*.jinja")}
+    found = {path.relative_to(tmp_path / "metakd") for path in tmp_path.rglob("*.jinja")}
+    assert wanted and found == wanted

@@ -289,6 +289,7 @@ def test_a_run_leaves_plain_students(make):
     assert student(**tokens).logits.shape == (1, 2)
     card = (place / "README.md").read_text()
     assert "metakd test" in card and "novels" in card and "| test |" in card
+    assert "train.jsonl, 12 examples" in card and "not stated by encoder" in card
     logged = rows_of(place / "log.jsonl")
     assert {"embedding", "hidden_weighted", "transfer", "expertise", "samples_per_second"} <= set(
         logged[0]

@@ -84,7 +84,7 @@ def gather(folder: Path, command: str = "") -> dict:
         if (found := _read(stage.folder / "onnx" / "export.json"))
     ]
     comparison = _comparison(read["compare"], stages)
-    best = _best(comparison, stages)
+    best = _best(comparison, stages, read["latency"])
     scores = _scores(folder / "prototypes", stages)
     tradeoff = _tradeoff(comparison, read["latency"], exports)
     expertise = {row: _expertise(own) for row, own in _logs_by_row(students).items()}
@@ -213,7 +213,7 @@ def teacher_of(row: str, summary: dict) -> str | None:
     return next((name for name in summary if name.startswith(TEACHER)), None)
 
 
-def _best(comparison: dict | None, stages: Sequence[Stage]) -> dict | None:
+def _best(comparison: dict | None, stages: Sequence[Stage], latency: dict | None) -> dict | None:
     """The row of students with the best average, its teacher, and how large both are."""
     rows = _student_rows(comparison)
     if not rows:
@@ -224,13 +224,14 @@ def _best(comparison: dict | None, stages: Sequence[Stage]) -> dict | None:
     weights = [
         stage.folder / "model.safetensors" for stage in stages if teacher and stage.row == teacher
     ]
+    measured = (latency or {}).get("models", {}).get("teacher", {}).get("parameters")
     return {
         "row": row,
         "average": rows[row][AVERAGE],
         "teacher": teacher,
         "teacher_average": comparison["summary"].get(teacher, {}).get(AVERAGE),
         "parameters": next(filter(None, sizes), None),
-        "teacher_parameters": next(filter(None, map(_parameters, weights)), None),
+        "teacher_parameters": next(filter(None, map(_parameters, weights)), measured),
     }
 
 

@@ -16,7 +16,7 @@ from metakd.deploy import facts as found
 from metakd.deploy import plots
 from metakd.errors import ConfigError, UnsupportedError
 from metakd.training.card import Measured, write_card
-from metakd.training.table import ALL_DOMAINS, AVERAGE, markdown_table, show
+from metakd.training.table import ALL_DOMAINS, AVERAGE, markdown_table, plain, show
 
 _TEMPLATE = "report.html.jinja"
 _MISSING = "—"
@@ -604,13 +604,13 @@ def _reproduce(facts: dict) -> Section:
 
 def markdown(facts: dict, parts: Sequence[Section]) -> str:
     """The report as Markdown, without its plots."""
-    lines = [f"# Report of {facts['run']}", headline(facts)]
-    lines += [f"> **Warning.** {warning['text']}" for warning in facts["warnings"]]
+    lines = [f"# Report of {plain(facts['run'])}", plain(headline(facts))]
+    lines += [f"> **Warning.** {plain(warning['text'])}" for warning in facts["warnings"]]
     for part in parts:
-        lines += [f"## {part.title}", *part.notes]
+        lines += [f"## {part.title}", *map(plain, part.notes)]
         for table in part.tables:
             numbers = len(table.header) - table.names
-            lines += [table.caption, markdown_table(table.header, table.rows, numbers)]
+            lines += [plain(table.caption), markdown_table(table.header, table.rows, numbers)]
         if part.commands:
             lines.append("```\n" + "\n".join(part.commands) + "\n```")
     return "\n\n".join(lines) + "\n"

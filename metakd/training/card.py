@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from metakd.config import RunConfig
-from metakd.training.table import markdown_table, show
+from metakd.training.table import markdown_table, plain, show
 
 _BODY = """---
 {front}
@@ -134,7 +134,7 @@ def write_card(folder: Path, result: dict, command: str, measured: Measured | No
     card = _BODY.format(
         front=data.to_yaml(),
         label=result["label"],
-        domain=result["domain"],
+        domain=plain(result["domain"]),
         facts=markdown_table(["", ""], [list(fact) for fact in facts.items()]),
         scores=_scores(result, measured.spread),
         measured=_formats(measured) + _latency(measured),

@@ -105,8 +105,12 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    # Names come from the data: neither markup nor a column of their own.
-    return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|")
+    return plain(text).replace("|", "\\|")
+
+
+def plain(text: str) -> str:
+    """One line of Markdown without HTML: names come from the data."""
+    return " ".join(text.split()).replace("<", "&lt;")
 
 
 def show(score: dict[str, float] | None) -> str:
