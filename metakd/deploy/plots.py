@@ -200,7 +200,17 @@ def _curves(
             number = names.index(term) % len(SERIES)
             shown = [value if value is not None and value > 0 else math.nan for value in values]
             colour = _SENTINELS[SERIES[number]]
-            plot.axes.plot(facts["step"], shown, color=colour, linestyle=_DASHES[number], lw=1.8)
+            plot.axes.plot(
+                facts["step"],
+                shown,
+                color=colour,
+                linestyle=_DASHES[number],
+                linewidth=1.8,
+                marker="o",
+                markersize=3.5,
+                markevery=[-1],  # what a log of one step has to show
+                clip_on=False,
+            )
             last = [value for value in shown if not math.isnan(value)]
             if last:
                 ends.append((last[-1], term, colour))

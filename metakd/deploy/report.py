@@ -155,13 +155,15 @@ def headline(facts: dict) -> str:
     )
     if best["teacher_average"]:
         gap = best["average"]["mean"] - best["teacher_average"]["mean"]
-        side = "above" if gap > 0 else "below"
-        text += f", {abs(gap):.1f} points {side} the teacher's {show(best['teacher_average'])} %"
+        points = f"{abs(gap):.1f} points {'above' if gap > 0 else 'below'}"
+        text += (
+            f", {points if gap else 'as much as'} the teacher's {show(best['teacher_average'])} %"
+        )
     gains = []
     if best["parameters"] and best["teacher_parameters"]:
         gains.append(
-            f"{best['parameters'] / 1e6:.1f} million parameters against "
-            f"{best['teacher_parameters'] / 1e6:.1f} million "
+            f"{_count(best['parameters'])} parameters against "
+            f"{_count(best['teacher_parameters'])} "
             f"({_times(best['teacher_parameters'] / best['parameters'])} fewer)"
         )
     if at := found.headline_ratio(facts["ratios"]):
@@ -171,6 +173,10 @@ def headline(facts: dict) -> str:
             f"tokens, {at['student']['engine']} against {at['teacher']['engine']})"
         )
     return f"{text}. " + (f"It takes {' and '.join(gains)}." if gains else "")
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number:,}"
 
 
 def _times(ratio: float) -> str:

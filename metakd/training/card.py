@@ -149,13 +149,11 @@ def _scores(result: dict, spread: dict | None) -> str:
         if split in result
     ]
     table = markdown_table(["split", "accuracy", "macro-F1"], rows, numbers=2)
-    if spread is None:
+    if spread is None or spread["n"] == 1:
         return table + "\n"
-    seeds = f"{spread['n']} seeds" if spread["n"] > 1 else "one seed"
     return (
-        f"{table}\n\nThis method on this domain, {seeds}: {show(spread)} % accuracy on the "
-        f"{spread['split']} split (mean"
-        + (" ± sample standard deviation).\n" if spread["n"] > 1 else ").\n")
+        f"{table}\n\nThis method on this domain, {spread['n']} seeds: {show(spread)} % accuracy on "
+        f"the {spread['split']} split (mean ± sample standard deviation).\n"
     )
 
 
