@@ -95,10 +95,10 @@ class Browser:
             self.events.append(self._next())
 
     def evaluate(self, expression: str):
-        """The JSON value of a JavaScript expression in the page."""
+        """The JSON value of a JavaScript expression in the page; None where it has none."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
-        return found["result"]["value"]
+        return found["result"].get("value")
 
     def requests(self) -> list[str]:
         """What was asked for since ``open``."""

@@ -530,6 +530,13 @@ def test_a_folder_that_is_no_run(tmp_path):
         report.write_report(tmp_path / "nowhere")
 
 
+def test_a_place_that_cannot_be_written_to(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file") as raised:
+        report.write_report(run, tmp_path / "file" / "report")
+    assert "--out" in raised.value.remedy
+
+
 @pytest.mark.parametrize("name", ["compare.json", "latency.json", "prototypes/scores.safetensors"])
 def test_a_damaged_file_is_named(run, name):
     path = run / name
@@ -659,6 +666,7 @@ def test_a_browser_shows_it(browser, page, tmp_path, width, scheme, paper):
     assert browser.requests() == [page.as_uri()]
     assert browser.evaluate("document.scripts.length") == 0
     assert browser.evaluate("innerWidth") == width
+    browser.evaluate("document.querySelectorAll('details').forEach(folded => folded.open = true)")
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     sizes = browser.evaluate(
         "[...document.querySelectorAll('svg')].map(drawn => drawn.getBoundingClientRect())"

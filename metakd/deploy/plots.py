@@ -92,6 +92,7 @@ class _Plot:
         self.axes.set_title(self.title)
         self.axes.set_xlabel(self.x)
         self.axes.set_ylabel(self.y)
+        self.axes.locator_params(axis="x", nbins=7)  # as many labels as fit beside each other
         return self
 
     def __exit__(self, kind, *_rest) -> None:

@@ -76,7 +76,7 @@ def write_report(run: Path, out: Path | None = None, command: str = "") -> list[
         The three files.
 
     Raises:
-        ConfigError: the folder is no run.
+        ConfigError: the folder is no run, or a file cannot be written.
         CheckpointError: a file of the run cannot be read.
         UnsupportedError: matplotlib or Jinja is missing.
     """
@@ -94,7 +94,8 @@ def write_report(run: Path, out: Path | None = None, command: str = "") -> list[
             (out / f"report.{suffix}").write_text(text, encoding="utf-8")
         _rewrite_cards(run, facts)
     except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}", "give --out FOLDER") from error
+        remedy = "make room, or give the right to write there; --out FOLDER moves the report"
+        raise ConfigError(str(error), remedy) from error
     return [out / f"report.{suffix}" for suffix in texts]
 
 
