@@ -169,7 +169,7 @@ def headline(facts: dict) -> str:
         )
     if at := found.headline_ratio(facts["ratios"]):
         gains.append(
-            f"{at['student']['p50_ms']:.2f} ms against {at['teacher']['p50_ms']:.2f} ms "
+            f"{_ms(at['student']['p50_ms'])} ms against {_ms(at['teacher']['p50_ms'])} ms "
             f"({_times(at['ratio'])} as fast; p50 at batch {at['batch']} and {at['length']} "
             f"tokens, {at['student']['engine']} against {at['teacher']['engine']})"
         )
@@ -269,7 +269,7 @@ def _tradeoff(facts: dict) -> Section:
                     point["name"],
                     point["engine"],
                     f"{point['accuracy']:.1f}",
-                    f"{point['p50_ms']:.2f}",
+                    _ms(point["p50_ms"]),
                     "yes" if point["front"] else "no",
                 ]
                 for point in trade["points"]
@@ -400,14 +400,14 @@ def _latency(facts: dict) -> Section:
             "Every measurement: latency of a call in ms (a percentile needs enough calls), "
             "sequences a second, peak memory in MiB, largest error of a logit against PyTorch.",
             [
-                *("model", "engine", "batch", "tokens", "calls", "p50", "p50, 95 % interval"),
-                *("p90", "p95", "p99", "sequences/s", "memory", "logit error"),
+                *("model", "engine", "batch", "tokens", "p50", "p50, 95 % interval"),
+                *("p90", "p95", "p99", "sequences/s", "memory", "logit error", "calls"),
             ],
             [
                 [
                     row["model"],
                     row["engine"],
-                    *(str(row[name]) for name in ("batch", "length", "calls")),
+                    *(str(row[name]) for name in ("batch", "length")),
                     _ms(row["p50_ms"]),
                     "–".join(map(_ms, row["p50_ci95_ms"])),
                     *(_ms(row[name]) for name in _TIMES[1:]),
@@ -416,6 +416,7 @@ def _latency(facts: dict) -> Section:
                     if row["peak_memory_bytes"] is None
                     else f"{row['peak_memory_bytes'] / 2**20:,.0f}",
                     f"{row['max_logit_error']:.1e}",
+                    str(row["calls"]),
                 ]
                 for row in latency["rows"]
             ],
@@ -452,7 +453,9 @@ def _latency(facts: dict) -> Section:
 
 
 def _ms(value: float | None) -> str:
-    return _MISSING if value is None else f"{value:.2f}"
+    if value is None:
+        return _MISSING
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
 def _models(latency: dict) -> Table:
