@@ -180,7 +180,10 @@ def curves(terms: dict[str, dict]) -> list[str]:
         for value in values
         if value is not None and value > 0
     ]
-    limits = (min(logged) / 1.5, max(logged) * 1.5) if logged else (0.1, 1.0)
+    # Whole decades: both ends carry a label, however little the terms differ.
+    low = math.floor(math.log10(min(logged, default=0.1)))
+    high = max(low + 1, math.ceil(math.log10(max(logged, default=1.0))))
+    limits = (10.0**low, 10.0**high)
     return [
         _curves(f"terms-{number}", row, facts, names, limits)
         for number, (row, facts) in enumerate(terms.items(), 1)
