@@ -366,6 +366,8 @@ def test_int8_counts_only_where_every_domain_is_exported(run):
     trade = found.gather(run)["tradeoff"]
     assert [left["reason"] for left in trade["left_out"]] == ["not exported: kitchen"]
     assert len(trade["points"]) == 4
+    shutil.rmtree(run / "students" / "meta-from-meta-s1-t1" / "books" / "onnx")
+    assert "metakd export" in section(found.gather(run), "tradeoff").notes[-1]
 
 
 def test_latency_nearest_to_what_the_headline_speaks_of():
@@ -575,6 +577,7 @@ def test_cards_tell_what_was_measured_since(run):
     place = run / "students" / "meta-from-meta-s1-t1" / "books"
     card = ModelCard.load(place / "README.md")
     assert card.data.license == "apache-2.0"
+    assert "\n\n\n" not in card.text
     for piece in (
         "| licence of that encoder | apache-2.0 |",
         "| training data | train.jsonl, 50 examples |",

@@ -259,6 +259,11 @@ def _tradeoff(facts: dict) -> Section:
     section.notes += [
         f"{left['name']} is left out ({left['reason']})." for left in trade["left_out"]
     ]
+    if not trade["left_out"] and found.INT8_ENGINE not in {p["engine"] for p in trade["points"]}:
+        section.notes.append(
+            "No int8 student is scored: `metakd export STUDENT --int8 --data FILE` with labels in "
+            "FILE does that."
+        )
     section.tables.append(
         Table(
             f"Average accuracy in percent, p50 latency in ms at batch {trade['batch']} and "
@@ -462,14 +467,14 @@ def _models(latency: dict) -> Table:
     models = latency["models"]
     engines = list(dict.fromkeys(name for model in models.values() for name in model["bytes"]))
     return Table(
-        "The models: parameters in millions, and their files' size in MB by engine.",
+        "The models: parameters, and their files' size in MB by engine.",
         ["model", "layers", "width", "parameters", *engines],
         [
             [
                 name,
                 str(model["layers"]),
                 str(model["hidden"]),
-                f"{model['parameters'] / 1e6:.1f}",
+                _count(model["parameters"]),
                 *(
                     f"{model['bytes'][engine] / 1e6:.1f}" if engine in model["bytes"] else _MISSING
                     for engine in engines
@@ -583,7 +588,9 @@ def _environment(facts: dict) -> Section:
 
 def _device(environment: dict) -> str:
     threads = environment.get("threads")
-    return environment["device"] + (f", {threads} threads" if threads else "")
+    if not threads:
+        return environment["device"]
+    return f"{environment['device']}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _reproduce(facts: dict) -> Section:

@@ -43,7 +43,7 @@ or, from texts to labels, with the engines that `metakd latency` compares:
 
 ```python
 from metakd.deploy import Predictor
-predictor = Predictor(FOLDER)
+Predictor(FOLDER)(["a text", "another one"])
 ```
 
 The licence of the base encoder and of the data carries over to this model.
@@ -150,10 +150,10 @@ def _scores(result: dict, spread: dict | None) -> str:
     ]
     table = markdown_table(["split", "accuracy", "macro-F1"], rows, numbers=2)
     if spread is None or spread["n"] == 1:
-        return table + "\n"
+        return table
     return (
         f"{table}\n\nThis method on this domain, {spread['n']} seeds: {show(spread)} % accuracy on "
-        f"the {spread['split']} split (mean ± sample standard deviation).\n"
+        f"the {spread['split']} split (mean ± sample standard deviation)."
     )
 
 
