@@ -342,7 +342,8 @@ def latency(
     import torch
 
     from metakd.deploy.engines import ENGINES
-    from metakd.deploy.latency import BATCHES, LENGTHS, markdown, measure_latency
+    from metakd.deploy.latency import BATCHES, LENGTHS, measure_latency
+    from metakd.deploy.report import latency_markdown
 
     unknown = set(engine or []) - set(ENGINES)
     if unknown:
@@ -366,8 +367,9 @@ def latency(
     place = Path(out or (runs[0] if runs else "."))
     place.mkdir(parents=True, exist_ok=True)
     (place / "latency.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (place / "latency.md").write_text(markdown(result), encoding="utf-8")
-    print(markdown(result))
+    page = latency_markdown(result)
+    (place / "latency.md").write_text(page, encoding="utf-8")
+    print(page)
     print(f"written to {place}/latency.json and .md")
 
 

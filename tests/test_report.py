@@ -376,9 +376,12 @@ def test_latency_nearest_to_what_the_headline_speaks_of():
         for m in ("teacher", "student")
         for b, n in ((8, 128), (1, 512), (1, 200))
     ]
-    at = found.headline_ratio(found._ratios({"rows": times}))
+    at = found.headline_ratio(
+        found.ratios({"rows": times, "models": {"teacher": {}, "student": {}}})
+    )
     assert (at["batch"], at["length"]) == (1, 200)
-    assert found._ratios({"rows": times[:3]}) == []  # a teacher alone compares with nothing
+    alone = {"rows": times[:3], "models": {"teacher": {}}}
+    assert found.ratios(alone) == []  # a teacher alone compares with nothing
 
 
 # Warnings

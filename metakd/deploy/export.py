@@ -145,6 +145,8 @@ def _write_onnx(model: PreTrainedModel, file: Path) -> None:
                 dynamic_shapes={name: {0: "batch", 1: "length"} for name in names},
                 opset_version=OPSET,
                 dynamo=True,
+                # The optimiser makes rotary operators of a form that ONNX Runtime refuses.
+                optimize=not getattr(model.config, "rope_parameters", None),
                 external_data=size > _LARGEST_FILE,
                 verbose=False,
             )

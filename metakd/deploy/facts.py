@@ -106,7 +106,7 @@ def gather(folder: Path, command: str = "") -> dict:
         "expertise": {row: found for row, found in expertise.items() if found},
         "confusion": _confusion(best, stages),
         "latency": read["latency"],
-        "ratios": _ratios(read["latency"]),
+        "ratios": ratios(read["latency"]),
         "exports": exports,
         "commands": _commands(stages, read, exports),
         "seconds": _seconds(stages),
@@ -375,10 +375,16 @@ def _expertise(logs: Sequence[list[dict]]) -> dict | None:
 # Latency
 
 
-def _ratios(latency: dict | None) -> list[dict]:
+def ratios(latency: dict | None) -> list[dict]:
     """For each batch and length that both models were measured at: the fastest engine of each, and
-    how many times faster the student is, engine by engine."""
+    how many times faster the student is, engine by engine.
+
+    The first model that was measured counts as the teacher, the last one as the student.
+    """
     rows = latency["rows"] if latency else []
+    names = list(latency["models"]) if latency else []
+    if len(names) < 2:
+        return []
     p50 = {
         (row["model"], row["engine"], row["batch"], row["length"]): row["p50_ms"] for row in rows
     }
@@ -386,8 +392,8 @@ def _ratios(latency: dict | None) -> list[dict]:
     found = []
     for batch, length in sorted({(row["batch"], row["length"]) for row in rows}):
         times = {
-            model: {e: p50[key] for e in engines if (key := (model, e, batch, length)) in p50}
-            for model in ("teacher", "student")
+            role: {e: p50[key] for e in engines if (key := (name, e, batch, length)) in p50}
+            for role, name in (("teacher", names[0]), ("student", names[-1]))
         }
         exact = {
             model: {engine: ms for engine, ms in own.items() if engine != INT8_ENGINE}
@@ -430,7 +436,7 @@ def _tradeoff(
 ) -> dict | None:
     """Accuracy against latency: the teachers, every row of students, and int8 students where all
     domains of a row were exported and scored."""
-    at = headline_ratio(_ratios(latency))
+    at = headline_ratio(ratios(latency))
     if comparison is None or at is None:
         return None
     points = [

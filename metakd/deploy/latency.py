@@ -53,9 +53,6 @@ PRESETS = {
 """Layers, width, heads, feed-forward width of models with random weights: the teacher and the
 student of the paper (Devlin et al. 2019; Jiao et al. 2020)."""
 
-PUBLISHED_RATIO = 9.4
-"""Times that TinyBERT-4L-312 is faster than BERT-base on a GPU (Jiao et al. 2020, abstract)."""
-
 TOKENISING = "tokenising"
 """Stands among the engines of the process that only tokenises."""
 
@@ -151,86 +148,6 @@ def measure_latency(
         "tokenising": [row for row in rows if row["engine"] == TOKENISING],
         "absent": absent,
     }
-
-
-def best_ratio(result: dict, batch: int = 1, length: int = 128) -> dict | None:
-    """How many times faster the last model answers than the first, each in its fastest engine of
-    those that compute in fp32 and of all.
-
-    Returns:
-        ``{"fp32": (ratio, engine of the first, engine of the last), "any": ...}``; None where the
-        cell was not measured for two models.
-    """
-    cell = [row for row in result["rows"] if (row["batch"], row["length"]) == (batch, length)]
-    names = list(result["models"])
-    found = {}
-    for kind, left_out in (("fp32", {"onnx-int8"}), ("any", set())):
-        fastest = []
-        for name in (names[0], names[-1]):
-            own = [r for r in cell if r["model"] == name and r["engine"] not in left_out]
-            if len(names) < 2 or not own:
-                return None
-            fastest.append(min(own, key=lambda row: row["p50_ms"]))
-        slow, fast = fastest
-        found[kind] = (slow["p50_ms"] / fast["p50_ms"], slow["engine"], fast["engine"])
-    return found
-
-
-def markdown(result: dict) -> str:
-    """The result as a page of tables."""
-    found = result["environment"]
-    versions = ", ".join(f"{name} {v}" for name, v in found["versions"].items() if v)
-    machine = f"{found['threads']} threads" if "threads" in found else f"driver {found['driver']}"
-    lines = ["# Latency", "", f"{found['device']}, {machine}; {versions}; {found['date']}", ""]
-    lines += [f"Command: `{result['command']}`", ""]
-    lines += ["| | parameters | layers | width | MiB on disk |", "|---|---:|---:|---:|---|"]
-    for name, model in result["models"].items():
-        sizes = ", ".join(f"{e} {size / 2**20:.0f}" for e, size in model["bytes"].items())
-        facts = (f"{model['parameters']:,}", model["layers"], model["hidden"], sizes)
-        lines.append(f"| {name} | {' | '.join(map(str, facts))} |")
-    if ratios := best_ratio(result):
-        first, *_, last = result["models"]
-        lines += ["", f"At batch 1 and length 128 {last} answers "]
-        said = [
-            f"{ratio:.1f} times as fast as {first} ({kind}: {slow} against {fast})"
-            for kind, (ratio, slow, fast) in ratios.items()
-        ]
-        lines[-1] += " and ".join(said) + "."
-    for batch, length in dict.fromkeys((r["batch"], r["length"]) for r in result["rows"]):
-        lines += [
-            "",
-            f"## Batch {batch}, length {length}",
-            "",
-            "| | engine | p50 ms (95 %) | p90 | p95 | p99 | texts/s | peak MiB | GFLOP "
-            "| logit error | calls |",
-            "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-        ]
-        for row in [*result["rows"], *result["tokenising"]]:
-            if (row["batch"], row["length"]) == (batch, length):
-                lines.append(f"| {' | '.join(_cells(row))} |")
-    lines += [""] * bool(result["absent"])
-    lines += [f"- {a['model']}, {a['engine']}: {a['reason']}" for a in result["absent"]]
-    return "\n".join(lines) + "\n"
-
-
-def _cells(row: dict) -> list[str]:
-    def shown(name: str, form: str, scale: float = 1.0) -> str:
-        value = row.get(name)
-        return "-" if value is None else format(scale * value, form)
-
-    interval = row["p50_ci95_ms"]
-    within = f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""
-    return [
-        row["model"],
-        row["engine"],
-        f"{row['p50_ms']:.2f}{within}",
-        *(shown(f"p{percent}_ms", ".2f") for percent in PERCENTILES[1:]),
-        shown("sequences_per_s", ".1f"),
-        shown("peak_memory_bytes", ".0f", 2**-20),
-        shown("flops", ".1f", 1e-9),
-        shown("max_logit_error", ".0e"),
-        str(row["calls"]),
-    ]
 
 
 # ---- What is measured ----------------------------------------------------------------------------

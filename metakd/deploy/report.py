@@ -399,7 +399,7 @@ def _latency(facts: dict) -> Section:
     section.notes.append(f"Measured on {_device(latency['environment'])}.")
     section.tables.append(_models(latency))
     if facts["ratios"]:
-        section.tables.append(_ratios(facts["ratios"]))
+        section.tables.append(_ratios(facts["ratios"], *_ends(latency)))
     section.tables.append(
         Table(
             "Every measurement: latency of a call in ms (a percentile needs enough calls), "
@@ -414,7 +414,7 @@ def _latency(facts: dict) -> Section:
                     row["engine"],
                     *(str(row[name]) for name in ("batch", "length")),
                     _ms(row["p50_ms"]),
-                    "–".join(map(_ms, row["p50_ci95_ms"])),
+                    "–".join(map(_ms, row["p50_ci95_ms"] or [None])),
                     *(_ms(row[name]) for name in _TIMES[1:]),
                     f"{row['sequences_per_s']:,.0f}",
                     _MISSING
@@ -457,6 +457,11 @@ def _latency(facts: dict) -> Section:
     return section
 
 
+def _ends(latency: dict) -> tuple[str, str]:
+    names = list(latency["models"])
+    return names[0], names[-1]
+
+
 def _ms(value: float | None) -> str:
     if value is None:
         return _MISSING
@@ -485,12 +490,12 @@ def _models(latency: dict) -> Table:
     )
 
 
-def _ratios(ratios: Sequence[dict]) -> Table:
+def _ratios(ratios: Sequence[dict], teacher: str, student: str) -> Table:
     engines = list(dict.fromkeys(engine for row in ratios for engine in row["engines"]))
     return Table(
-        "How many times as fast as the teacher the student is: on the fastest engine of each "
+        f"How many times as fast as the {teacher} the {student} is: on the fastest engine of each "
         "(unrounded weights; p50 in ms), and engine by engine.",
-        ["batch", "tokens", "teacher", "student", "fastest", *engines],
+        ["batch", "tokens", teacher, student, "fastest", *engines],
         [
             [
                 *(str(row[name]) for name in ("batch", "length")),
@@ -624,13 +629,27 @@ def markdown(facts: dict, parts: Sequence[Section]) -> str:
     lines = [f"# Report of {plain(facts['run'])}", plain(headline(facts))]
     lines += [f"> **Warning.** {plain(warning['text'])}" for warning in facts["warnings"]]
     for part in parts:
-        lines += [f"## {part.title}", *map(plain, part.notes)]
-        for table in part.tables:
-            numbers = len(table.header) - table.names
-            lines += [plain(table.caption), markdown_table(table.header, table.rows, numbers)]
-        if part.commands:
-            lines.append("```\n" + "\n".join(part.commands) + "\n```")
+        lines += [f"## {part.title}", *_lines(part)]
     return "\n\n".join(lines) + "\n"
+
+
+def latency_markdown(latency: dict) -> str:
+    """The content of a ``latency.json`` as a page of its own."""
+    section = _latency({"latency": latency, "ratios": found.ratios(latency)})
+    known = ", ".join(f"{n} {v}" for n, v in latency["environment"]["versions"].items() if v)
+    date = latency["environment"]["date"]
+    section.notes.append(f"{date}, {known}. Command: `{latency['command']}`")
+    return "\n\n".join([f"# {section.title}", *_lines(section)]) + "\n"
+
+
+def _lines(part: Section) -> list[str]:
+    lines = [*map(plain, part.notes)]
+    for table in part.tables:
+        numbers = len(table.header) - table.names
+        lines += [plain(table.caption), markdown_table(table.header, table.rows, numbers)]
+    if part.commands:
+        lines.append("```\n" + "\n".join(part.commands) + "\n```")
+    return lines
 
 
 def html(facts: dict, parts: Sequence[Section]) -> str:

@@ -1,0 +1,139 @@
+"""Texts a second: ``python -m benchmarks.serving STUDENT --data FILE``.
+
+Labels every text of FILE with ``metakd.deploy.Predictor``, on each engine that can run the student
+here, and with a plain Hugging Face pipeline, one text at a time as it comes and in batches. From
+text to label, tokenising included; the same number of threads for all, in turn, so that a drift of
+the machine hits all alike. Engines that compute in fp32 must give the pipeline's labels, or nothing
+is timed; of int8 the share of equal labels is reported. Writes ``results/<device>/serving.json``
+and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+from transformers import pipeline
+
+from benchmarks.run import environment, heading, interleaved, write_report
+from metakd.deploy import Predictor
+from metakd.deploy.engines import ENGINES, why_not
+from metakd.errors import MetakdError
+from metakd.reading import read_texts
+
+RIVAL_BATCHES = (1, 8, 32)
+
+
+def contenders(folder: Path, texts: list[str], device: str, threads: int, absent: dict) -> dict:
+    """Name -> a function that returns the label of each text, the fastest engine's first."""
+    found = {}
+    for engine in sorted(ENGINES, key=lambda name: name != "onnx"):
+        if reason := why_not(engine, folder, device):
+            absent[f"metakd Predictor, {engine}"] = reason
+            continue
+        predictor = Predictor(folder, engine=engine, device=device, threads=threads)
+        found[f"metakd Predictor, {engine}"] = lambda p=predictor: [a.label for a in p(texts)]
+    classify = pipeline("text-classification", str(folder), device=device)
+    for size in RIVAL_BATCHES:
+        found[f"pipeline, batch {size}"] = lambda size=size: [
+            answer["label"] for answer in classify(texts, batch_size=size, truncation=True)
+        ]
+    return found
+
+
+def check_same_labels(steps: dict, wanted: list[str]) -> dict[str, float]:
+    """Share of the texts that each contender labels as the pipeline does.
+
+    Raises:
+        SystemExit: one that computes in fp32 gives other labels.
+    """
+    shares = {}
+    for name, step in steps.items():
+        same = [one == other for one, other in zip(step(), wanted, strict=True)]
+        shares[name] = statistics.fmean(same)
+        if not all(same) and "int8" not in name:
+            raise SystemExit(f"{name}: labels {len(same) - sum(same)} texts otherwise")
+    return shares
+
+
+def measure(folder: Path, texts: list[str], device: str, threads: int, seconds: float) -> dict:
+    absent: dict[str, str] = {}
+    steps = contenders(folder, texts, device, threads, absent)
+    rival = f"pipeline, batch {RIVAL_BATCHES[0]}"
+    shares = check_same_labels(steps, steps[rival]())
+    tokenizer = Predictor(folder, engine="eager", device="cpu").tokenizer
+    lengths = sorted(map(len, tokenizer(texts, truncation=True)["input_ids"]))
+    medians, entries = {}, {}
+    for name, times in interleaved(steps, seconds).items():
+        cuts = statistics.quantiles(times, n=10)
+        medians[name] = statistics.median(times)
+        entries[name] = {
+            "median_ms": 1e3 * medians[name],
+            "p20_ms": 1e3 * cuts[1],
+            "p80_ms": 1e3 * cuts[7],
+            "texts_per_s": len(texts) / medians[name],
+            "same_labels": shares[name],
+        }
+    for name, entry in entries.items():
+        entry["times_pipeline"] = medians[rival] / medians[name]
+    return {
+        "shape": f"{len(texts)} texts, {lengths[0]} to {lengths[-1]} tokens, "
+        f"median {statistics.median(lengths):.0f}",
+        "dtype": "float32",
+        "absent": absent,
+        "contenders": entries,
+    }
+
+
+def markdown(report: dict) -> str:
+    [row] = report["rows"]
+    lines = [
+        "# Serving",
+        "",
+        *heading(report["environment"]),
+        f"{report['student']}; {row['shape']}; from text to label",
+        "",
+        "| | texts/s | ms for all (20-80 %) | times the plain pipeline | same labels |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, entry in row["contenders"].items():
+        cells = (
+            name,
+            f"{entry['texts_per_s']:.0f}",
+            f"{entry['median_ms']:.0f} ({entry['p20_ms']:.0f}-{entry['p80_ms']:.0f})",
+            f"{entry['times_pipeline']:.2f}",
+            f"{entry['same_labels']:.2%}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"\nNot here: {name} ({why})" for name, why in row["absent"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("student", type=Path, help="folder of a student, exported to ONNX")
+    parser.add_argument("--data", required=True, help="texts: CSV, TSV, JSONL or Parquet")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for all of them together")
+    parser.add_argument("--out", type=Path, help="results folder")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    try:
+        texts = [row.text for row in read_texts(options.data)]
+        row = measure(options.student, texts, options.device, options.threads, options.seconds)
+    except MetakdError as error:
+        raise SystemExit(f"nothing is timed: {error}") from error
+    report = {
+        "op": "serving",
+        "student": "/".join(options.student.parts[-2:]),
+        "environment": environment(options.device, options.threads),
+        "rows": [row],
+    }
+    write_report("serving", report, markdown(report), options.device, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""Students at work: exports answer as the model they were made from, engines and the predictor as
+plain PyTorch does, and what is timed is what is said to be."""
+
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from encoders import BUILDERS
+from transformers import AutoModelForSequenceClassification, BertConfig, pipeline
+
+from metakd import cli, demo
+from metakd.deploy import Predictor, engines, export_onnx, latency
+from metakd.deploy import export as exporting
+from metakd.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ParityError,
+    UnsupportedError,
+)
+from metakd.reading import read_texts
+
+pytest.importorskip("onnxruntime", reason="the extra 'deploy' is not installed")
+pytest.importorskip("onnxscript", reason="the extra 'deploy' is not installed")
+
+TEXTS = demo.made_up_texts(40)
+LABELS = ("bad", "good")
+
+
+def plain(folder, texts) -> np.ndarray:
+    """Logits of one text at a time, unpadded, by transformers alone."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = demo.PreTrainedTokenizerFast.from_pretrained(folder)
+    with torch.no_grad():
+        return np.concatenate(
+            [
+                model(**tokenizer(text, return_tensors="pt", truncation=True)).logits.numpy()
+                for text in texts
+            ]
+        )
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A folder as training leaves it, but for random weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("work") / "student"
+    tokenizer = demo.train_tokenizer(TEXTS, 600)
+    shape = BertConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.3,  # answers that differ from text to text
+        id2label=dict(enumerate(LABELS)),
+        label2id={label: number for number, label in enumerate(LABELS)},
+    )
+    AutoModelForSequenceClassification.from_config(shape).save_pretrained(folder)
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(student):
+    """The report of an export of ``student`` in every format, which stays in its folder."""
+    labels = [LABELS[number] for number in plain(student, TEXTS).argmax(1)]
+    # Random weights have texts on the border, which trained ones hardly have.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "LEAST_AGREEMENT", 0.9)
+        return export_onnx(student, TEXTS, labels=labels, data="made up", int8=True, fp16=True)
+
+
+class TestExport:
+    def test_every_format_answers_as_the_model(self, exported):
+        assert exported["checked"] == {"examples": 40, "data": "made up", "accuracy": 1.0}
+        fp32, int8, fp16 = (exported["formats"][name] for name in engines.ONNX_FILES.values())
+        assert fp32["max_logit_error"] < 1e-5 and fp32["accuracy"] == 1.0
+        assert 0 < fp16["max_logit_error"] < 0.05 and fp16["bytes"] < fp32["bytes"]
+        assert int8["max_logit_error"] > 0 and int8["accuracy"] == int8["label_agreement"] >= 0.9
+
+    def test_int8_holds_embeddings_and_matrices_in_a_byte_each(self, student, exported):
+        import onnx
+
+        graph = onnx.load(engines.onnx_file("onnx-int8", student)).graph
+        wide = [t for t in graph.initializer if len(t.dims) == 2 and min(t.dims) > 1]
+        assert len(wide) >= 3 + 2 * 6  # embeddings; matrices of two layers
+        assert {t.data_type for t in wide} == {onnx.TensorProto.INT8}
+
+    def test_what_lies_beside_the_model_is_enough_to_serve(self, student, exported, tmp_path):
+        alone = (student / "onnx").rename(tmp_path / "served")
+        try:
+            predictor = Predictor(alone)
+            assert predictor.engine_name == "onnx"
+            assert {answer.label for answer in predictor(TEXTS)} <= set(LABELS)
+            assert json.loads((alone / "export.json").read_text()) == exported
+        finally:
+            alone.rename(student / "onnx")
+
+    @pytest.mark.parametrize("name", BUILDERS)
+    def test_architectures(self, tmp_path, name):
+        model = BUILDERS[name]().eval()
+        exporting.write_files(model, tmp_path / "onnx")
+        engine = engines.open_engine("onnx", tmp_path)
+        assert engine.inputs == engines.input_names(model.config)
+        ids = np.random.default_rng(0).integers(2, 50, (5, 17))
+        mask = (np.arange(17) < np.array([[17], [9], [1], [4], [16]])).astype(np.int64)
+        batch = {"input_ids": ids * mask, "attention_mask": mask}
+        batch["token_type_ids"] = np.zeros_like(ids)
+        with torch.no_grad():
+            inputs = {name: torch.from_numpy(batch[name]) for name in engine.inputs}
+            wanted = model(**inputs).logits.numpy()
+        np.testing.assert_allclose(engine(batch), wanted, atol=1e-5)
+
+    def test_a_file_that_answers_otherwise_is_not_published(self, student, tmp_path, monkeypatch):
+        def spoil(model, folder, **options):
+            with torch.no_grad():
+                model.classifier.bias += 0.01
+                write_files(model, folder, **options)
+                model.classifier.bias -= 0.01
+
+        write_files = exporting.write_files
+        monkeypatch.setattr(exporting, "write_files", spoil)
+        with pytest.raises(ParityError, match=r"model\.onnx: logits differ by up to 1\.0e-02"):
+            export_onnx(student, TEXTS, out=tmp_path / "onnx")
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("engine", "parity", "good"),
+        [
+            ("onnx", {"max_logit_error": 1e-5, "label_agreement": 1.0}, True),
+            ("onnx", {"max_logit_error": math.nan, "label_agreement": 1.0}, False),
+            ("onnx-int8", {"max_logit_error": 0.5, "label_agreement": 0.995}, True),
+            ("onnx-int8", {"max_logit_error": 1e-5, "label_agreement": 0.98}, False),
+            ("onnx-fp16", {"max_logit_error": math.nan, "label_agreement": 0.5}, False),
+        ],
+    )
+    def test_limits(self, engine, parity, good):
+        if good:
+            exporting._check("file", engine, parity, 200)
+        else:
+            with pytest.raises(ParityError):
+                exporting._check("file", engine, parity, 200)
+
+    def test_texts_and_labels_are_checked(self, student):
+        with pytest.raises(DataError, match="no texts"):
+            export_onnx(student, [])
+        with pytest.raises(DataError, match="'ugly' is not among the model's: 'bad', 'good'"):
+            export_onnx(student, TEXTS[:1], labels=["ugly"])
+
+
+class TestPredictor:
+    @pytest.mark.parametrize("engine", ["auto", "eager", "onnx", "compile"])
+    @pytest.mark.parametrize("batch_tokens", [1, 200])  # every text alone; mixed batches
+    def test_answers_are_those_of_single_texts(self, student, exported, engine, batch_tokens):
+        if engine == "compile" and batch_tokens == 1:
+            pytest.skip("a batch of one is compiled by itself, and takes as long again")
+        texts = [*TEXTS[:7], "good", " ".join(TEXTS)]  # the last is longer than the model reads
+        found = Predictor(student, engine=engine, device="cpu", batch_tokens=batch_tokens)
+        np.testing.assert_allclose(found.logits(texts), plain(student, texts), atol=1e-5)
+
+    def test_agrees_with_a_pipeline(self, student):
+        classify = pipeline("text-classification", str(student), device="cpu", truncation=True)
+        for found, wanted in zip(Predictor(student)(TEXTS), classify(TEXTS), strict=True):
+            assert found.label == wanted["label"]
+            assert found.score == pytest.approx(wanted["score"], abs=1e-5)
+
+    def test_pairs(self, student):
+        pairs = [(TEXTS[0], TEXTS[1]), ("good", "bad")]
+        model = AutoModelForSequenceClassification.from_pretrained(student)
+        predictor = Predictor(student, engine="eager")
+        for pair, logits in zip(pairs, predictor.logits(pairs), strict=True):
+            inputs = predictor.tokenizer(*pair, return_tensors="pt", truncation=True)
+            assert inputs["token_type_ids"].any()
+            with torch.no_grad():
+                wanted = model(**inputs).logits[0]
+            np.testing.assert_allclose(logits, wanted, atol=1e-5)
+
+    def test_batches_hold_little_padding(self, student):
+        predictor = Predictor(student, engine="eager", batch_tokens=256)
+        run, seen = predictor.engine, []
+        predictor.engine = lambda batch: (seen.append(batch["attention_mask"]), run(batch))[1]
+        predictor.engine.inputs, predictor.engine.padded_shape = run.inputs, run.padded_shape
+        predictor.logits(TEXTS)
+        assert sum(map(len, seen)) == len(TEXTS)
+        assert all(mask.size <= 256 for mask in seen)
+        assert sum(mask.sum() for mask in seen) > 0.9 * sum(mask.size for mask in seen)
+
+    def test_nothing_in_nothing_out(self, student):
+        assert Predictor(student)([]) == []
+
+    @pytest.mark.parametrize(
+        ("texts", "place"),
+        [
+            ("one text", "texts: is one text"),
+            (["good", 7], r"texts\[1\]: 7 is not a text"),
+            ([("a", "b"), "c"], r"texts\[1\]: 'c' is not a pair"),
+            (["a", None], r"texts\[1\]: None"),
+        ],
+    )
+    def test_what_is_no_text(self, student, texts, place):
+        with pytest.raises(DataError, match=place):
+            Predictor(student)(texts)
+
+    def test_refusals(self, student, tmp_path):
+        with pytest.raises(ConfigError, match="fast is not among eager"):
+            Predictor(student, engine="fast")
+        with pytest.raises(CheckpointError, match="no such folder"):
+            Predictor(tmp_path / "nowhere")
+        with pytest.raises(UnsupportedError, match="CUDA graphs need a CUDA device"):
+            Predictor(student, engine="cudagraph", device="cpu")
+        bare = tmp_path / "bare"
+        Predictor(student).tokenizer.save_pretrained(bare)
+        (bare / "config.json").write_text((student / "config.json").read_text())
+        with pytest.raises(
+            UnsupportedError, match=r"bare is not exported: metakd export .* --int8"
+        ):
+            Predictor(bare, engine="onnx-int8")
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("engine", ["eager", "compile", "cudagraph"])
+    def test_on_a_gpu(self, student, engine):
+        found = Predictor(student, engine=engine, device="cuda", batch_tokens=256)
+        for texts in (TEXTS, TEXTS[:5]):  # the second time, graphs are replayed
+            np.testing.assert_allclose(found.logits(texts), plain(student, texts), atol=1e-3)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """``call("predict", folder, ...)``: exit code, output and errors of that command."""
+
+    def run(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["metakd", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+class TestLatency:
+    @pytest.mark.parametrize("n", [6, 40, 999, 3000])
+    def test_the_interval_of_the_median_holds_it_95_times_of_100(self, n):
+        draw = np.random.default_rng(n).exponential
+        inside = 0
+        for _ in range(400):
+            low, high = latency.median_interval(draw(size=n))
+            inside += low <= math.log(2) <= high
+        assert inside >= 0.92 * 400
+
+    def test_five_calls_give_no_interval(self):
+        assert latency.median_interval([1.0] * 5) is None
+
+    def test_percentiles_need_calls_beyond_them(self):
+        few = latency.describe_times([0.001] * 5)
+        assert few["calls"] == 5 and few["p50_ms"] == 1.0 and few["p50_ci95_ms"] is None
+        assert few["p90_ms"] is few["p99_ms"] is None
+        many = latency.describe_times(np.arange(1, 201) / 1000)
+        assert [many[f"p{p}_ms"] for p in (50, 90, 95, 99)] == [100.5, 180.0, 190.0, 198.0]
+
+    @pytest.mark.parametrize(
+        ("times", "seconds", "enough"),
+        [
+            ([1e-3] * 300, 5.0, True),  # precise
+            ([1e-3] * 100, 5.0, False),  # precise, but too few for a 99th percentile
+            ([1e-3, 2e-3] * 150, 5.0, False),  # the median lies anywhere between
+            ([0.5] * 11, 5.0, True),  # the time is used up
+            ([3.0] * 3, 5.0, False),  # five calls at least
+            ([30.0] * 2, 5.0, True),  # except for very long ones
+        ],
+    )
+    def test_when_it_stops(self, times, seconds, enough):
+        assert latency._known(times, seconds) is enough
+
+    def test_flops_are_those_of_the_matrices(self, student):
+        layers, hidden, length = 2, 32, 16
+        linear = length * layers * (4 * hidden**2 + 2 * hidden * 64)
+        attention = layers * 2 * length**2 * hidden
+        head = hidden**2 + 2 * hidden  # pooler and classifier, of one token
+        assert latency.flops_of_text(student, length) == 2 * (linear + attention + head)
+
+    def test_a_run_side_by_side(self, student, tmp_path, call):
+        for role in ("teachers/meta-s1", "students/meta-from-meta-s1/novels"):
+            shutil.copytree(student, tmp_path / "run" / role)
+            (tmp_path / "run" / role / "stage.json").write_text("{}")
+        words = "--batch 2 --length 8 --length 500 --engine eager --engine onnx --seconds 0"
+        code, out, _ = call("latency", tmp_path / "run", *words.split())
+        assert code == 0
+        result = json.loads((tmp_path / "run" / "latency.json").read_text())
+        assert [(m, about["role"]) for m, about in result["models"].items()] == [
+            ("teacher", "teacher"),
+            ("student", "student"),
+        ]
+        assert [(row["model"], row["engine"], row["length"]) for row in result["rows"]] == [
+            (model, engine, 8) for model in result["models"] for engine in ("eager", "onnx")
+        ]
+        for row in result["rows"]:
+            assert row["batch"] == 2 and row["calls"] >= 5 and row["p50_ms"] > 0
+            assert row["max_logit_error"] < 1e-5 and row["peak_memory_bytes"] > 2**20
+            assert row["flops"] == 2 * latency.flops_of_text(student, 8)
+        assert {row["length"] for row in result["tokenising"]} == {8, 500}
+        assert {(a["model"], a["engine"]) for a in result["absent"]} == {
+            (row["model"], row["engine"]) for row in result["rows"]
+        }  # none of them has 500 positions
+        assert "64 positions" in result["absent"][0]["reason"]
+        assert (tmp_path / "run" / "latency.md").read_text() in out
+
+    def test_what_computes_something_else_has_no_speed(self):
+        class Engine:
+            engine, model = "onnx", latency.Model("m", None, "m")
+
+        with pytest.raises(ParityError, match="m: onnx computes logits that differ by"):
+            latency._error(np.array([[1.0, 2.0]]), np.array([[1.0, 2.1]]), Engine)
+        with pytest.raises(ParityError):
+            latency._error(np.array([[math.nan]]), np.array([[1.0]]), Engine)
+
+    def test_no_model(self, tmp_path):
+        with pytest.raises(ConfigError, match="no folder of a model, no run"):
+            latency.measure_latency([str(tmp_path)])
+
+
+class TestCommands:
+    def test_jsonl_in_jsonl_out(self, student, exported, tmp_path, call):
+        lines = [{"text": text, "label": "good", "id": n} for n, text in enumerate(TEXTS[:5])]
+        source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+        source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert call("predict", student, "--input", source, "--output", target)[0] == 0
+        answers = [json.loads(line) for line in target.read_text().splitlines()]
+        assert [answer["text"] for answer in answers] == TEXTS[:5]
+        wanted = Predictor(student)(TEXTS[:5])
+        assert [answer["prediction"] for answer in answers] == [w.label for w in wanted]
+        assert [row.label for row in read_texts(str(source))] == ["good"] * 5
+
+    def test_one_text(self, student, call):
+        code, out, _ = call("predict", student, TEXTS[0])
+        [answer] = Predictor(student)(TEXTS[:1])
+        assert code == 0
+        assert json.loads(out) == {
+            "text": TEXTS[0],
+            "prediction": answer.label,
+            "score": pytest.approx(answer.score),
+        }
+
+    def test_export(self, student, tmp_path, call):
+        lines = [
+            {"text": text, "label": "good", "domain": "ab"[n % 2]} for n, text in enumerate(TEXTS)
+        ]
+        data, out = tmp_path / "data.jsonl", tmp_path / "exported"
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        code, shown, _ = call("export", student, "--data", data, "--domain", "b", "--out", out)
+        assert code == 0 and "model.onnx" in shown and "20 texts" in shown
+        report = json.loads((out / "export.json").read_text())
+        good = [row == 1 for row in plain(student, TEXTS[1::2]).argmax(1)]
+        assert report["checked"]["accuracy"] == pytest.approx(np.mean(good))
+        code, _, said = call("export", student, "--data", data, "--domain", "c", "--out", out)
+        assert code == 3 and "no texts of domain c" in said
+
+    def test_refusals(self, student, tmp_path, call):
+        for words, code, said in (
+            (["predict", student], 2, "either TEXT or --input"),
+            (["predict", tmp_path / "none", "text"], 4, "no such folder"),
+            (["export", student, "--to", "h5"], 2, "'h5' is not known"),
+            (["latency", student, "--engine", "warp"], 2, "warp unknown"),
+        ):
+            ended, _, err = call(*words)
+            assert ended == code and said in err and "remedy: " in err
