@@ -290,7 +290,7 @@ def _not_measured(facts: dict) -> str:
 
 
 def _terms(facts: dict) -> Section:
-    section = Section("terms", "What the loss is made of")
+    section = Section("terms", "Loss terms")
     terms = facts["terms"]
     if not terms:
         section.notes.append(
@@ -326,7 +326,7 @@ def _last(values: Sequence[float | None] | None) -> str:
 
 
 def _weights(facts: dict) -> Section:
-    section = Section("weights", "Weights of the examples")
+    section = Section("weights", "Prototype scores t and weights lambda")
     scores, expertise = facts["scores"], facts["expertise"]
     if scores:
         section.plots.append(
@@ -362,7 +362,7 @@ def _weights(facts: dict) -> Section:
 
 
 def _confusion(facts: dict) -> Section:
-    section = Section("confusion", "What is taken for what")
+    section = Section("confusion", "Confusion by domain")
     confusion = facts["confusion"]
     if confusion is None:
         section.notes.append(
@@ -372,14 +372,14 @@ def _confusion(facts: dict) -> Section:
     seeds = ", ".join(map(str, confusion["seeds"]))
     section.notes.append(
         f"{confusion['row']}, {confusion['split']} split, examples summed over seeds ({seeds}). "
-        "Rows are what is right, columns what was predicted."
+        "Rows are gold labels, columns predictions."
     )
     for domain, counts in confusion["domains"].items():
         totals = [max(1, sum(row)) for row in counts]
         section.tables.append(
             Table(
                 f"{domain}: number of examples.",
-                ["right \\ predicted", *confusion["classes"]],
+                ["gold \\ predicted", *confusion["classes"]],
                 [[name, *map(str, row)] for name, row in zip(confusion["classes"], counts)],
                 shares=[[count / total for count in row] for row, total in zip(counts, totals)],
             )
@@ -403,10 +403,11 @@ def _latency(facts: dict) -> Section:
     section.tables.append(
         Table(
             "Every measurement: latency of a call in ms (a percentile needs enough calls), "
-            "sequences a second, peak memory in MiB, largest error of a logit against PyTorch.",
+            "sequences a second, GFLOP/s of the matrix products, peak memory in MiB, largest "
+            "difference of a logit from PyTorch's.",
             [
                 *("model", "engine", "batch", "tokens", "p50", "p50, 95 % interval"),
-                *("p90", "p95", "p99", "sequences/s", "memory", "logit error", "calls"),
+                *("p90", "p95", "p99", "sequences/s", "GFLOP/s", "memory", "logit error", "calls"),
             ],
             [
                 [
@@ -417,6 +418,7 @@ def _latency(facts: dict) -> Section:
                     "–".join(map(_ms, row["p50_ci95_ms"] or [None])),
                     *(_ms(row[name]) for name in _TIMES[1:]),
                     f"{row['sequences_per_s']:,.0f}",
+                    f"{1e-6 * row['flops'] / row['p50_ms']:,.0f}",
                     _MISSING
                     if row["peak_memory_bytes"] is None
                     else f"{row['peak_memory_bytes'] / 2**20:,.0f}",
@@ -599,7 +601,7 @@ def _device(environment: dict) -> str:
 
 
 def _reproduce(facts: dict) -> Section:
-    section = Section("reproduce", "How to make it again", commands=facts["commands"])
+    section = Section("reproduce", "Reproduce", commands=facts["commands"])
     if facts["seconds"]:
         rows = [
             [
