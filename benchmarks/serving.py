@@ -19,7 +19,8 @@ from transformers import pipeline
 
 from benchmarks.run import environment, heading, interleaved, write_report
 from metakd.deploy import Predictor
-from metakd.deploy.engines import ENGINES, why_not
+from metakd.deploy.engines import why_not
+from metakd.deploy.formats import ENGINES
 from metakd.errors import MetakdError
 from metakd.reading import read_texts
 

@@ -341,7 +341,7 @@ def latency(
     """Time models side by side: engines x batch x length; writes latency.json and latency.md."""
     import torch
 
-    from metakd.deploy.engines import ENGINES
+    from metakd.deploy.formats import ENGINES
     from metakd.deploy.latency import BATCHES, LENGTHS, measure_latency
     from metakd.deploy.report import latency_markdown
 

@@ -13,7 +13,7 @@ from encoders import BUILDERS
 from transformers import AutoModelForSequenceClassification, BertConfig, pipeline
 
 from metakd import cli, demo
-from metakd.deploy import Predictor, engines, export_onnx, latency
+from metakd.deploy import Predictor, engines, export_onnx, formats, latency
 from metakd.deploy import export as exporting
 from metakd.errors import (
     CheckpointError,
@@ -80,7 +80,7 @@ def exported(student):
 class TestExport:
     def test_every_format_answers_as_the_model(self, exported):
         assert exported["checked"] == {"examples": 40, "data": "made up", "accuracy": 1.0}
-        fp32, int8, fp16 = (exported["formats"][name] for name in engines.ONNX_FILES.values())
+        fp32, int8, fp16 = (exported["formats"][name] for name in formats.ONNX_FILES.values())
         assert fp32["max_logit_error"] < 1e-5 and fp32["accuracy"] == 1.0
         assert 0 < fp16["max_logit_error"] < 0.05 and fp16["bytes"] < fp32["bytes"]
         assert int8["max_logit_error"] > 0 and int8["accuracy"] == int8["label_agreement"] >= 0.9

@@ -15,15 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from metakd.deploy.formats import ONNX_FILES, ONNX_FOLDER
 from metakd.errors import ConfigError, UnsupportedError
 from metakd.method.sources import load_trained_classifier
 
 Inputs = dict[str, np.ndarray]
-
-ENGINES = ("eager", "compile", "cudagraph", "onnx", "onnx-int8")
-ONNX_FOLDER = "onnx"
-ONNX_FILES = {"onnx": "model.onnx", "onnx-int8": "model_int8.onnx", "onnx-fp16": "model_fp16.onnx"}
-"""Names of the exported files, as other tools write them."""
 
 
 def why_not(engine: str, folder: Path, device: str) -> str | None:
@@ -68,7 +64,7 @@ def open_engine(
     """Open a folder's model.
 
     Args:
-        engine: one of ``ENGINES``, or ``onnx-fp16``.
+        engine: one of ``formats.ENGINES``, or ``onnx-fp16``.
         folder: a student or teacher, or what ``export`` made of it.
         device: cpu or cuda.
         threads: on a CPU; None leaves the library's choice.

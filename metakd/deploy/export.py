@@ -22,19 +22,20 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from metakd.deploy.engines import ONNX_FILES, ONNX_FOLDER, input_names
+from metakd.deploy.engines import input_names
+from metakd.deploy.formats import (
+    EXPORT_REPORT,
+    LEAST_AGREEMENT,
+    LOGIT_TOLERANCE,
+    ONNX_FILES,
+    ONNX_FOLDER,
+)
 from metakd.deploy.predictor import Predictor, Text
 from metakd.environment import environment
 from metakd.errors import DataError, ParityError, UnsupportedError
 
 OPSET = 23
 """The first with an attention operator."""
-
-LOGIT_TOLERANCE = 1e-4
-"""Largest difference of a logit between the exported fp32 model and PyTorch."""
-
-LEAST_AGREEMENT = 0.99
-"""Share of the texts that int8 and fp16 must give the label that PyTorch gives them."""
 
 _LARGEST_FILE = (
     2**31 - 2**24
@@ -91,7 +92,7 @@ def export_onnx(
             "environment": environment("cpu", torch.get_num_threads()),
             **_compare(building, trained, texts, labels, data),
         }
-        (building / "export.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (building / EXPORT_REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         os.replace(building, out)
     finally:

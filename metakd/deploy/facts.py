@@ -18,15 +18,19 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from metakd.deploy.formats import (
+    EXPORT_REPORT,
+    INT8_ENGINE,
+    LEAST_AGREEMENT,
+    ONNX_FILES,
+    ONNX_FOLDER,
+)
 from metakd.environment import versions
 from metakd.errors import CheckpointError, ConfigError
 from metakd.method.recipe import FLAT_SCORES
 from metakd.training.table import ALL_DOMAINS, AVERAGE, TEACHER, Cell, summarise
 
 LATENCY_AT = (1, 128)  # batch and length that the headline and the trade-off speak of
-LEAST_AGREEMENT = 0.99  # share of examples that an int8 model should label as PyTorch does
-INT8_ENGINE = "onnx-int8"  # its answers differ: never compared as if it were the same model
-INT8_FILE = "model_int8.onnx"
 _LINEAGE = re.compile(r"(?P<label>.+)-s(?P<seed>\d+)(?:-t\d+)?")
 _CURVE_POINTS = 60
 _SCORE_BINS = 40
@@ -81,7 +85,7 @@ def gather(folder: Path, command: str = "") -> dict:
         {"student": f"{stage.folder.parent.name}/{stage.domain}", "row": stage.row}
         | {"domain": stage.domain, **found}
         for stage in students
-        if (found := _read(stage.folder / "onnx" / "export.json"))
+        if (found := _read(stage.folder / ONNX_FOLDER / EXPORT_REPORT))
     ]
     comparison = _comparison(read["compare"], stages)
     best = _best(comparison, stages, read["latency"])
@@ -447,7 +451,7 @@ def _tradeoff(
     left_out = []
     scored: dict[str, dict[str, list[float]]] = {}
     for export in exports:
-        accuracy = export["formats"].get(INT8_FILE, {}).get("accuracy")
+        accuracy = export["formats"].get(ONNX_FILES[INT8_ENGINE], {}).get("accuracy")
         if accuracy is not None:
             scored.setdefault(export["row"], {}).setdefault(export["domain"], []).append(accuracy)
     for row, domains in scored.items():
@@ -523,7 +527,7 @@ def _warnings(facts: dict) -> list[dict]:
             }
         )
     for export in facts["exports"]:
-        agreement = export["formats"].get(INT8_FILE, {}).get("label_agreement", 1.0)
+        agreement = export["formats"].get(ONNX_FILES[INT8_ENGINE], {}).get("label_agreement", 1.0)
         if agreement < LEAST_AGREEMENT:
             found.append(
                 {

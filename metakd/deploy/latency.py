@@ -37,8 +37,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from metakd.deploy.engines import ENGINES, ONNX_FILES, onnx_file, open_engine
+from metakd.deploy.engines import onnx_file, open_engine
 from metakd.deploy.export import write_files
+from metakd.deploy.formats import ENGINES, INT8_ENGINE, ONNX_FILES
 from metakd.environment import environment
 from metakd.errors import ConfigError, MetakdError, ParityError, UnsupportedError
 from metakd.method.sources import load_config, load_tokenizer, load_trained_classifier
@@ -101,7 +102,7 @@ def measure_latency(
     Args:
         sources: folders of models, run folders (their teacher and one of their students, which are
             all of one shape), or names of ``PRESETS``.
-        engines: of ``engines.ENGINES``.
+        engines: of ``formats.ENGINES``.
         batches: sizes B.
         lengths: sizes L, tokens.
         device: cpu or cuda.
@@ -292,7 +293,7 @@ def _measure_cell(
 
 def _error(found: np.ndarray, wanted: np.ndarray, worker: _Worker) -> float:
     error = float(np.abs(found - wanted).max())
-    if worker.engine != "onnx-int8" and not error <= _TOLERANCE * np.abs(wanted).max():
+    if worker.engine != INT8_ENGINE and not error <= _TOLERANCE * np.abs(wanted).max():
         raise ParityError(
             f"{worker.model.name}: {worker.engine} computes logits that differ by {error:.1e}",
             "nothing was reported: what computes something else has no speed",

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from metakd.deploy.engines import ENGINES, Engine, Inputs, open_engine, why_not
+from metakd.deploy.engines import Engine, Inputs, open_engine, why_not
+from metakd.deploy.formats import ENGINES
 from metakd.errors import CheckpointError, DataError
 from metakd.method.sources import load_config, load_tokenizer
 
@@ -38,7 +39,7 @@ class Predictor:
 
     Args:
         folder: the student's folder, or what ``export_onnx`` made of it.
-        engine: one of ``engines.ENGINES``; ``auto`` takes the fastest that is here and gives the
+        engine: one of ``formats.ENGINES``; ``auto`` takes the fastest that is here and gives the
             labels of the trained model.
         device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
         threads: on a CPU; None leaves the library's choice, every core.
