@@ -308,9 +308,8 @@ def predict(
     found = predictor(_texts(rows))
     lines = []
     for row, (label, score) in zip(rows, found, strict=True):
-        known = {"text": row.text, "text_pair": row.pair, "domain": row.domain, "label": row.label}
-        known = {name: value for name, value in known.items() if value is not None}
-        lines.append(json.dumps(known | {"prediction": label, "score": score}, ensure_ascii=False))
+        given = {"text": row.text} | ({} if row.pair is None else {"text_pair": row.pair})
+        lines.append(json.dumps(given | {"prediction": label, "score": score}, ensure_ascii=False))
     _write_lines(lines, output)
 
 
@@ -350,6 +349,12 @@ def latency(
         raise ConfigError(
             f"--engine: {', '.join(sorted(unknown))} unknown", f"there are {', '.join(ENGINES)}"
         )
+    runs = [model for model in models if (Path(model) / "students").is_dir()]
+    place = Path(out or (runs[0] if runs else "."))
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{place}: {error.strerror}", "give another --out") from error
     _quiet_transformers()
     result = measure_latency(
         models,
@@ -363,9 +368,6 @@ def latency(
         command=_command(),
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    runs = [model for model in models if (Path(model) / "students").is_dir()]
-    place = Path(out or (runs[0] if runs else "."))
-    place.mkdir(parents=True, exist_ok=True)
     (place / "latency.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     page = latency_markdown(result)
     (place / "latency.md").write_text(page, encoding="utf-8")

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -51,10 +52,12 @@ def environment(device: str, threads: int, *packages: str) -> dict:
     found = {"date": datetime.date.today().isoformat(), "versions": versions(*packages)}
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True)
+        driver = ""
+        with suppress(OSError):  # a container may have the GPU without the program
+            driver = subprocess.run(query, capture_output=True, text=True).stdout
         gpu = {
             "device": torch.cuda.get_device_name(),
-            "driver": driver.stdout.strip(),
+            "driver": driver.partition("\n")[0],  # one line for each GPU
             "cuda": torch.version.cuda,
         }
         return gpu | found

@@ -144,7 +144,7 @@ def read_corpus(config: DataConfig) -> RawCorpus:
 
 
 def read_texts(
-    file: str, *, text: str = "text", text_pair: str | None = None, label: str = "label"
+    file: str, *, text: str = "text", text_pair: str | None = None, label: str | None = None
 ) -> list[Row]:
     """Reads and checks the texts of one file, as ``read_corpus`` does, to serve or to score.
 
@@ -152,18 +152,19 @@ def read_texts(
         file: ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``.
         text: column of the texts.
         text_pair: column of the second texts, if there are any.
-        label: column of the labels; rows have none where the file has no such column. A ``domain``
-            column is read likewise.
+        label: column of the labels; rows have none where the file has no such column, which goes
+            for a column ``domain`` as well. None reads neither.
 
     Raises:
         DataError: as ``read_corpus``.
     """
     problems = _Problems()
-    config = DataConfig(train=file, text=text, text_pair=text_pair, label=label)
+    columns = {} if label is None else {"label": label}
+    config = DataConfig(train=file, text=text, text_pair=text_pair, **columns)
     table = _read_file(Path(file), problems)
     rows = []
     if table is not None:
-        missing = {label, config.domain} - set(table.columns)
+        missing = {config.label, config.domain} - set(table.columns if columns else ())
         rows = _check_rows(table, config, None, problems, unneeded=missing)
     if problems:
         raise _error(problems)

@@ -7,6 +7,7 @@ folder here, ``open_engine`` opens one; nothing falls back to another.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from metakd.deploy.formats import ONNX_FILES, ONNX_FOLDER
-from metakd.errors import ConfigError, UnsupportedError
+from metakd.errors import CheckpointError, ConfigError, UnsupportedError
 from metakd.method.sources import load_trained_classifier
 
 Inputs = dict[str, np.ndarray]
@@ -76,6 +77,8 @@ def open_engine(
     """
     if engine not in _CLASSES:
         raise ConfigError(f"engine: {engine} is not among {', '.join(_CLASSES)}", "name another")
+    if device not in _PROVIDERS:
+        raise ConfigError(f"device: {device} is neither cpu nor cuda", "name one of these")
     if reason := why_not(engine, folder, device):
         raise UnsupportedError(f"engine {engine}: {reason}", "name another engine")
     return _CLASSES[engine](engine, folder, device, threads)
@@ -97,6 +100,11 @@ class Engine:
     def padded_shape(self, batch: int, length: int) -> tuple[int, int]:
         """The shape, at least as large, in which the engine would rather have a batch."""
         return batch, length
+
+    def texts_at_once(self, tokens: int, length: int) -> int:
+        """How many texts of up to ``length`` tokens make a batch of at most ``tokens``, padding
+        included; at least one."""
+        return max(1, tokens // self.padded_shape(1, length)[1])
 
 
 class EagerEngine(Engine):
@@ -132,26 +140,32 @@ class CompiledEngine(EagerEngine):
 
 class GraphEngine(EagerEngine):
     """One CUDA graph per shape, captured when the shape is first met; shapes are rounded up so that
-    there are few."""
+    there are few. Graphs share their memory, so one batch runs at a time."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self._graphs: dict[tuple[int, int], tuple[Callable, dict[str, Tensor], Tensor]] = {}
+        self._memory = torch.cuda.graph_pool_handle()
+        self._alone = threading.Lock()
 
     def padded_shape(self, batch: int, length: int) -> tuple[int, int]:
         longest = getattr(self.model.config, "max_position_embeddings", length)
         return 1 << (batch - 1).bit_length(), min(-(-length // 32) * 32, max(longest, length))
 
+    def texts_at_once(self, tokens: int, length: int) -> int:
+        return 1 << (super().texts_at_once(tokens, length).bit_length() - 1)
+
     @torch.inference_mode()
     def __call__(self, batch: Inputs) -> np.ndarray:
         shape = batch["input_ids"].shape
-        if shape not in self._graphs:
-            self._graphs[shape] = self._capture(shape)
-        replay, placed, logits = self._graphs[shape]
-        for name, buffer in placed.items():
-            buffer.copy_(torch.from_numpy(batch[name]))
-        replay()
-        return logits.float().cpu().numpy()
+        with self._alone:
+            if shape not in self._graphs:
+                self._graphs[shape] = self._capture(shape)
+            replay, placed, logits = self._graphs[shape]
+            for name, buffer in placed.items():
+                buffer.copy_(torch.from_numpy(batch[name]))
+            replay()
+            return logits.float().cpu().numpy()
 
     def _capture(self, shape: tuple[int, int]):
         placed = {
@@ -164,7 +178,7 @@ class GraphEngine(EagerEngine):
                 self._logits(placed)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._memory):
             logits = self._logits(placed)
         return graph.replay, placed, logits
 
@@ -181,9 +195,18 @@ class OnnxEngine(Engine):
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
         file = onnx_file(name, folder)
-        self._session = onnxruntime.InferenceSession(
-            str(file), options, providers=[_PROVIDERS[device]]
-        )
+        # TF32 rounds the products of what is said to be fp32.
+        provider = (_PROVIDERS[device], {"use_tf32": "0"} if device == "cuda" else {})
+        try:
+            self._session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
+        except Exception as error:  # ONNX Runtime's own kinds have no common parent
+            first = str(error).splitlines()[0]
+            raise CheckpointError(f"{file}: {first}", "export the student again") from error
+        if self._session.get_providers()[0] != _PROVIDERS[device]:  # it falls back in silence
+            raise UnsupportedError(
+                f"engine {name}: {_PROVIDERS[device]} cannot start here",
+                "see that the libraries that onnxruntime-gpu names are installed",
+            )
         self.inputs = frozenset(value.name for value in self._session.get_inputs())
 
     def __call__(self, batch: Inputs) -> np.ndarray:

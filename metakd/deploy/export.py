@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from metakd.deploy.formats import (
 )
 from metakd.deploy.predictor import Predictor, Text
 from metakd.environment import environment
-from metakd.errors import DataError, ParityError, UnsupportedError
+from metakd.errors import ConfigError, DataError, ParityError, UnsupportedError
 
 OPSET = 23
 """The first with an attention operator."""
@@ -74,15 +73,17 @@ def export_onnx(
         UnsupportedError: a package is missing, or the model cannot be exported.
         CheckpointError: the folder holds no model, or a damaged one.
         DataError: there are no texts, or a label is not the model's.
+        ConfigError: ``out`` holds something else than an export, or cannot be written.
     """
     if not texts:
         raise DataError("there are no texts to compare the export on", "give some")
     folder = Path(folder)
-    out = folder / ONNX_FOLDER if out is None else Path(out)
+    out = (folder / ONNX_FOLDER if out is None else Path(out)).resolve()
+    _check_place(out)
     trained = Predictor(folder, engine="eager", device="cpu")
-    building = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(building, ignore_errors=True)
+    building, gone = (out.with_name(f".{state}-{out.name}") for state in ("tmp", "gone"))
     try:
+        shutil.rmtree(building, ignore_errors=True)
         write_files(trained.engine.model, building, int8=int8, fp16=fp16)
         trained.tokenizer.save_pretrained(building)
         report = {
@@ -93,11 +94,24 @@ def export_onnx(
             **_compare(building, trained, texts, labels, data),
         }
         (building / EXPORT_REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(building, out)
+        if out.exists():
+            shutil.rmtree(gone, ignore_errors=True)
+            out.rename(gone)
+        building.rename(out)
+    except OSError as error:
+        raise ConfigError(f"{out}: {error.strerror}", "make room, or give another out") from error
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        for left in (building, gone):
+            shutil.rmtree(left, ignore_errors=True)
     return report
+
+
+def _check_place(out: Path) -> None:
+    """What is there is replaced as a whole, which must not hit anything but an export."""
+    if out.is_dir() and not (out / EXPORT_REPORT).exists() and any(out.iterdir()):
+        raise ConfigError(f"{out}: holds other files than an export", "give another place")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is no folder", "give another place")
 
 
 def write_files(

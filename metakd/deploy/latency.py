@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -118,8 +119,12 @@ def measure_latency(
 
     Raises:
         ConfigError: a source is neither a model nor a preset.
+        UnsupportedError: there is no such device.
         ParityError: two engines do not compute the same.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError("there is no CUDA device", "measure on the CPU: --device cpu")
+    known = environment(device, threads)
     absent: list[dict] = []
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -136,13 +141,13 @@ def measure_latency(
             else:
                 absent.append(_absence(worker, worker.problem))
         rows = []
-        for length in lengths:
-            for batch in batches:
-                rows += _measure_cell(workers, batch, length, seconds, absent)
-                say(f"batch {batch}, length {length}: measured")
+        # Memory that a large batch took is not all given back: the small ones go first.
+        for batch, length in sorted(product(batches, lengths), key=lambda cell: cell[0] * cell[1]):
+            rows += _measure_cell(workers, batch, length, seconds, absent)
+            say(f"batch {batch}, length {length}: measured")
         described = {model.name: _describe(model, workers) for model in models}
     return {
-        "environment": environment(device, threads),
+        "environment": known,
         "command": command,
         "models": described,
         "rows": [row for row in rows if row["engine"] != TOKENISING],
@@ -211,7 +216,8 @@ def _tokenizing_model(models: list[Model], tokenizer: str | None) -> list[tuple[
 def _export_where_missing(model: Model, engines: Sequence[str], scratch: Path, say) -> None:
     """Make ONNX files that nobody keeps; if that fails, the engine says what is missing."""
     wanted = [name for name in engines if name in ONNX_FILES]
-    if all(onnx_file(name, model.folder) for name in wanted):
+    has_weights = (model.folder / "model.safetensors").exists()
+    if not has_weights or all(onnx_file(name, model.folder) for name in wanted):
         return
     say(f"{model.name}: exporting to ONNX")
     model.exported = scratch / f"onnx-{hashlib.sha256(model.name.encode()).hexdigest()[:16]}"
@@ -258,37 +264,52 @@ def flops_of_text(folder: Path, length: int) -> int:
 def _measure_cell(
     workers: list[_Worker], batch: int, length: int, seconds: float, absent: list[dict]
 ) -> list[dict]:
-    taking_part, answers, times = [], {}, {}
-    for worker in workers:
+    answers, times, peaks = {}, {}, {}
+
+    def asked(worker: _Worker, method: str, *arguments):
+        """The answer; None after noting why there is none, which takes the worker out."""
         try:
-            answers[worker] = worker.ask("open_cell", batch, length)
+            return worker.ask(method, *arguments)
         except MetakdError as error:
             absent.append(_absence(worker, f"batch {batch}, length {length}: {error.cause}"))
-        else:
-            times[worker] = []
-            taking_part.append(worker)
-    waiting = taking_part
+            times.pop(worker, None)
+            return None
+
+    for worker in workers:
+        if (answer := asked(worker, "open_cell", batch, length)) is not None:
+            answers[worker], times[worker] = answer, []
+    waiting = list(times)
     while waiting:
         for worker in waiting:
-            times[worker] += worker.ask("time", _TURN_S)
-        waiting = [worker for worker in waiting if not _known(times[worker], seconds)]
-    rows = []
-    for worker in taking_part:
-        row = {
+            if (more := asked(worker, "time", _TURN_S)) is not None:
+                times[worker] += more
+        waiting = [w for w in waiting if w in times and not _known(times[w], seconds)]
+    for worker in list(times):
+        peaks[worker] = asked(worker, "peak_memory")
+    return [
+        {
             "model": worker.model.name,
             "engine": worker.engine,
             "batch": batch,
             "length": length,
-            **describe_times(times[worker]),
+            **(row := describe_times(seen)),
+            "sequences_per_s": batch / (1e-3 * row["p50_ms"]),
+            "peak_memory_bytes": peaks[worker],
+            **_compared(worker, answers, batch, length),
         }
-        row["sequences_per_s"] = batch / (1e-3 * row["p50_ms"])
-        if worker.engine != TOKENISING:
-            alike = [other for other in taking_part if other.model is worker.model]
-            row["peak_memory_bytes"] = worker.ask("peak_memory")
-            row["flops"] = batch * flops_of_text(worker.model.folder, length)
-            row["max_logit_error"] = _error(answers[worker], answers[alike[0]], worker)
-        rows.append(row)
-    return rows
+        for worker, seen in times.items()
+    ]
+
+
+def _compared(worker: _Worker, answers: dict[_Worker, np.ndarray], batch: int, length: int) -> dict:
+    """What was computed, and how far it is from what PyTorch computes."""
+    if worker.engine == TOKENISING:
+        return {}
+    alike = [w for w in answers if w.model is worker.model and w.engine != INT8_ENGINE]
+    wanted = min(alike, key=lambda w: w.engine != "eager", default=None)
+    error = None if wanted is None else _error(answers[worker], answers[wanted], worker)
+    flops = batch * flops_of_text(worker.model.folder, length)
+    return {"flops": flops, "max_logit_error": error}
 
 
 def _error(found: np.ndarray, wanted: np.ndarray, worker: _Worker) -> float:
@@ -367,13 +388,14 @@ class _Worker:
 
     def ask(self, method: str, *arguments):
         """Call a method of the process's bench, and wait for what it returns."""
-        self._connection.send((method, arguments))
+        with suppress(OSError):  # it has ended, which the next line tells
+            self._connection.send((method, arguments))
         return self._receive()
 
     def _receive(self):
         try:
             answer = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise UnsupportedError(
                 f"the process of {self.engine} ended (exit code {self._process.exitcode}); "
                 "out of memory?"
@@ -395,20 +417,29 @@ def _serve(connection, engine: str, folder: Path, device: str, threads: int) -> 
     """What a worker's process does: open, then answer until nobody asks."""
     disable_progress_bar()
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # read when a tokenizer is first used
-    try:
-        bench = _TokenizerBench(folder) if engine == TOKENISING else None
-        bench = bench or _EngineBench(engine, folder, device, threads)
-        connection.send(bench.bytes)
+    bench: _Bench | None = None
+    with suppress(EOFError, OSError):
+        method, arguments = "", ()
         while True:
+            try:
+                if bench is None:
+                    bench = _open_bench(engine, folder, device, threads)
+                    answer = bench.bytes
+                else:
+                    answer = getattr(bench, method)(*arguments)
+            except MetakdError as error:
+                answer = error
+            except Exception as error:  # whatever a library does to an engine, the others go on
+                first = (str(error).splitlines() or [""])[0]
+                answer = UnsupportedError(f"{type(error).__name__}: {first}")
+            connection.send(answer)
             method, arguments = connection.recv()
-            connection.send(getattr(bench, method)(*arguments))
-    except EOFError:
-        pass
-    except MetakdError as error:
-        connection.send(error)
-    except Exception as error:  # whatever a library does to an engine, the others go on
-        first = (str(error).splitlines() or [""])[0]
-        connection.send(UnsupportedError(f"{type(error).__name__}: {first}"))
+
+
+def _open_bench(engine: str, folder: Path, device: str, threads: int) -> _Bench:
+    if engine == TOKENISING:
+        return _TokenizerBench(folder)
+    return _EngineBench(engine, folder, device, threads)
 
 
 class _Bench:
@@ -462,7 +493,8 @@ class _EngineBench(_Bench):
         return self._warm_up()
 
     def peak_memory(self) -> int | None:
-        """Bytes: of the process on a CPU; on a GPU what PyTorch has allocated, None for others."""
+        """Bytes: of the whole process on a CPU, the libraries that it has loaded included; on a GPU
+        what PyTorch has allocated, None for others."""
         if self._device == "cuda":
             return torch.cuda.max_memory_allocated() if self._torch else None
         try:
@@ -481,11 +513,14 @@ def _forget_peak(device: str) -> None:
 
 
 class _TokenizerBench(_Bench):
+    def peak_memory(self) -> None:
+        """Not of interest beside a model's."""
+
     def __init__(self, folder: Path):
         self._tokenizer = load_tokenizer(str(folder))
 
-    def open_cell(self, batch: int, length: int) -> None:
-        """Texts that fill ``length`` tokens, made of the tokenizer's own words."""
+    def open_cell(self, batch: int, length: int) -> np.ndarray:
+        """Token ids of texts that fill ``length`` tokens, made of the tokenizer's own words."""
         draw = np.random.default_rng(0).integers
         size = len(self._tokenizer)
         special = set(self._tokenizer.all_special_ids)
@@ -496,4 +531,4 @@ class _TokenizerBench(_Bench):
         self._call = lambda: self._tokenizer(
             texts, padding=True, truncation=True, max_length=length, return_tensors="np"
         )
-        self._warm_up()
+        return self._warm_up()["input_ids"]

@@ -6,12 +6,14 @@ that next to nothing is spent on padding; answers come back in the order of the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
 from metakd.deploy.engines import Engine, Inputs, open_engine, why_not
 from metakd.deploy.formats import ENGINES
@@ -21,7 +23,7 @@ from metakd.method.sources import load_config, load_tokenizer
 Text = str | tuple[str, str]
 
 # Fastest first, of those that answer as the trained model does: int8 has to be asked for.
-FASTEST = {"cpu": ("onnx", "eager"), "cuda": ("cudagraph", "eager")}
+FASTEST = (("cuda", "cudagraph"), ("cuda", "onnx"), ("cpu", "onnx"), ("cpu", "eager"))
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _SORTED_AT_ONCE = 8192  # texts; bounds the memory of a long list
@@ -44,7 +46,8 @@ class Predictor:
         device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
         threads: on a CPU; None leaves the library's choice, every core.
         batch_tokens: tokens of a batch, padding included; None takes what suits the device.
-        max_length: tokens of a text that are read; None reads what the model has positions for.
+        max_length: tokens of a text that are read; None reads as many as the tokenizer's
+            ``model_max_length`` says, for a student those it was trained on.
 
     Raises:
         ConfigError: there is no such engine.
@@ -63,19 +66,13 @@ class Predictor:
         max_length: int | None = None,
     ):
         folder = Path(folder)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer, config = _read(folder)
         self.labels = [config.id2label[number] for number in range(config.num_labels)]
-        if engine == "auto":
-            engine = _fastest(folder, device)
+        device, engine = _choose(folder, device, engine)
         self.engine: Engine = open_engine(engine, folder, device=device, threads=threads)
         self.engine_name = engine
         self._batch_tokens = batch_tokens or BATCH_TOKENS[device]
-        longest = (
-            self.tokenizer.model_max_length,
-            getattr(config, "max_position_embeddings", None),
-            max_length,
-        )
+        longest = (self.tokenizer.model_max_length, _positions(config), max_length)
         self._max_length = min(filter(None, longest))
 
     def __call__(self, texts: Sequence[Text]) -> list[Prediction]:
@@ -113,7 +110,7 @@ class Predictor:
         order = np.argsort(lengths, kind="stable")
         while len(order):
             # As many of the longest as fit: those left behind are never longer.
-            count = max(1, self._batch_tokens // int(lengths[order[-1]]))
+            count = self.engine.texts_at_once(self._batch_tokens, int(lengths[order[-1]]))
             rows, order = order[-count:], order[:-count]
             logits[rows] = self.engine(self._pad(tokens, lengths, rows))[: len(rows)]
 
@@ -139,9 +136,23 @@ def _read(folder: Path):
         raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}", remedy) from error
 
 
-def _fastest(folder: Path, device: str) -> str:
-    reasons = {name: why_not(name, folder, device) for name in FASTEST[device]}
-    return next((name for name, reason in reasons.items() if reason is None), ENGINES[0])
+def _choose(folder: Path, device: str | None, engine: str) -> tuple[str, str]:
+    """Device and engine, where they are left open."""
+    if engine != "auto":
+        return device or ("cuda" if torch.cuda.is_available() else "cpu"), engine
+    for on, name in FASTEST:
+        if device in (None, on) and why_not(name, folder, on) is None:
+            return on, name
+    return device or "cpu", ENGINES[0]
+
+
+def _positions(config: PretrainedConfig) -> int | None:
+    """Tokens that a model has positions for; RoBERTa and its kin count theirs from behind the
+    padding's."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or not re.search("roberta|camembert|mpnet", config.model_type):
+        return positions
+    return positions - 1 - config.pad_token_id
 
 
 def _check_texts(texts: Sequence[Text]) -> None:

@@ -399,7 +399,7 @@ def _latency(facts: dict) -> Section:
     section.notes.append(f"Measured on {_device(latency['environment'])}.")
     section.tables.append(_models(latency))
     if facts["ratios"]:
-        section.tables.append(_ratios(facts["ratios"], *_ends(latency)))
+        section.tables.append(_ratios(facts["ratios"], *found.compared_models(latency)))
     section.tables.append(
         Table(
             "Every measurement: latency of a call in ms (a percentile needs enough calls), "
@@ -422,7 +422,7 @@ def _latency(facts: dict) -> Section:
                     _MISSING
                     if row["peak_memory_bytes"] is None
                     else f"{row['peak_memory_bytes'] / 2**20:,.0f}",
-                    f"{row['max_logit_error']:.1e}",
+                    _MISSING if row["max_logit_error"] is None else f"{row['max_logit_error']:.1e}",
                     str(row["calls"]),
                 ]
                 for row in latency["rows"]
@@ -457,11 +457,6 @@ def _latency(facts: dict) -> Section:
             )
         )
     return section
-
-
-def _ends(latency: dict) -> tuple[str, str]:
-    names = list(latency["models"])
-    return names[0], names[-1]
 
 
 def _ms(value: float | None) -> str:

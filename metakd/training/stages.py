@@ -134,9 +134,12 @@ class Run:
 
     @cached_property
     def tokenizer(self):
-        """The tokenizer of the pre-trained encoder; teacher and students share it."""
+        """The tokenizer of the pre-trained encoder; teacher and students share it, and cut texts
+        where they were cut in training, whoever serves them."""
         with _configured("teacher.model"):
-            return load_tokenizer(self.config.teacher.model)
+            tokenizer = load_tokenizer(self.config.teacher.model)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, self.config.data.max_length)
+        return tokenizer
 
     @cached_property
     def collate(self):
