@@ -22,24 +22,29 @@ from metakd.deploy import Predictor
 from metakd.deploy.engines import why_not
 from metakd.deploy.formats import ENGINES
 from metakd.errors import MetakdError
+from metakd.method.sources import load_config
 from metakd.reading import read_texts
 
 RIVAL_BATCHES = (1, 8, 32)
 
 
-def contenders(folder: Path, texts: list[str], device: str, threads: int, absent: dict) -> dict:
+def contenders(
+    folder: Path, texts: list[str], limit: int, device: str, threads: int, absent: dict
+) -> dict:
     """Name -> a function that returns the label of each text, the fastest engine's first."""
     found = {}
+    place = {"device": device, "threads": threads, "max_length": limit}
     for engine in sorted(ENGINES, key=lambda name: name != "onnx"):
         if reason := why_not(engine, folder, device):
             absent[f"metakd Predictor, {engine}"] = reason
             continue
-        predictor = Predictor(folder, engine=engine, device=device, threads=threads)
+        predictor = Predictor(folder, engine=engine, **place)
         found[f"metakd Predictor, {engine}"] = lambda p=predictor: [a.label for a in p(texts)]
     classify = pipeline("text-classification", str(folder), device=device)
     for size in RIVAL_BATCHES:
         found[f"pipeline, batch {size}"] = lambda size=size: [
-            answer["label"] for answer in classify(texts, batch_size=size, truncation=True)
+            answer["label"]
+            for answer in classify(texts, batch_size=size, truncation=True, max_length=limit)
         ]
     return found
 
@@ -59,13 +64,16 @@ def check_same_labels(steps: dict, wanted: list[str]) -> dict[str, float]:
     return shares
 
 
-def measure(folder: Path, texts: list[str], device: str, threads: int, seconds: float) -> dict:
+def measure(
+    folder: Path, texts: list[str], limit: int, device: str, threads: int, seconds: float
+) -> dict:
     absent: dict[str, str] = {}
-    steps = contenders(folder, texts, device, threads, absent)
+    steps = contenders(folder, texts, limit, device, threads, absent)
     rival = f"pipeline, batch {RIVAL_BATCHES[0]}"
     shares = check_same_labels(steps, steps[rival]())
     tokenizer = Predictor(folder, engine="eager", device="cpu").tokenizer
-    lengths = sorted(map(len, tokenizer(texts, truncation=True)["input_ids"]))
+    tokens = tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+    lengths = sorted(map(len, tokens))
     medians, entries = {}, {}
     for name, times in interleaved(steps, seconds).items():
         cuts = statistics.quantiles(times, n=10)
@@ -89,26 +97,26 @@ def measure(folder: Path, texts: list[str], device: str, threads: int, seconds: 
 
 
 def markdown(report: dict) -> str:
-    [row] = report["rows"]
-    lines = [
-        "# Serving",
-        "",
-        *heading(report["environment"]),
-        f"{report['student']}; {row['shape']}; from text to label",
-        "",
-        "| | texts/s | ms for all (20-80 %) | times the plain pipeline | same labels |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for name, entry in row["contenders"].items():
-        cells = (
-            name,
-            f"{entry['texts_per_s']:.0f}",
-            f"{entry['median_ms']:.0f} ({entry['p20_ms']:.0f}-{entry['p80_ms']:.0f})",
-            f"{entry['times_pipeline']:.2f}",
-            f"{entry['same_labels']:.2%}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [f"\nNot here: {name} ({why})" for name, why in row["absent"].items()]
+    lines = ["# Serving", "", *heading(report["environment"])]
+    lines.append(f"{report['student']}, {report['layers']} x {report['hidden']}; text to label")
+    for row in report["rows"]:
+        lines += [
+            "",
+            f"## {row['shape']}",
+            "",
+            "| | texts/s | ms for all (20-80 %) | times the plain pipeline | same labels |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for name, entry in row["contenders"].items():
+            cells = (
+                name,
+                f"{entry['texts_per_s']:.0f}",
+                f"{entry['median_ms']:.0f} ({entry['p20_ms']:.0f}-{entry['p80_ms']:.0f})",
+                f"{entry['times_pipeline']:.2f}",
+                f"{entry['same_labels']:.2%}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += [f"\nNot here: {name} ({why})" for name, why in row["absent"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -116,22 +124,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("student", type=Path, help="folder of a student, exported to ONNX")
     parser.add_argument("--data", required=True, help="texts: CSV, TSV, JSONL or Parquet")
+    parser.add_argument("--max-length", type=int, nargs="+", default=[128, 512], help="tokens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
-    parser.add_argument("--seconds", type=float, default=120.0, help="for all of them together")
+    parser.add_argument("--seconds", type=float, default=120.0, help="per length")
     parser.add_argument("--out", type=Path, help="results folder")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     try:
         texts = [row.text for row in read_texts(options.data)]
-        row = measure(options.student, texts, options.device, options.threads, options.seconds)
+        rows = [
+            measure(options.student, texts, limit, options.device, options.threads, options.seconds)
+            for limit in options.max_length
+        ]
     except MetakdError as error:
         raise SystemExit(f"nothing is timed: {error}") from error
+    shape = load_config(str(options.student))
     report = {
         "op": "serving",
         "student": "/".join(options.student.parts[-2:]),
+        "layers": shape.num_hidden_layers,
+        "hidden": shape.hidden_size,
         "environment": environment(options.device, options.threads),
-        "rows": [row],
+        "rows": rows,
     }
     write_report("serving", report, markdown(report), options.device, options.out)
 

@@ -47,7 +47,8 @@ class Predictor:
         threads: on a CPU; None leaves the library's choice, every core.
         batch_tokens: tokens of a batch, padding included; None takes what suits the device.
         max_length: tokens of a text that are read; None reads as many as the tokenizer's
-            ``model_max_length`` says, for a student those it was trained on.
+            ``model_max_length`` says, for a student those it was trained on. Never more than the
+            model has positions for.
 
     Raises:
         ConfigError: there is no such engine.
@@ -72,8 +73,8 @@ class Predictor:
         self.engine: Engine = open_engine(engine, folder, device=device, threads=threads)
         self.engine_name = engine
         self._batch_tokens = batch_tokens or BATCH_TOKENS[device]
-        longest = (self.tokenizer.model_max_length, _positions(config), max_length)
-        self._max_length = min(filter(None, longest))
+        longest = max_length or self.tokenizer.model_max_length
+        self._max_length = min(longest, _positions(config) or longest)
 
     def __call__(self, texts: Sequence[Text]) -> list[Prediction]:
         """The class of each text; of two texts each where they are pairs.
