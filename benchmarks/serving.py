@@ -25,7 +25,7 @@ from metakd.errors import MetakdError
 from metakd.method.sources import load_config
 from metakd.reading import read_texts
 
-RIVAL_BATCHES = (1, 8, 32)
+RIVAL_BATCHES = (1, 8)
 
 
 def contenders(
@@ -124,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("student", type=Path, help="folder of a student, exported to ONNX")
     parser.add_argument("--data", required=True, help="texts: CSV, TSV, JSONL or Parquet")
+    parser.add_argument("--texts", type=int, default=1000, help="at most, evenly from the file")
     parser.add_argument("--max-length", type=int, nargs="+", default=[128, 512], help="tokens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU")
@@ -133,6 +134,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     try:
         texts = [row.text for row in read_texts(options.data)]
+        texts = texts[:: max(1, len(texts) // options.texts)][: options.texts]
         rows = [
             measure(options.student, texts, limit, options.device, options.threads, options.seconds)
             for limit in options.max_length

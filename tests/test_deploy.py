@@ -13,7 +13,7 @@ from encoders import BUILDERS
 from transformers import AutoModelForSequenceClassification, BertConfig, pipeline
 
 from metakd import cli, demo
-from metakd.deploy import Predictor, engines, export_onnx, formats, latency
+from metakd.deploy import Predictor, engines, export_onnx, formats, latency, smoothing
 from metakd.deploy import export as exporting
 from metakd.errors import (
     CheckpointError,
@@ -84,13 +84,55 @@ class TestExport:
         assert 0 < fp16["max_logit_error"] < 0.05 and fp16["bytes"] < fp32["bytes"]
         assert int8["max_logit_error"] > 0 and int8["accuracy"] == int8["label_agreement"] >= 0.9
 
-    def test_int8_holds_embeddings_and_matrices_in_a_byte_each(self, student, exported):
+    def test_int8_holds_matrices_in_a_byte_and_embeddings_in_two(self, student, exported):
         import onnx
 
         graph = onnx.load(engines.onnx_file("onnx-int8", student)).graph
-        wide = [t for t in graph.initializer if len(t.dims) == 2 and min(t.dims) > 1]
-        assert len(wide) >= 3 + 2 * 6  # embeddings; matrices of two layers
-        assert {t.data_type for t in wide} == {onnx.TensorProto.INT8}
+        wide = [t.data_type for t in graph.initializer if len(t.dims) == 2 and min(t.dims) > 1]
+        assert wide.count(onnx.TensorProto.FLOAT16) == 3
+        assert wide.count(onnx.TensorProto.INT8) == 2 * 6 + 2  # layers, pooler, classifier
+        assert len(wide) == 3 + 2 * 6 + 2
+
+    def test_a_channel_that_stands_out(self):
+        """What smoothing is for: its range must not cost the other channels theirs."""
+
+        def error(model, inputs):
+            def step(values, dim):
+                scale = values.abs().amax(dim, keepdim=True) / 127
+                return (values / scale).round() * scale
+
+            linear = model[0]
+            scaled = inputs * getattr(linear, "inverse", 1.0)
+            rough = step(scaled, (0, 1)) @ step(linear.weight, 1).T + linear.bias
+            return (rough - plain(inputs)).abs().mean()
+
+        plain = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))[
+            :1
+        ]
+        inputs = torch.randn(64, 16) * torch.where(torch.arange(16) == 3, 50.0, 1.0)
+        with torch.no_grad():
+            smooth, plan = smoothing.smoothed(plain, lambda model: model(inputs))
+            torch.testing.assert_close(smooth(inputs), plain(inputs))
+            assert plan == [((8, 16), True)]
+            assert error(smooth, inputs) < 0.4 * error(plain, inputs)
+
+    def test_layers_that_read_the_same_share_a_scale_and_wide_ones_stay(self):
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.key, self.query, self.out = (torch.nn.Linear(4, 4) for _ in range(3))
+
+            def forward(self, inputs):
+                hidden = self.key(inputs) + self.query(inputs)
+                hidden[0] *= 1000
+                return self.out(hidden)
+
+        inputs = torch.randn(8192, 4)
+        with torch.no_grad():
+            smooth, plan = smoothing.smoothed(Model(), lambda model: model(inputs))
+        torch.testing.assert_close(smooth.key.inverse, smooth.query.inverse)
+        assert [bears for _, bears in plan] == [True, True, False]
+        assert type(smooth.out) is torch.nn.Linear
 
     def test_what_lies_beside_the_model_is_enough_to_serve(self, student, exported, tmp_path):
         alone = (student / "onnx").rename(tmp_path / "served")

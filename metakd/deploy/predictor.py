@@ -6,6 +6,7 @@ that next to nothing is spent on padding; answers come back in the order of the 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from metakd.deploy.engines import Engine, Inputs, open_engine, why_not
 from metakd.deploy.formats import ENGINES
@@ -89,6 +90,13 @@ class Predictor:
             Prediction(self.labels[number], float(row[number] / row.sum()))
             for number, row in zip(best, odds)
         ]
+
+    def with_model(self, model: PreTrainedModel) -> Predictor:
+        """The same, running another PyTorch model."""
+        other = copy.copy(self)
+        other.engine = copy.copy(self.engine)
+        other.engine.model = model
+        return other
 
     def logits(self, texts: Sequence[Text]) -> np.ndarray:
         """Logits [N, M] of N texts, float32.
