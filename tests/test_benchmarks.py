@@ -9,6 +9,7 @@ import pytest
 from benchmarks import compare, plot, suite, unattended
 from benchmarks.registry import ROWS
 from benchmarks.reports import Figure, ReportError, load
+from benchmarks.serving import check_same_labels
 from benchmarks.unattended import Task
 
 ENVIRONMENT = {
@@ -398,3 +399,10 @@ def test_the_summary_is_fair_where_more_is_better_and_names_files_it_cannot_read
 def test_reading_says_which_file(tmp_path):
     with pytest.raises(ReportError, match=r"absent\.json: No such file"):
         load(tmp_path / "absent.json")
+
+
+def test_what_serves_other_labels_is_not_timed():
+    steps = {"metakd Predictor, onnx-int8": lambda: ["a", "b"], "pipeline": lambda: ["a", "a"]}
+    assert list(check_same_labels(steps, ["a", "a"]).values()) == [0.5, 1.0]
+    with pytest.raises(SystemExit, match="onnx: labels 1 texts otherwise"):
+        check_same_labels({"metakd Predictor, onnx": lambda: ["a", "b"]}, ["a", "a"])
