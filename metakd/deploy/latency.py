@@ -379,8 +379,8 @@ class _Worker:
         self._process = context.Process(
             target=_serve, args=(theirs, engine, folder, device, threads), daemon=True
         )
-        # The command line lets OpenMP's threads sleep, for cores that are shared with others. Here one
-        # process runs at a time, and spinning is what PyTorch does by itself.
+        # The command line lets OpenMP's threads sleep, for cores that are shared with others. Here
+        # one process runs at a time, and spinning is what PyTorch does by itself.
         policy = os.environ.pop("OMP_WAIT_POLICY", None)
         self._process.start()
         if policy is not None:
