@@ -17,7 +17,8 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.reports import LATENCY, TOKENISING, Figure, Report, ReportError, calls, load
+from benchmarks.reports import LATENCY, Figure, Report, ReportError, calls, load
+from metakd.deploy.formats import TOKENISING
 
 OURS, RIVAL, WHISKER = "#3b75af", "#b9bec6", "#33373d"
 # Told apart without colour by their markers; from the palette of Okabe and Ito.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from metakd.deploy.formats import INT8_ENGINE
+from metakd.deploy.formats import INT8_ENGINE, TOKENISING
 
 
 class ReportError(Exception):
@@ -45,8 +45,6 @@ class Figure:
         if not 0 < low <= self.centre <= high < math.inf:
             raise ValueError(f"{self.centre} is not within {low} to {high}")
 
-
-TOKENISING = "tokenising"
 
 Panels = dict[str, dict[str, Figure]]  # title -> contender -> figure
 

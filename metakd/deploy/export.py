@@ -38,9 +38,8 @@ OPSET = 23
 """The first with an attention operator."""
 
 _FITTED_TO = 200  # texts; int8 is fitted to their activations, not to their labels
-_LARGEST_FILE = (
-    2**31 - 2**24
-)  # protobuf's limit, and room for the graph; beyond it weights go aside
+# protobuf's limit, less room for the graph; beyond it weights go to a file beside
+_LARGEST_FILE = 2**31 - 2**24
 
 
 def export_onnx(

@@ -89,8 +89,10 @@ def gather(folder: Path, command: str = "") -> dict:
     comparison = _comparison(read["compare"], stages)
     best = _best(comparison, stages, read["latency"])
     scores = _scores(folder / "prototypes", stages)
-    tradeoff = _tradeoff(comparison, read["latency"], exports)
-    expertise = {row: _expertise(own) for row, own in _logs_by_row(students).items()}
+    compared = ratios(read["latency"])
+    tradeoff = _tradeoff(comparison, headline_ratio(compared), exports)
+    logs = _logs_by_row(students)
+    expertise = {row: _expertise(own) for row, own in logs.items()}
     facts = {
         "run": str(folder),
         "command": command,
@@ -100,16 +102,12 @@ def gather(folder: Path, command: str = "") -> dict:
         "close": _close(comparison, best),
         "evaluation": read["evaluation"],
         "tradeoff": tradeoff,
-        "terms": {
-            row: curves
-            for row, logs in _logs_by_row(students).items()
-            if (curves := _curves(logs))["terms"]
-        },
+        "terms": {row: curves for row, own in logs.items() if (curves := _curves(own))["terms"]},
         "scores": scores,
         "expertise": {row: found for row, found in expertise.items() if found},
         "confusion": _confusion(best, stages),
         "latency": read["latency"],
-        "ratios": ratios(read["latency"]),
+        "ratios": compared,
         "exports": exports,
         "commands": _commands(stages, read, exports),
         "seconds": _seconds(stages),
@@ -446,12 +444,9 @@ def headline_ratio(ratios: Sequence[dict]) -> dict | None:
     )
 
 
-def _tradeoff(
-    comparison: dict | None, latency: dict | None, exports: Sequence[dict]
-) -> dict | None:
-    """Accuracy against latency: the teachers, every row of students, and int8 students where all
-    domains of a row were exported and scored."""
-    at = headline_ratio(ratios(latency))
+def _tradeoff(comparison: dict | None, at: dict | None, exports: Sequence[dict]) -> dict | None:
+    """Accuracy against the latencies ``at`` one batch and length: the teachers, every row of
+    students, and int8 students where all domains of a row were exported and scored."""
     if comparison is None or at is None:
         return None
     points = [

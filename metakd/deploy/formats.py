@@ -7,6 +7,9 @@ ENGINES = ("eager", "compile", "cudagraph", "onnx", "onnx-int8")
 INT8_ENGINE = "onnx-int8"
 """The only one whose answers differ: never compared as if it ran the same model."""
 
+TOKENISING = "tokenising"
+"""Stands in an engine's place where latencies of tokenising are told beside the engines'."""
+
 ONNX_FOLDER = "onnx"
 """Where a student's folder keeps its exports."""
 

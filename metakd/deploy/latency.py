@@ -11,7 +11,6 @@ Sizes: B batch, L length in tokens; no padding is timed, every text is L tokens 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import multiprocessing
 import os
@@ -32,31 +31,31 @@ from scipy.stats import binom
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
     PreTrainedModel,
 )
 from transformers.utils.logging import disable_progress_bar
 
-from metakd.deploy.engines import onnx_file, open_engine
+from metakd.deploy.engines import onnx_file, open_engine, why_not
 from metakd.deploy.export import write_files
-from metakd.deploy.formats import ENGINES, INT8_ENGINE, ONNX_FILES
+from metakd.deploy.formats import ENGINES, INT8_ENGINE, ONNX_FILES, ONNX_FOLDER, TOKENISING
 from metakd.environment import environment
 from metakd.errors import ConfigError, MetakdError, ParityError, UnsupportedError
 from metakd.method.sources import load_config, load_tokenizer, load_trained_classifier
+from metakd.method.student import PRESETS as STUDENTS
+from metakd.method.student import bert_shape
 
 BATCHES = (1, 8, 32, 128)
 LENGTHS = (32, 128, 512)
 
 PRESETS = {
     "bert-base": (12, 768, 12, 3072),
-    "tinybert-4l-312": (4, 312, 12, 1200),
+    "tinybert-4l-312": STUDENTS["tinybert-4l-312"],
 }
 """Layers, width, heads, feed-forward width of models with random weights: the teacher and the
 student of the paper (Devlin et al. 2019; Jiao et al. 2020)."""
 
-TOKENISING = "tokenising"
-"""Stands among the engines of the process that only tokenises."""
+_VOCABULARY = 30522  # of BERT-base, uncased
 
 PERCENTILES = (50, 90, 95, 99)
 _PRECISION = 0.02  # half the width of the median's 95 % interval, relative to it
@@ -194,16 +193,10 @@ def _models_of_run(run: Path) -> list[Model]:
 
 
 def _random_model(preset: str, scratch: Path) -> Path:
-    layers, hidden, heads, intermediate = PRESETS[preset]
     torch.manual_seed(0)
-    shape = BertConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        intermediate_size=intermediate,
-    )
+    model = BertForSequenceClassification(bert_shape(PRESETS[preset], _VOCABULARY))
     folder = scratch / preset
-    BertForSequenceClassification(shape).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -217,11 +210,12 @@ def _tokenizing_model(models: list[Model], tokenizer: str | None) -> list[tuple[
 def _export_where_missing(model: Model, engines: Sequence[str], scratch: Path, say) -> None:
     """Make ONNX files that nobody keeps; if that fails, the engine says what is missing."""
     wanted = [name for name in engines if name in ONNX_FILES]
-    has_weights = (model.folder / "model.safetensors").exists()
-    if not has_weights or all(onnx_file(name, model.folder) for name in wanted):
+    if why_not("eager", model.folder, "cpu") or all(
+        onnx_file(name, model.folder) for name in wanted
+    ):
         return
     say(f"{model.name}: exporting to ONNX")
-    model.exported = scratch / f"onnx-{hashlib.sha256(model.name.encode()).hexdigest()[:16]}"
+    model.exported = Path(tempfile.mkdtemp(dir=scratch)) / ONNX_FOLDER
     try:
         write_files(load_trained_classifier(model.folder), model.exported, int8=True)
     except UnsupportedError as error:

@@ -116,11 +116,12 @@ def student_shape(student: StudentConfig, taught: PretrainedConfig) -> Pretraine
         return load_config(student.model)
     if student.layers is not None:
         return _shortened(taught, student.layers)
-    return _preset_shape(student.preset, taught.vocab_size)
+    return bert_shape(PRESETS[student.preset], taught.vocab_size)
 
 
-def _preset_shape(name: str, vocab_size: int, **options) -> BertConfig:
-    layers, hidden, heads, feed_forward = PRESETS[name]
+def bert_shape(sizes: tuple[int, int, int, int], vocab_size: int, **options) -> BertConfig:
+    """The configuration of a BERT of these sizes, in the order of ``PRESETS``."""
+    layers, hidden, heads, feed_forward = sizes
     return BertConfig(
         vocab_size=vocab_size,
         num_hidden_layers=layers,
@@ -159,8 +160,8 @@ def build_student(
         return load_classifier(config.model, label2id)
     if config.layers is not None:
         return keep_layers(load_classifier(source, label2id), config.layers)
-    shape = _preset_shape(
-        config.preset,
+    shape = bert_shape(
+        PRESETS[config.preset],
         len(tokenizer),
         max_position_embeddings=max(512, max_length),
         pad_token_id=tokenizer.pad_token_id,
