@@ -23,7 +23,8 @@ help:
 	@echo "make faults      kill, stop and starve training runs, damage checkpoints, cut the power (about 25 minutes)"
 	@echo "make models/minilm  fetch the encoder of the configurations (all-MiniLM-L6-v2, checksum verified)"
 	@echo "make offline-gpu compile the GPU kernels without a GPU, show registers and spills"
-	@echo "make gpu-check   on a GPU machine: build, tests, sanitizer, benchmarks; results in OUT ($(OUT))"
+	@echo "make gpu-check   on a GPU machine: build, tests, sanitizer, benchmarks, targets; results in OUT ($(OUT))"
+	@echo "                 ARGS='--only verify --seconds 300': some of it, in so much time"
 	@echo "make clean       remove the environment and everything built"
 	@echo "PYTHON=...       use this environment instead of making .venv;  BASE_PYTHON=... makes .venv with it"
 
@@ -65,7 +66,7 @@ offline-gpu: $(READY)
 	$(PYTHON) tests/compile_cuda.py
 
 gpu-check: $(READY)
-	$(PYTHON) -m benchmarks.gpu_check --out $(OUT)
+	$(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks metakd/_C*.so

@@ -16,15 +16,13 @@ def main() -> None:
     options = parser.parse_args()
     print(f"Predicted, not measured: least times at {options.copy / 1e12:.1f} TB/s copied and")
     print(f"{options.matmul / 1e12:.0f} Tflop/s in matrix products.\n")
-    print("| op | shape | dtype | least ms | soft_kl_fwd_bwd_ in one read, ms |")
-    print("|---|---|---|---:|---:|")
+    print("| op | shape | dtype | least ms |")
+    print("|---|---|---|---:|")
     for row in ROWS:
         if "cuda" in row.devices:
             seconds = row.bytes / options.copy if row.bytes else row.flops / options.matmul
-            # 3NCb in place of 5NCb
-            one_read = f"{1e3 * seconds * 3 / 5:.3f}" if row.op.startswith("soft_") else "-"
             dtype = str(row.dtype).removeprefix("torch.")
-            print(f"| {row.op} | {row.shape} | {dtype} | {1e3 * seconds:.3f} | {one_read} |")
+            print(f"| {row.op} | {row.shape} | {dtype} | {1e3 * seconds:.3f} |")
 
 
 if __name__ == "__main__":

@@ -164,6 +164,39 @@ def _soft_row(op: str, N: int, C: int, dtype, devices, *, beta=0.0, temperature=
     return Row(op, f"[{N}, {C}]", dtype, devices, build, bytes=least, quick=quick)
 
 
+def _one_read_row(N: int, C: int, dtype, devices, *, temperature=2.0, quick=False) -> Row:
+    """With the rows' weights known beforehand the gradient takes the place of the student's logits:
+    what the chunked head runs."""
+
+    def build(device: str, rivals: bool = True) -> Contest:
+        student, teacher = ((3 * torch.randn(N, C, device=device)).to(dtype) for _ in "st")
+        contest = Contest({}, tolerance=0.02)
+
+        def ours(backend):
+            if backend == "reference":
+                own = student.clone().requires_grad_()
+                return _step(
+                    lambda: metakd.soft_kl(own, teacher, temperature=temperature, backend=backend),
+                    own,
+                )
+            operator = ops.compiled(backend, "soft_kl_fwd_bwd_")
+            # The first step, whose loss is compared, reads these logits; the ones after it what it
+            # left there, which is as much work.
+            logits, weights = student.clone(), torch.full((N,), 1 / N, device=device)
+            settings = C, temperature, temperature**2, 0.0, 0.0
+            return lambda: operator(logits, teacher, weights, None, None, *settings).mean()
+
+        _ours(contest, "soft_kl", device, dtype, ours)
+        if rivals:
+            own = student.clone().requires_grad_()
+            for name, loss in _soft_opponents(0.0, temperature).items():
+                contest.contenders[name] = _step(lambda f=loss: f(own, teacher), own)
+        return contest
+
+    least = 3 * N * C * dtype.itemsize
+    return Row("soft_kl_one_read", f"[{N}, {C}]", dtype, devices, build, bytes=least, quick=quick)
+
+
 # Heads of language models
 
 
@@ -410,6 +443,8 @@ ROWS = [
     _soft_row("soft_kl", 256, 30522, BF16, CPU),
     *(_soft_row("soft_kl", 8192, C, BF16, CUDA) for C in (30522, 50257, 128256, 151936)),
     _soft_row("soft_kl", 4096, 128256, FP32, CUDA),
+    _one_read_row(256, 1024, FP32, CPU, quick=True),
+    *(_one_read_row(8192, C, BF16, CUDA) for C in (2048, 30522, 50257, 128256, 151936)),
     _soft_row("soft_reverse_kl", 256, 30522, FP32, CPU, beta=1.0, quick=True),
     _soft_row("soft_jsd", 256, 30522, FP32, CPU, beta=0.5, quick=True),
     *(_soft_row("soft_jsd", 8192, C, BF16, CUDA, beta=0.5) for C in (30522, 128256)),

@@ -34,6 +34,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TESTS = {
     "soft_reverse_kl": ROOT / "tests" / "test_soft_kl.py",
     "soft_jsd": ROOT / "tests" / "test_soft_kl.py",
+    "soft_kl_one_read": ROOT / "tests" / "test_soft_kl.py",
     "attention_kl": ROOT / "tests" / "test_attention_map.py",
     "attention_prob_mse": ROOT / "tests" / "test_attention_map.py",
     "masked_mean": ROOT / "tests" / "test_hidden_mse.py",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import compare, plot, suite, unattended
+from benchmarks import compare, plot, suite, targets, unattended
 from benchmarks.registry import ROWS
 from benchmarks.reports import Figure, ReportError, load
 from benchmarks.serving import check_same_labels
@@ -330,15 +330,20 @@ def test_every_operation_has_a_row_that_ci_can_afford():
 def test_gpu_check_measures_what_the_suite_does(tmp_path):
     from benchmarks import gpu_check
 
-    found = gpu_check.steps(tmp_path, quick=False)
+    found = gpu_check.steps(tmp_path)
     named = {f"benchmark {name}" for name in suite.benchmarks("cuda", tmp_path)[0]}
     assert named <= found.keys() and "benchmark latency" in named
-    chosen = list(gpu_check.choose(found, "memcheck"))
-    assert chosen[:2] == ["build", "planted bug"] and len(chosen) == 2 + len(gpu_check.SANITIZED)
-    assert list(gpu_check.choose(found, "racecheck test_soft")) == [
-        "build",
-        "racecheck test_soft_kl",
+    assert gpu_check.choose(found, []) == found
+    chosen = list(gpu_check.choose(found, ["memcheck"]))
+    assert chosen[:2] == ["build", "planted for memcheck"]
+    assert len(chosen) == 2 + len(gpu_check.SANITIZED)
+    assert list(gpu_check.choose(found, ["racecheck test_soft", "verify"])) == [
+        *("build", "verify", "race program", "planted for racecheck", "racecheck test_soft_kl"),
     ]
+    # What is timed, or made for others, shares the machine with nothing.
+    shared = {name for name, task in found.items() if not task.alone}
+    assert all("memcheck" in name or "racecheck" in name for name in shared)
+    assert not any("memcheck" in name for name in gpu_check.steps(tmp_path, sanitize=False))
 
 
 def test_a_failing_task_stops_no_other(tmp_path, capsys):
@@ -361,6 +366,86 @@ def test_a_failing_task_stops_no_other(tmp_path, capsys):
     assert (tmp_path / "logs" / "first-one.log").read_text() == "begin\n"
     assert (tmp_path / "logs" / "last.log").read_text() == "x\n"
     assert "begin" in capsys.readouterr().out  # the end of a failed task's log is shown at once
+
+
+def test_time_that_is_lent_ends_in_time(tmp_path, capsys):
+    """A task that runs on is stopped with its children, and no other begins."""
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    child = "import sys, time; open(sys.argv[1], 'w'); time.sleep(60); open(sys.argv[2], 'w')"
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+    tasks = {
+        "long": Task([sys.executable, "-c", code, child, str(begun), str(ended)]),
+        "late": Task([sys.executable, "-c", ""]),
+    }
+    done = unattended.run_all(tasks, tmp_path / "logs", seconds=3.0)
+    assert [status for _, status, _ in done] == ["stopped", "no time"]
+    assert done[0][2] < 3.0 + 2 * unattended.GRACE_S
+    assert unattended.conclude(done) == 2 and "long: stopped" in capsys.readouterr().out
+    assert begun.exists() and not ended.exists()
+    assert not (tmp_path / "logs" / "late.log").exists()
+
+
+def test_only_neighbours_that_may_run_side_by_side(tmp_path):
+    """Two tasks that wait for each other end; what is alone begins after both."""
+    meet = (
+        "import pathlib, sys, time\n"
+        "own, other = map(pathlib.Path, sys.argv[1:])\n"
+        "own.touch()\n"
+        "while not other.exists(): time.sleep(0.01)"
+    )
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    both_there = f"import os; assert os.path.exists({a!r}) and os.path.exists({b!r})"
+    tasks = {
+        "a": Task([sys.executable, "-c", meet, a, b], alone=False),
+        "b": Task([sys.executable, "-c", meet, b, a], alone=False),
+        "after": Task([sys.executable, "-c", both_there]),
+    }
+    done = unattended.run_all(tasks, tmp_path / "logs", seconds=60, workers=2)
+    assert [(name, status) for name, status, _ in done] == [(name, "ok") for name in tasks]
+
+
+def test_targets_are_met_missed_or_not_measured(keep, tmp_path):
+    row = {
+        "shape": "[256, 30522]",
+        "dtype": "float32",
+        "contenders": {
+            "metakd cpp": {"median_ms": 2.0},
+            "metakd reference": {"median_ms": 1.0},  # the oracle is not ours to boast of
+            "torch.compile": {"median_ms": 5.0},
+            "F.kl_div, probabilities": {"median_ms": 8.0},
+        },
+    }
+    environment = {"device": "CPU, x86_64"}
+    keep("soft_kl.json", {"op": "soft_kl", "environment": environment, "rows": [row]})
+    found = targets.verdicts(tmp_path).splitlines()
+    where = "| K8 | soft_kl [256, 30522] float32 "
+    assert f"{where}| times torch.compile | at least 2 | 2.5 | met |" in found
+    assert f"{where}| times F.kl_div, probabilities | at least 15 | 4 | MISSED |" in found
+    assert any(line.startswith("| K9") and line.endswith("| not measured |") for line in found)
+    assert not any(line.startswith("| K1 ") for line in found)  # a GPU's
+    (tmp_path / "soft_kl.json").unlink()
+    assert targets.verdicts(tmp_path) == ""
+
+
+def test_a_target_may_bound_from_above():
+    [tax] = [t for t in targets.TARGETS if t.name == "K7" and "without" in t.what]
+    assert [tax.verdict(x) for x in (None, 1.1, 1.2)] == ["not measured", "met", "MISSED"]
+    [memory] = [t for t in targets.TARGETS if t.name == "K7" and "memory" in t.what]
+    contenders = {
+        "metakd": {"median_ms": 1.0, "peak_extra_bytes": 10},
+        "metakd, meta-distillation": {"median_ms": 0.5, "peak_extra_bytes": 1},
+        targets.EAGER_LOOP: {"median_ms": 4.0, "peak_extra_bytes": 40},
+    }
+    assert memory.measure(contenders) == 0.25
+
+
+def test_every_target_names_rows_that_the_benchmarks_have():
+    shapes = {(row.op, f"{row.shape} {str(row.dtype).removeprefix('torch.')}") for row in ROWS}
+    for target in targets.TARGETS:
+        if target.report != "step":
+            assert any(op == target.report and s.startswith(target.shape) for op, s in shapes), (
+                target
+            )
 
 
 def test_the_suites_exit_code_counts_failures_and_the_rest_is_summed_up(

@@ -1,4 +1,4 @@
-"""Writes far behind an allocation: a sanitizer that does not see this sees nothing."""
+"""Writes far behind an allocation: a memcheck that does not see this sees nothing."""
 
 import torch
 import triton
