@@ -58,7 +58,8 @@ def extension() -> Extension:
         sys.exit(f"METAKD_CUDA=1: {why_no_cuda()}")
     with_cuda = choice != "0" and not why_no_cuda()
 
-    flags = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3"]
+    # Said here, because the standard that torch would add differs by its version.
+    flags = ["-std=c++20", *(["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3"])]
     # at::parallel_for stays serial without it. No -march: csrc/cpu chooses instructions as it runs.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     kind = Extension if cpp_extension is None else cpp_extension.CppExtension

@@ -62,12 +62,15 @@ def _ours(contest: Contest, op: str, device: str, dtype, make: Callable[[str], S
             contest.absent[f"metakd {backend}"] = reason
 
 
-def _try(contest: Contest, name: str, make: Callable[[], Step]) -> None:
-    """Adds a contender that works here, or the reason why it does not."""
+def _try(
+    contest: Contest, name: str, make: Callable[[], Step], excuse: type[Exception] = Exception
+) -> None:
+    """Adds a contender that works here, or the reason why it does not: whatever a foreign library
+    raises, or only ``excuse``."""
     try:
         step = make()
         step()
-    except Exception as error:  # whatever a foreign library raises is the answer
+    except excuse as error:
         contest.absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
     else:
         contest.contenders[name] = step
@@ -239,9 +242,24 @@ def _head_row(N: int, H: int, C: int, dtype, devices, *, beta: float, quick=Fals
             from liger_kernel.transformers import LigerFusedLinearJSD
 
             inner = LigerFusedLinearJSD(jsd_beta=beta)
-            return _step(lambda: inner(hidden, head, hidden_t, head_t), hidden, head)
+            return _step(lambda: inner(hidden, head, hidden_t, head_t, None), hidden, head)
 
         _try(contest, "Liger fused-linear JSD", liger)
+
+        def liger_kl():
+            from liger_kernel.transformers import LigerFusedLinearKLDivLoss
+
+            inner = LigerFusedLinearKLDivLoss()
+
+            def loss():
+                with torch.no_grad():  # it takes the teacher's probabilities
+                    target = (hidden_t @ head_t.mT).softmax(-1)
+                return inner(hidden, head, target)
+
+            return _step(loss, hidden, head)
+
+        if beta == 0.0:
+            _try(contest, "Liger fused-linear KL", liger_kl)
 
         def liger_chunked():
             from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
@@ -305,8 +323,11 @@ def _attention_row(
             lambda backend: _step(lambda: loss(student, teacher, backend=backend), *student),
         )
         if rivals and eager:
-            contest.contenders["eager maps"] = _step(
-                lambda: _maps_loss(op, student, teacher), *student
+            _try(
+                contest,
+                "eager maps",
+                lambda: _step(lambda: _maps_loss(op, student, teacher), *student),
+                excuse=torch.OutOfMemoryError,  # the longest maps in float32 are over 80 GB
             )
             compiled = torch.compile(_maps_loss, dynamic=False)
             _try(

@@ -60,6 +60,12 @@ FEATURES = [
     ("domain_expertise", (3,), "fp32", ""),
 ]
 
+# Bytes by variant and architecture.
+KNOWN_SPILLS = {
+    ("gram 64/64 fp32 gram", 100): 376,
+    ("score_gradient 64/64 fp16 squared causal", 80): 24,
+}
+
 
 def everything():
     flavours = list(itertools.product(DTYPES, KINDS, (False, True)))
@@ -92,6 +98,20 @@ def every_feature():
 
 def name_of(kernel: str, V: int, dtype: str, kind: str, label: bool) -> str:
     return f"{kernel} V={V} {dtype} {kind}{' label' if label else ''}"
+
+
+def is_before_3_8() -> bool:
+    """Whether this Triton is one that cannot compile a reduction over the blocks of a cluster, and
+    whose assembler spills KNOWN_SPILLS."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+
+
+def spilled(rows: list[dict]) -> list[dict]:
+    """The rows that spill and should not."""
+    known = KNOWN_SPILLS if is_before_3_8() else {}
+    return [row for row in rows if row["spills"] > known.get((row["variant"], row["arch"]), 0)]
 
 
 def compile_variant(kernel: str, V: int, dtype: str, kind: str, label: bool, arch: int) -> dict:
@@ -316,7 +336,8 @@ def main() -> int:
     for variant, arch in itertools.product(variants, options.arch):
         feature = len(variant) == 4
         name = " ".join(map(str, variant)) if feature else name_of(*variant)
-        if options.only not in name or (name.startswith("cluster") and arch < 90):
+        clusters = arch >= 90 and not is_before_3_8()
+        if options.only not in name or (name.startswith("cluster") and not clusters):
             continue
         compiled = compile_features if feature else compile_variant
         found = compiled(*variant, arch)
@@ -329,7 +350,7 @@ def main() -> int:
             )
     if options.json:
         print(json.dumps(rows, indent=1))
-    return int(any(row["spills"] for row in rows))
+    return int(bool(spilled(rows)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The chunked head: equal to whole logits, in bounded memory, for any reduction."""
 
+from functools import partial
+
 import pytest
 import torch
 from oracle import DEVICE, assert_sensitive, backend_dtypes, check_op
@@ -214,10 +216,6 @@ def test_refusals(changes, message):
 
 
 def test_an_unavailable_backend_is_refused():
+    zeros = partial(torch.zeros, dtype=torch.float64, device=DEVICE)
     with pytest.raises(UnsupportedError, match="float64"):
-        metakd.linear_soft_kl(
-            torch.zeros(2, 4, dtype=torch.float64),
-            torch.zeros(7, 4, dtype=torch.float64),
-            torch.zeros(2, 7, dtype=torch.float64),
-            backend="triton",
-        )
+        metakd.linear_soft_kl(zeros(2, 4), zeros(7, 4), zeros(2, 7), backend="triton")
