@@ -56,7 +56,7 @@ class StageStore:
     keep: int = 2
     disk: Disk = field(default_factory=Disk)
     _finished: dict[Path, dict] = field(default_factory=dict, repr=False)
-    _digests: dict[Path, str] = field(default_factory=dict, repr=False)
+    _asked: dict[Path, tuple[str, bool]] = field(default_factory=dict, repr=False)
 
     def result(self, place: Path) -> dict:
         """The result of a stage that this process has asked for."""
@@ -65,7 +65,7 @@ class StageStore:
     def forget(self) -> None:
         """Look everything up again: processes that meet must have asked for the same stages."""
         self._finished.clear()
-        self._digests.clear()
+        self._asked.clear()
 
     def get(
         self, place: Path, inputs: dict, build: Callable[[Path, Saves], dict], keep: bool = True
@@ -85,16 +85,15 @@ class StageStore:
         """
         described = json.dumps({**self.common, **inputs}, sort_keys=True)
         digest = hashlib.sha256(described.encode()).hexdigest()
-        if self._digests.get(place) != digest:
+        # What was asked for without its files may have none.
+        if self._asked.get(place) not in ((digest, keep), (digest, True)):
             self._finished[place] = self._look_up_or_build(place, digest, build, keep)
-            self._digests[place] = digest
+            self._asked[place] = digest, keep
         return self._finished[place]
 
     def _look_up_or_build(self, place, digest, build, keep) -> dict:
         name = str(place.relative_to(self.folder))
-        record = place / _RECORD
-        stored = json.loads(record.read_text()) if self.world.is_main and record.exists() else {}
-        stored = self.world.agree(stored)
+        stored = self.world.agree(self.world.on_first(lambda: _read(place / _RECORD)))
         if stored.get("inputs") == digest and (stored["kept"] or not keep):
             self._on_first(lambda: self._tidy(place))
             self.say(f"{name}: inputs unchanged, skipped")
@@ -172,6 +171,12 @@ class StageStore:
         if self.resume != "never" and started.is_file() and started.read_text() == digest:
             return
         if building.exists():
+            if self.resume not in ("auto", "never"):
+                raise CheckpointError(
+                    f"{building}: was begun with other inputs, so that there is no {self.resume} "
+                    "to go on from",
+                    "give the configuration that it was begun with, or --resume never",
+                )
             self.say(f"{building}: what was left there is of other inputs, or not wanted; removed")
             self.disk.remove(building)
         # Synced: a power failure must not leave checkpoints whose inputs nobody knows.
@@ -196,6 +201,25 @@ class StageStore:
         for left in building.iterdir():
             if left.name not in (_INPUTS, CHECKPOINTS):
                 self.disk.remove(left)
+
+
+def _read(record: Path) -> dict:
+    """What ``StageStore._publish`` wrote; empty where nothing is.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if not record.exists():
+        return {}
+    try:
+        stored = json.loads(record.read_text())
+        if not {"inputs", "kept", "result"} <= stored.keys():
+            raise ValueError("it is not complete")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{record}: is damaged: {error}", f"remove {record.parent} and build it again"
+        ) from error
+    return stored
 
 
 def _replaced(place: Path) -> Path:
