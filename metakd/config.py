@@ -163,6 +163,14 @@ class DistillConfig(Block):
     )
 
 
+# Of the other methods all weights count.
+_TERMS_OF = {
+    "logits_kd": ("prediction", "hard_label"),
+    "mtn_kd": ("prediction", "hard_label"),
+    "minilmv2": ("attention", "prediction", "hard_label"),
+}
+
+
 class CompareRow(Block):
     """One row of the comparison: a method and the teacher it learns from (``finetune`` has
     none)."""
@@ -339,9 +347,14 @@ def check_contradictions(config: RunConfig) -> list[str]:
             except ValidationError as error:
                 reason = _reason(error.errors()[0])
                 found.append(f"teacher.kind: against distill.method: {reason}")
-        terms = distill.terms.model_dump().values()
-        if not any(terms) and not (distill.method == "meta" and distill.gamma2 > 0):
-            found.append("distill.terms: every weight is 0, so the student would learn nothing")
+        names = _TERMS_OF.get(distill.method, tuple(TermWeights.model_fields))
+        weights = [getattr(distill.terms, name) for name in names]
+        weights += [distill.gamma2] if distill.method == "meta" else []
+        if not any(weights):
+            found.append(
+                f"distill.terms: every weight is 0 that {distill.method} has "
+                f"({', '.join(names)}), so the student would learn nothing"
+            )
 
     preset = re.search(r"-(\d+)l-", student.preset or "")
     depth = len(student.layers) if student.layers else int(preset[1]) if preset else None

@@ -356,6 +356,14 @@ CONTRADICTIONS = {
         "distill: {gamma2: 0, terms: {embedding: 0, hidden: 0, attention: 0, prediction: 0}}",
         "distill.terms: every weight is 0",
     ),
+    "nothing to learn from logits": (
+        "distill: {method: logits_kd, terms: {prediction: 0}}",
+        "distill.terms: every weight is 0 that logits_kd has (prediction, hard_label)",
+    ),
+    "nothing to learn from relations": (
+        "distill: {method: minilmv2, terms: {attention: 0, prediction: 0}}",
+        "distill.terms: every weight is 0 that minilmv2 has",
+    ),
     "warm-up without end": (
         "teacher: {model: m, training: {warmup_steps: 20, max_steps: 10}}",
         "teacher.training.warmup_steps: 20 is more than teacher.training.max_steps 10",

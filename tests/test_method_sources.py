@@ -5,13 +5,19 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    DebertaV2Config,
+)
 
 from metakd.config import RunConfig, StudentConfig
 from metakd.demo import train_tokenizer
 from metakd.errors import CheckpointError, ConfigError
 from metakd.method.sources import load_classifier, load_encoder, load_trained_classifier
-from metakd.method.student import build_student, check_models
+from metakd.method.student import _check_positions, build_student, check_models
 from metakd.method.teacher import Teacher
 
 LABELS = {"bad": 0, "good": 1}
@@ -321,6 +327,26 @@ def test_layers_and_widths_against_the_teacher(saved, tokenizer):
     student = {"model": saved("student", hidden_size=24)}
     (line,) = refused(config(source, student, distill=relations), tokenizer, LABELS)
     assert "student's width 24" in line and "teacher's 16" in line
+
+
+def test_examples_longer_than_the_teacher_reads_are_refused(saved, tokenizer):
+    source = saved("teacher", max_position_embeddings=32)
+    for student in ({"preset": "tiny-2l-128"}, {"layers": [1]}):
+        (line,) = refused(config(source, student), tokenizer, LABELS)
+        assert line.startswith("teacher.model: ") and "takes 32 tokens, max_length is 64" in line
+
+
+def test_a_method_without_a_term_is_refused(saved, tokenizer):
+    nothing = {"method": "logits_kd", "terms": {"prediction": 0}}
+    (line,) = refused(config(saved("teacher"), {"layers": [1]}, distill=nothing), tokenizer, LABELS)
+    assert line == "distill: terms: every weight that logits_kd has is 0"
+
+
+def test_relative_positions_have_no_end():
+    shape = DebertaV2Config(max_position_embeddings=32, position_biased_input=False)
+    _check_positions("model", shape, 64)
+    with pytest.raises(ValueError, match="takes 32 tokens"):
+        _check_positions("model", DebertaV2Config(max_position_embeddings=32), 64)
 
 
 def test_models_that_are_not_there(tmp_path, tokenizer):

@@ -64,7 +64,7 @@ def _distilbert():
     return DistilBertForSequenceClassification(config).eval()
 
 
-@pytest.mark.parametrize("layers", [[1, 3], [3, 0, 2], [0, 1, 2, 3]])
+@pytest.mark.parametrize("layers", [[1, 3], [3, 0, 2], [0, 1, 2, 3], [1, 1, 3]])
 @pytest.mark.parametrize("name", ["bert", "distilbert"])
 def test_kept_layers_carry_the_weights_of_their_origin(tiny_bert, name, layers):
     source = tiny_bert(layers=4) if name == "bert" else _distilbert()

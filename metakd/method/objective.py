@@ -212,7 +212,7 @@ def build_terms(
     relations and prediction.
 
     Raises:
-        ValueError: the layers cannot be mapped.
+        ValueError: the layers cannot be mapped, or no term is left.
     """
     weights = config.terms
     prediction = PredictionTerm(
@@ -242,7 +242,10 @@ def build_terms(
     if config.method == "minilmv2":
         terms.append(RelationTerm(weights.attention, heads=config.relation_heads))
     terms += [prediction, HardLabelTerm(weights.hard_label)]
-    return [replace(term, backend=config.backend) for term in terms if term.weight > 0]
+    kept = [replace(term, backend=config.backend) for term in terms if term.weight > 0]
+    if not kept:
+        raise ValueError(f"terms: every weight that {config.method} has is 0")
+    return kept
 
 
 def check_widths(terms: Sequence[Term], student: int, teacher: int | None) -> None:

@@ -70,8 +70,10 @@ def check_models(
 
     source, student = config.teacher.model, config.student
     taught = note("teacher.model", load_config, source)
+    length = config.data.max_length
     if taught is not None:
         note("teacher.model", check_embeddings, source, taught, tokenizer)
+        note("teacher.model", _check_positions, source, taught, length)
         if config.teacher.kind != "mtl":  # whose head is always fresh
             note("teacher.model", check_labels, source, taught, label2id)
     if student.model is not None:
@@ -79,7 +81,6 @@ def check_models(
         if shape is not None:
             note("student.model", check_vocabulary, student.model, shape, tokenizer)
             note("student.model", check_labels, student.model, shape, label2id)
-            length = config.data.max_length
             note("student.model", _check_positions, student.model, shape, length)
     else:
         shape = None if taught is None else note("student", student_shape, student, taught)
@@ -174,7 +175,8 @@ def build_student(
 
 def _check_positions(model: str, shape: PretrainedConfig, max_length: int) -> None:
     positions = getattr(shape, "max_position_embeddings", max_length)
-    if positions < max_length:
+    # DeBERTa's are relative; some of its kind have no others.
+    if positions < max_length and getattr(shape, "position_biased_input", True):
         raise ValueError(f"{model} takes {positions} tokens, max_length is {max_length}")
 
 
@@ -201,13 +203,13 @@ def keep_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
     config = _shortened(model.config, layers)
     stack = encoder_layers(model)
     prefix = next(name for name, module in model.named_modules() if module is stack) + "."
-    position = {str(layer): str(new) for new, layer in enumerate(layers)}
     kept = {}
     for name, value in model.state_dict().items():
         if name.startswith(prefix):
-            layer, rest = name[len(prefix) :].split(".", 1)
-            if layer in position:
-                kept[f"{prefix}{position[layer]}.{rest}"] = value
+            number, rest = name[len(prefix) :].split(".", 1)
+            for new, layer in enumerate(layers):  # one of them may be wanted twice
+                if str(layer) == number:
+                    kept[f"{prefix}{new}.{rest}"] = value
         else:
             kept[name] = value
     smaller = type(model)(config)
