@@ -461,9 +461,11 @@ def prepare(folder: str | Path) -> Path:
         texts = [json.loads(line)["text"] for line in lines]
     encoder = pretrained_encoder(folder / "encoder", texts)
     if not config.is_file():
-        config.write_text(
-            _CONFIG.format(folder=folder, corpus=corpus, encoder=encoder), encoding="utf-8"
-        )
+        places = {"folder": folder, "encoder": encoder}
+        places |= {name: corpus / f"{name}.jsonl" for name in ("train", "validation", "test")}
+        # In quotes: a folder may be called 1, or no.
+        quoted = {name: json.dumps(str(at), ensure_ascii=False) for name, at in places.items()}
+        config.write_text(_CONFIG.format(**quoted), encoding="utf-8")
     return config
 
 
@@ -473,9 +475,9 @@ _CONFIG = """\
 # Made by `metakd quickstart`; change it and run `metakd run` or `metakd compare` on it.
 output_dir: {folder}
 data:
-  train: {corpus}/train.jsonl
-  validation: {corpus}/validation.jsonl
-  test: {corpus}/test.jsonl
+  train: {train}
+  validation: {validation}
+  test: {test}
   max_length: 64
 teacher:
   model: {encoder}

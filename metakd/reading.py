@@ -164,8 +164,10 @@ def read_texts(
     table = _read_file(Path(file), problems)
     rows = []
     if table is not None:
-        missing = {config.label, config.domain} - set(table.columns if columns else ())
-        rows = _check_rows(table, config, None, problems, unneeded=missing)
+        present = set(table.columns if columns else ()) - {text, text_pair}
+        named = {"label": config.label, "domain": config.domain}
+        unneeded = {name for name, column in named.items() if column not in present}
+        rows = _check_rows(table, config, None, problems, unneeded)
     if problems:
         raise _error(problems)
     return rows
@@ -426,8 +428,8 @@ def _check_rows(
     problems: _Problems,
     unneeded: Collection[str] = (),
 ) -> list[Row]:
-    """Checks columns and cells, except for columns that are not needed; ``domain`` is given where
-    the file's name says it."""
+    """Checks columns and cells, except for a label or domain that is not needed; ``domain`` is
+    given where the file's name says it."""
     checks = [
         ("text", config.text, _check_text),
         ("label", config.label, partial(_check_name, "label")),
@@ -436,7 +438,7 @@ def _check_rows(
         checks.append(("pair", config.text_pair, _check_text))
     if domain is None:
         checks.append(("domain", config.domain, _check_domain))
-    checks = [check for check in checks if check[1] not in unneeded]
+    checks = [check for check in checks if check[0] not in unneeded]
     for _, column, _ in checks:
         if column not in table.columns:
             reason = f"missing column: {_unknown(column, table.columns)}"
@@ -452,7 +454,7 @@ def _check_rows(
             if reason:
                 problems.add(table.file, row, column, reason)
         rows.append(Row(table.file, row, **fields))
-    if config.label not in unneeded:
+    if "label" not in unneeded:
         _check_label_types(table, config.label, problems)
     return rows
 

@@ -16,7 +16,7 @@ from metakd.config import DataConfig
 from metakd.data import Split, StepSampler, collate, load_corpus
 from metakd.demo import train_tokenizer
 from metakd.errors import ConfigError, DataError
-from metakd.reading import read_corpus
+from metakd.reading import read_corpus, read_texts
 
 ROWS = [
     {"text": f"number {i} is {label}", "label": label, "domain": domain}
@@ -422,6 +422,13 @@ def test_integer_labels_are_kept_as_text_in_numeric_order(tmp_path, tokenizer):
         DataConfig(train=f"{tmp_path}/train.jsonl", validation_fraction=0.25), tokenizer
     )
     assert corpus.label2id == {"1": 0, "2": 1, "9": 2, "10": 3}
+
+
+@pytest.mark.parametrize("column", ["domain", "label"])
+def test_texts_to_serve_may_stand_in_any_column(tmp_path, column):
+    put(tmp_path / "sites.csv", f"{column},other\n two words ,x\n")
+    (row,) = read_texts(str(tmp_path / "sites.csv"), text=column)
+    assert (row.text, row.label, row.domain) == (" two words ", None, None)
 
 
 def test_hub_ids_go_through_datasets(monkeypatch):

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from metakd import demo
-from metakd.config import DataConfig
+from metakd.config import DataConfig, load_config
 from metakd.data import load_corpus
 from metakd.errors import DataError
 
@@ -143,6 +143,15 @@ def test_other_weights_are_refused(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"has SHA-256 .*, expected 53aa5117"):
         demo.pretrained_encoder(tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("name", ["1", "no", "two words: \U0001f600", "back\\slash"])
+def test_the_quickstart_may_be_anywhere(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "pretrained_encoder", lambda folder, texts: folder)
+    config = load_config(str(demo.prepare(name)))
+    assert (config.output_dir, config.teacher.model) == (name, f"{name}/encoder")
+    assert Path(config.data.validation).is_file()
 
 
 def test_offline_falls_back_to_scratch_with_one_line(tmp_path, monkeypatch, capsys):
