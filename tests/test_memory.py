@@ -143,6 +143,14 @@ def test_a_frozen_teacher_has_no_state():
     assert (away.weights, away.host) == (0, 1000)
 
 
+def test_checkpointing_keeps_one_layer_and_the_inputs_of_all():
+    options = {"zero": 0, "offload": False, "dtype": "fp32", "world_size": 1}
+    whole = [estimate(1, **options, **SHAPE | {"layers": n}).activations for n in (1, 8)]
+    kept = estimate(1, **options, **SHAPE | {"layers": 8}, checkpointing=True).activations
+    tokens = SHAPE["batch"] * SHAPE["length"]
+    assert kept == whole[0] + 8 * 4 * tokens * SHAPE["hidden"] < whole[1] / 3
+
+
 def test_the_activations_are_about_what_a_step_keeps():
     """Counted by the tensors that autograd saves in one forward pass of plain BERT, without the
     attention dropout that makes a CPU's SDPA keep its maps."""

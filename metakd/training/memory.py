@@ -13,7 +13,8 @@ With P parameters, N processes and b bytes of the dtype (4 for fp32, 2 for bf16 
   from stage 1 on;
 - activations ``layers B L (17 b H + 4 A)`` of one micro-batch in which every example is as long as
   the longest. In fp32 BERT kept 0.95 to 1.13 times that (``tests/test_memory.py``); on a CPU, where
-  SDPA keeps its maps under attention dropout, up to 1.8 times.
+  SDPA keeps its maps under attention dropout, up to 1.8 times. With gradient checkpointing it is
+  one such layer and the inputs of all, ``layers B L b H``.
 
 ``offload`` moves the optimizer's part to the host, with a gradient in fp32, and at stage 3 the
 weights too. Left out: DeepSpeed's buckets, the gathered layers of stage 3, the cache of the
@@ -82,6 +83,7 @@ def estimate(
     layers: int,
     hidden: int,
     heads: int,
+    checkpointing: bool = False,
 ) -> Memory:
     """Memory of a model under training with AdamW.
 
@@ -96,6 +98,7 @@ def estimate(
         layers: of the encoder.
         hidden: H.
         heads: A per layer.
+        checkpointing: activations are computed again in the backward pass.
     """
     size = BYTES[dtype]
 
@@ -112,11 +115,13 @@ def estimate(
         optimizer = 0
         if zero >= 3:
             host, weights = host + weights, 0
+    layer = 17 * size * hidden + 4 * heads
+    per_token = layers * size * hidden + layer if checkpointing else layers * layer
     return Memory(
         weights=weights,
         gradients=size * part(zero >= 2),
         optimizer=optimizer,
-        activations=layers * batch * length * (17 * size * hidden + 4 * heads),
+        activations=batch * length * per_token,
         host=host,
     )
 
@@ -192,6 +197,7 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
                     layers=shape.num_hidden_layers,
                     hidden=shape.hidden_size,
                     heads=shape.num_attention_heads,
+                    checkpointing=training.gradient_checkpointing,
                 )
             )
     table["frozen teacher beside the student"] = str(
