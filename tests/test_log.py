@@ -29,6 +29,18 @@ def test_rates_are_since_the_last_line(tmp_path, monkeypatch, tokens):
     assert rates == ([125.0, 250.0, None] if tokens else [None] * 3)
 
 
+def test_an_evaluation_does_not_slow_the_rates_down(tmp_path, monkeypatch):
+    clock = iter([10.0, 12.0, 112.0, 114.0])  # start, evaluation from and to, line
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    with RunLog(tmp_path, ["jsonl"], Console()) as log:
+        log.start("title", 1)
+        with log.pausing():
+            pass
+        log.advance(8)
+        log.write(1, {"loss": 1.0})
+    assert json.loads((tmp_path / "log.jsonl").read_text())["samples_per_second"] == 2.0
+
+
 def test_means_of_scalars_and_vectors():
     meter = Meter()
     meter.add({"loss": torch.tensor(1.0), "shares": torch.tensor([1.0, 0.0])}, 3)

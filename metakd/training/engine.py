@@ -14,9 +14,10 @@ from __future__ import annotations
 import gc
 import math
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 import deepspeed
 import numpy as np
@@ -199,38 +200,127 @@ def fit(
 
     Raises:
         CheckpointError: a checkpoint cannot be written, or does not fit this run.
-        DivergedError: ten steps in a row, or all of them, had a loss that is not finite.
+        DivergedError: ten steps in a row, or all of them, had a loss or a gradient that is not
+            finite.
         StoppedError: SIGTERM or SIGINT; the last finished step is saved.
     """
-    if saves is not None and saves.start is not None and saves.start.facts["phase"] > saves.phase:
+    start = None if saves is None else saves.start
+    if start is not None and start.facts["phase"] > saves.phase:
         return {}
-    accumulation = training.gradient_accumulation_steps
-    step_size = training.per_device_train_batch_size * accumulation * world.size
-    if saves is not None and saves.start is not None and saves.reshard:
-        step_size = saves.start.facts["step_size"]
-        accumulation = max(1, round(saves.start.facts["micro_batches"] / world.size))
-    micro_batches = accumulation * world.size
-    lengths = split.lengths
+    shares = _share_out(training, world, saves)
     sampler = StepSampler(
-        lengths,
-        step_size=step_size,
-        micro_batches=micro_batches,
+        split.lengths,
+        step_size=shares.step_size,
+        micro_batches=shares.accumulation * world.size,
         seed=seed,
         group_by_length=training.group_by_length,
     )
-    steps_per_epoch = len(sampler)
-    total_steps = steps_per_epoch * training.num_train_epochs
+    total_steps = len(sampler) * training.num_train_epochs
     if training.max_steps > 0:
         total_steps = min(total_steps, training.max_steps)
+    engine, scheduler = _start_engine(
+        module, config, training, sharding, world, shares, total_steps
+    )
+    torch.manual_seed(seed * world.size + world.rank)  # dropout differs between ranks
 
+    meter, position = Meter(), _Position()
+    keeper = _Keeper(engine, saves, world, log, meter, position)
+    keeper.restore(
+        {"zero": sharding.zero, "precision": config.precision, "step_size": shares.step_size},
+        {
+            "micro_batches": shares.accumulation * world.size,
+            "processes": shares.processes,
+            "steps": total_steps,
+        },
+        seed,
+    )
+    log.start(title, total_steps, done=position.step)
+    with StopRequest(world) as stop, Watchdog(world, config.step_timeout):
+        loop = _Loop(engine, scheduler, keeper, stop, config, title, total_steps, teacher)
+        # A checkpoint of an epoch's last step was written before the epoch was scored.
+        begun = max(math.ceil(position.step / len(sampler)) - 1, 0)
+        for epoch in range(begun, math.ceil(total_steps / len(sampler))):
+            examples = split
+            for name, values in (columns(epoch) if columns else {}).items():
+                examples = examples.with_column(name, values)
+            first = epoch * len(sampler)
+            plan = sampler.epoch(epoch)[position.step - first : total_steps - first]
+            loop.train(plan, _batches(examples, collate, plan, world), split.lengths)
+            if score and epoch >= position.epochs_scored:
+                loop.choose(epoch, score)
+        if saves is not None and not saves.last_phase:
+            keeper.save()
+        if position.best:
+            put_weights(module, position.best_weights, world)
+        if conclude:
+            loop.judge(conclude)
+        if number := stop.settle():
+            keeper.stop(number, title)
+    log.stop()
+    retire(engine)
+    del engine, scheduler, keeper, loop
+    gc.collect()
+    module.eval()
+    return position.best
+
+
+class _Shares(NamedTuple):
+    """How the examples of a step are shared out."""
+
+    processes: int  # that a step is counted for: after a reshard, those that began
+    step_size: int  # examples of a step, on all processes
+    accumulation: int  # micro-batches of a step, on each process
+
+
+def _share_out(training: TrainingConfig, world: World, saves: Saves | None) -> _Shares:
+    """The shares of one phase.
+
+    Raises:
+        CheckpointError: these processes are too many for the steps that others began.
+    """
+    accumulation, batch = training.gradient_accumulation_steps, training.per_device_train_batch_size
+    plain = _Shares(world.size, batch * accumulation * world.size, accumulation)
+    if saves is None or saves.start is None:
+        return plain
+    start, facts = saves.start, saves.start.facts
+    processes = facts.get("processes", facts["world_size"])
+    was_resharded = facts["world_size"] == world.size != processes
+    if not (saves.reshard or was_resharded):
+        return plain
+    # A phase that nobody has begun yet keeps the size of its steps, too.
+    step_size, micro_batches = batch * accumulation * processes, accumulation * processes
+    if facts["phase"] == saves.phase:
+        step_size, micro_batches = facts["step_size"], facts["micro_batches"]
+    if step_size < world.size:
+        raise CheckpointError(
+            f"{start.folder}: its steps of {step_size} examples are too small for "
+            f"{world.size} processes",
+            f"start at most {step_size}",
+        )
+    accumulation = min(max(1, round(micro_batches / world.size)), step_size // world.size)
+    return _Shares(processes, step_size, accumulation)
+
+
+def _start_engine(
+    module: nn.Module,
+    config: RunConfig,
+    training: TrainingConfig,
+    sharding: Sharding,
+    world: World,
+    shares: _Shares,
+    total_steps: int,
+):
+    """DeepSpeed's engine around the module, in its place, and the schedule of its optimizer."""
     # Elsewhere DeepSpeed looks at the gradient itself.
     look = sharding.zero == 0 and config.precision == "fp32"
     optimizer, scheduler = optimizer_and_scheduler(
         module, training, total_steps, SkippingAdamW if look else torch.optim.AdamW
     )
     facts = {
-        "train_micro_batch_size_per_gpu": math.ceil(step_size / micro_batches),
-        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": math.ceil(
+            shares.step_size / (shares.accumulation * world.size)
+        ),
+        "gradient_accumulation_steps": shares.accumulation,
         "optimizer.params.betas": optimizer.defaults["betas"],
         "optimizer.params.eps": optimizer.defaults["eps"],
         "scheduler.params.warmup_num_steps": warmup(training, total_steps),
@@ -249,120 +339,132 @@ def fit(
         # In half precision DeepSpeed allocates its state by a step on zero gradients, which would
         # shift Adam's bias correction by one and shorten the first updates by a quarter.
         optimizer.state.clear()
-    torch.manual_seed(seed * world.size + world.rank)  # dropout differs between ranks
-
-    meter, position = Meter(), _Position()
-    keeper = _Keeper(engine, saves, world, log, meter, position)
-    keeper.restore(
-        {"zero": sharding.zero, "precision": config.precision, "step_size": step_size},
-        {"micro_batches": micro_batches, "steps": total_steps},
-        seed,
-    )
-    log.start(title, total_steps, done=position.step)
-    with StopRequest(world) as stop, Watchdog(world, config.step_timeout):
-        # A checkpoint of an epoch's last step was written before the epoch was scored.
-        begun = max(math.ceil(position.step / steps_per_epoch) - 1, 0)
-        for epoch in range(begun, math.ceil(total_steps / steps_per_epoch)):
-            examples = split
-            for name, values in (columns(epoch) if columns else {}).items():
-                examples = examples.with_column(name, values)
-            engine.train()
-            first = epoch * steps_per_epoch
-            plan = sampler.epoch(epoch)[position.step - first : total_steps - first]
-            batches = _batches(examples, collate, plan, world)
-            for micro in plan:
-                seen: list[tuple[StepOutput, Tensor]] = []
-                size = sum(map(len, micro))
-                for _ in micro[world.rank :: world.size]:
-                    world.progress.beat(f"step {position.step + 1}")
-                    batch = next(batches)
-                    output: StepOutput = engine(batch, teacher(batch)) if teacher else engine(batch)
-                    # The engine divides by accumulation steps and averages over ranks; undone, so
-                    # that the sum over everything is divided by the examples of this step.
-                    engine.backward(output.rows.sum() * (micro_batches / size))
-                    seen.append((StepOutput(output.rows.detach(), output.terms), batch["index"]))
-                    _step(engine, title, position.step + 1)
-                position.step += 1
-                if engine.was_step_applied():
-                    position.skipped_in_a_row = 0
-                    for output, index in seen:
-                        meter.add({"loss": output.rows.mean(), **output.terms}, len(index))
-                else:
-                    _note_skipped(seen, position, world, log, title, total_steps)
-                log.advance(size, sum(lengths[row] for rows in micro for row in rows))
-                if position.step % config.logging_steps == 0 or position.step == total_steps:
-                    rate = {"learning_rate": scheduler.get_last_lr()[0]}
-                    log.write(position.step, meter.read(world) | rate)
-                if number := stop.poll():
-                    keeper.stop(number, title)
-                if position.step % config.save_steps == 0 and position.step < total_steps:
-                    keeper.save()
-            if score and epoch >= position.epochs_scored:
-                engine.eval()
-                with world.progress.interruptible(stop.poll):
-                    try:
-                        scored = {**score(), "epoch": epoch + 1}
-                    except StoppedError as error:
-                        keeper.stop(error.number, title)
-                log.write(position.step, scored, "validation")
-                position.epochs_scored = epoch + 1
-                if scored["accuracy"] > position.best.get("accuracy", -1.0):
-                    position.best = scored
-                    position.best_weights = whole_weights(module, world)
-        if number := stop.settle():
-            keeper.stop(number, title)
-    if saves is not None and not saves.last_phase:
-        keeper.save()
-    if position.best:
-        put_weights(module, position.best_weights, world)
-    if conclude:
-        engine.eval()
-        conclude()
-    log.stop()
-    retire(engine)
-    del engine, optimizer, scheduler, keeper
-    gc.collect()
-    module.eval()
-    return position.best
+    return engine, scheduler
 
 
-def _step(engine, title: str, step: int) -> None:
-    try:
-        engine.step()
-    except Exception as error:  # DeepSpeed raises the base class
-        if "loss scale" not in str(error):
-            raise
-        raise DivergedError(
-            f"{title}: gradients overflow fp16 at the smallest loss scale, step {step}",
-            "use bf16 instead of fp16, or lower the learning rate",
-        ) from error
+@dataclass
+class _Loop:
+    """One ``fit`` under way: its steps, and its scores between them."""
 
+    engine: deepspeed.DeepSpeedEngine
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    keeper: _Keeper
+    stop: StopRequest
+    config: RunConfig
+    title: str
+    total_steps: int
+    teacher: Callable[[Batch], Features] | None
 
-def _note_skipped(
-    seen: list[tuple[StepOutput, Tensor]],
-    position: _Position,
-    world: World,
-    log: RunLog,
-    title: str,
-    total_steps: int,
-) -> None:
-    """Say which examples made the step's gradient useless; end the run after too many such steps.
+    def __post_init__(self):
+        self.world, self.log = self.keeper.world, self.keeper.log
+        self.meter, self.position = self.keeper.meter, self.keeper.position
 
-    fp16 leaves out steps on the way to its loss scale, with finite losses: those are no fault.
-    """
-    own = torch.cat([index[~output.rows.isfinite()] for output, index in seen]).tolist()
-    examples = sorted(chain.from_iterable(world.gather(own)))
-    log.note(position.step, "skipped", examples=examples)
-    if not examples:
-        return
-    position.skipped_in_a_row += 1
-    if position.skipped_in_a_row >= min(SKIPS_ALLOWED, total_steps):
+    def train(
+        self, plan: list[list[list[int]]], batches: Iterator[Batch], lengths: list[int]
+    ) -> None:
+        """The steps of an epoch that are left.
+
+        Args:
+            plan: ``[step][micro-batch][example]``, of all ranks.
+            batches: this rank's micro-batches of these steps.
+            lengths: tokens of each example.
+        """
+        position, config = self.position, self.config
+        self.engine.train()
+        for micro in plan:
+            self._take_step(micro, batches)
+            self.log.advance(
+                sum(map(len, micro)), sum(lengths[row] for rows in micro for row in rows)
+            )
+            if position.step % config.logging_steps == 0 or position.step == self.total_steps:
+                rate = {"learning_rate": self.scheduler.get_last_lr()[0]}
+                self.log.write(position.step, self.meter.read(self.world) | rate)
+            if number := self.stop.poll():
+                self.keeper.stop(number, self.title)
+            if position.step % config.save_steps == 0 and position.step < self.total_steps:
+                with self.log.pausing():
+                    self.keeper.save()
+
+    def _take_step(self, micro: list[list[int]], batches: Iterator[Batch]) -> None:
+        """One optimizer step over the micro-batches of all ranks."""
+        engine, position, world = self.engine, self.position, self.world
+        seen: list[tuple[StepOutput, Tensor]] = []
+        share = len(micro) / sum(map(len, micro))
+        for _ in micro[world.rank :: world.size]:
+            world.progress.beat(f"step {position.step + 1}")
+            batch = next(batches)
+            # Nothing here may hold the teacher's features longer than the step does.
+            output: StepOutput = (
+                engine(batch, self.teacher(batch)) if self.teacher else engine(batch)
+            )
+            # The engine divides by accumulation steps and averages over ranks; undone, so that the
+            # sum over everything is divided by the examples of this step.
+            engine.backward(output.rows.sum() * share)
+            seen.append((StepOutput(output.rows.detach(), output.terms), batch["index"]))
+            self._apply()
+        position.step += 1
+        if engine.was_step_applied():
+            position.skipped_in_a_row = 0
+            for output, index in seen:
+                self.meter.add({"loss": output.rows.mean(), **output.terms}, len(index))
+        else:
+            self._note_skipped(seen)
+
+    def _apply(self) -> None:
+        try:
+            self.engine.step()
+        except Exception as error:  # DeepSpeed raises the base class
+            if "loss scale" not in str(error):
+                raise
+            raise DivergedError(
+                f"{self.title}: gradients overflow fp16 at the smallest loss scale, "
+                f"step {self.position.step + 1}",
+                "use bf16 instead of fp16, or lower the learning rate",
+            ) from error
+
+    def _note_skipped(self, seen: list[tuple[StepOutput, Tensor]]) -> None:
+        """Say which examples made the step's gradient useless; end the run after too many such
+        steps."""
+        position, title = self.position, self.title
+        own = torch.cat([index[~output.rows.isfinite()] for output, index in seen]).tolist()
+        examples = sorted(chain.from_iterable(self.world.gather(own)))
+        self.log.note(position.step, "skipped", examples=examples)
+        if not examples and self.config.fp16 and self.engine.dynamic_loss_scale():
+            return  # a step on the way to the loss scale, which ends by itself
+        position.skipped_in_a_row += 1
+        if position.skipped_in_a_row < min(SKIPS_ALLOWED, self.total_steps):
+            return
+        times = f"in {position.skipped_in_a_row} steps in a row, the last of them {position.step}"
+        if not examples:
+            raise DivergedError(
+                f"{title}: the gradient was not finite {times}, whose losses were finite",
+                "lower the learning rate, or use fp32",
+            )
         shown = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")
         raise DivergedError(
-            f"{title}: the loss was not finite in {position.skipped_in_a_row} steps in a row, the "
-            f"last of them {position.step}, with training rows {shown}",
+            f"{title}: the loss was not finite {times}, with training rows {shown}",
             "look at these rows, lower the learning rate, or use bf16 instead of fp16",
         )
+
+    def choose(self, epoch: int, score: Callable[[], dict[str, float]]) -> None:
+        """Score an epoch, and keep its weights if they are the best so far."""
+        position = self.position
+        with self.log.pausing():
+            scored = {**self.judge(score), "epoch": epoch + 1}
+            position.epochs_scored = epoch + 1
+            if scored["accuracy"] > position.best.get("accuracy", -1.0):
+                position.best = scored
+                position.best_weights = whole_weights(self.engine.module, self.world)
+        self.log.write(position.step, scored, "validation")
+
+    def judge(self, score: Callable):
+        """What ``score`` returns of the weights as they are; a signal ends it, and the run."""
+        self.engine.eval()
+        with self.world.progress.interruptible(self.stop.poll):
+            try:
+                return score()
+            except StoppedError as error:
+                self.keeper.stop(error.number, self.title)
 
 
 @dataclass
@@ -375,6 +477,7 @@ class _Keeper:
     log: RunLog
     meter: Meter
     position: _Position
+    _saved_step: int | None = None
 
     def __post_init__(self):
         # DeepSpeed would put a script beside the tags, unhashed and outside of them.
@@ -407,10 +510,12 @@ class _Keeper:
                 files.write(BEST_WEIGHTS, lambda file: file.write(best))
 
         saves.checkpoints.save(f"phase{saves.phase}-step{position.step:08d}", write, facts)
+        self._saved_step = position.step
 
     def stop(self, number: int, title: str) -> None:
-        """Save and end, on a signal."""
-        self.save()
+        """Save, unless this step is saved, and end, on a signal."""
+        if self._saved_step != self.position.step:
+            self.save()
         saved = "" if self.saves is None else "saved; "
         raise StoppedError(
             f"{title}: stopped by signal {number} after step {self.position.step}",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -75,6 +77,7 @@ class RunLog:
         self._active = active
         self._console = console
         self._folder = folder
+        self._board_folder = None if folder is None else folder / "tensorboard"
         self._jsonl = self._board = None
         if active and folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,15 @@ class RunLog:
     def _open_board(self, purge_step: int | None = None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        return SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge_step)
+        return SummaryWriter(str(self._board_folder), purge_step=purge_step)
+
+    def begin_phase(self, number: int) -> None:
+        """Steps are counted anew: from its second phase on a stage's curves are a run of their own
+        in TensorBoard."""
+        if number and self._board:
+            self._board.close()
+            self._board_folder = self._folder / "tensorboard" / f"stage-{number + 1}"
+            self._board = self._open_board()
 
     def position(self) -> int:
         """How many bytes of ``log.jsonl`` are written; for ``rewind``."""
@@ -123,6 +134,13 @@ class RunLog:
         self._samples += samples
         self._tokens += tokens
         self._progress.advance(self._task)
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """What is done meanwhile, an evaluation or a checkpoint, does not slow the rates down."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
 
     def write(self, step: int, values: dict[str, float | list], prefix: str = "train") -> None:
         """Log values at an optimizer step; lists (histograms, confusions) go to the JSONL alone."""

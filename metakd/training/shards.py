@@ -70,6 +70,7 @@ def put_weights(module: nn.Module, weights: dict[str, Tensor] | None, world: Wor
     """Load the first rank's ``whole_weights`` on every rank, which may hold them in shards."""
     sharded = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
+        world.progress.beat("spreading weights")
         if hasattr(parameter, "ds_id"):
             sharded[name] = parameter
             with _gathered([parameter], modified_on=0):
