@@ -147,14 +147,15 @@ def compare(
     changes = list(overrides or [])
     suffix = ""
     if withhold:
-        changes.append(f"data.withhold={json.dumps(withhold)}")
+        changes.append(f"data.withhold={json.dumps(withhold, ensure_ascii=False)}")
         suffix += "-withhold-" + "-".join(withhold)
     if data_fraction is not None:
         changes.append(f"data.data_fraction={data_fraction}")
         suffix += f"-fraction-{data_fraction:g}"
     checked = load_config(config, changes)
     # Another question, another answer: variants never overwrite the plain comparison.
-    checked = checked.model_copy(update={"output_dir": checked.output_dir + suffix})
+    folder = f"{Path(checked.output_dir)}{suffix}"
+    checked = checked.model_copy(update={"output_dir": folder})
     from metakd.training.compare import compare as run_compare
 
     run = _open(checked, resume, reshard)
@@ -525,6 +526,7 @@ def _build_locks() -> dict[str, str]:
 
 
 def _show_evaluation(run, scores: dict) -> None:
+    places = run.students()  # on every rank, or one would wait for the others
     if not run.world.is_main:
         return
     table = Table(title=f"accuracy in percent on the {scores['split']} split", title_justify="left")
@@ -536,7 +538,7 @@ def _show_evaluation(run, scores: dict) -> None:
         student = next((s[key] for s in scores["students"].values() if key in s), None)
         table.add_row(domain, _percent(scores["teacher"].get(key)), _percent(student))
     run.console.print(table)
-    for place in run.distill():
+    for place in places:
         run.say(f"student is in {place}")
 
 

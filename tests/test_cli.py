@@ -12,6 +12,7 @@ from test_config import CONTRADICTIONS, GENERATED, UNREADABLE, VALID, WRONG, wit
 from test_data import BROKEN, TEST, put
 
 from metakd import cli, demo, ops
+from metakd.errors import ConfigError
 from metakd.method.student import PRESETS
 
 
@@ -115,6 +116,21 @@ def test_usage_errors_end_with_exit_code_2(call, tmp_path):
     for weights in ("a,b", "-1", "nan"):
         message = refused(call("compare", tmp_path / "config.yaml", f"--gamma2={weights}"), 2)
         assert "--gamma2" in message
+
+
+def test_a_comparison_s_variants_lie_beside_it(call, monkeypatch, tmp_path):
+    seen = []
+
+    def note(config, *_):
+        seen.append(config)
+        raise ConfigError("enough", "nothing")
+
+    monkeypatch.setattr(cli, "_open", note)
+    put(tmp_path / "config.yaml", VALID)
+    words = ["--withhold", "B\u00fccher \U0001f4da", "output_dir=runs/shop/"]
+    refused(call("compare", tmp_path / "config.yaml", *words), 2)
+    assert seen[0].data.withhold == ["B\u00fccher \U0001f4da"]
+    assert seen[0].output_dir == "runs/shop-withhold-B\u00fccher \U0001f4da"
 
 
 def test_debug_shows_the_traceback(call, tmp_path):

@@ -2,7 +2,10 @@
 leaves behind."""
 
 import json
+import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +21,19 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from metakd import demo
 from metakd.config import CompareRow, Sharding, TrainingConfig, load_config
-from metakd.errors import ConfigError, DataError, DivergedError, UnsupportedError
+from metakd.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    StoppedError,
+    UnsupportedError,
+)
 from metakd.method.teacher import StepOutput
 from metakd.training import compare as comparison
-from metakd.training.engine import compute_dtype, fit
+from metakd.training import engine
+from metakd.training.checkpoint import Checkpoints, Tag
+from metakd.training.engine import Saves, compute_dtype, fit, predict
 from metakd.training.log import Meter, RunLog
 from metakd.training.stages import Run
 from metakd.training.world import World, join_world
@@ -109,7 +121,8 @@ class Regression(torch.nn.Module):
         self.linear = torch.nn.Linear(8, 1)
 
     def forward(self, batch):
-        seen = torch.nn.functional.one_hot(batch["labels"] + 2 * batch["domain"], 8).float()
+        seen = torch.nn.functional.one_hot(batch["labels"] + 2 * batch["domain"], 8)
+        seen = seen.to(self.linear.weight.dtype)
         rows = (self.linear(seen).squeeze(-1) - batch["index"].float() / 10).square()
         return StepOutput(rows, {})
 
@@ -192,6 +205,96 @@ def test_a_loss_that_is_not_finite_stops_the_run(make):
     module.linear.weight.data.fill_(float("nan"))
     with pytest.raises(DivergedError, match="not finite"):
         trained(make(), TrainingConfig(), module=module)
+
+
+class Steep(Regression):
+    """Losses that are finite, with a gradient that is not."""
+
+    def forward(self, batch):
+        return StepOutput((0 * super().forward(batch).rows).sqrt(), {})
+
+
+@pytest.mark.parametrize("options", [[], ["zero=1"], ["zero=2"], ["bf16=true", "zero=1"]])
+def test_a_gradient_that_is_not_finite_stops_the_run(make, options):
+    with pytest.raises(DivergedError, match="gradient was not finite"):
+        trained(make(*options), TrainingConfig(), module=Steep())
+
+
+def test_a_signal_while_the_end_is_judged_is_obeyed_and_nothing_is_lost(make, tmp_path):
+    run, training = make(), TrainingConfig(num_train_epochs=2, learning_rate=0.1)
+    judged = []
+
+    def finish(*signals):
+        torch.manual_seed(3)
+        module, accuracies = Regression(), iter([0.9, 0.5])
+        checkpoints = Checkpoints(tmp_path / "checkpoints", run.world, say=lambda text: None)
+
+        def conclude():
+            for number in signals:
+                os.kill(os.getpid(), number)
+            predict(
+                lambda batch: torch.zeros(len(batch["labels"]), 2),
+                run.corpus.validation,
+                run.collate,
+                batch_size=4,
+                world=run.world,
+            )
+            judged.append(module.linear.weight.detach().clone())
+
+        best = fit(
+            module,
+            run.corpus.train,
+            run.collate,
+            config=run.config,
+            training=training,
+            sharding=Sharding(),
+            world=run.world,
+            log=RunLog(None, [], run.console),
+            title="test",
+            seed=5,
+            score=lambda: {"accuracy": next(accuracies)},
+            conclude=conclude,
+            saves=Saves(checkpoints, checkpoints.find("auto")),
+        )
+        return best, module.linear.weight.detach()
+
+    with pytest.raises(StoppedError) as stopped:
+        finish(signal.SIGTERM)
+    assert stopped.value.exit_code == 143 and judged == []
+    best, weights = finish()
+    assert best == {"accuracy": 0.9, "epoch": 1}
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert torch.equal(finish()[1], weights) and torch.equal(judged[0], judged[1])
+
+
+def test_after_a_reshard_a_later_phase_keeps_its_own_step(make, tmp_path):
+    # Two processes were stopped in the first phase, in steps of 32; one goes on.
+    facts = {"phase": 0, "processes": 2, "world_size": 2, "step_size": 32, "micro_batches": 2}
+    run, seen, module = make(), [], Regression()
+    module.register_forward_pre_hook(lambda _, given: seen.append(len(given[0]["labels"])))
+    fit(
+        module,
+        run.corpus.train,
+        run.collate,
+        config=run.config,
+        training=TrainingConfig(per_device_train_batch_size=4, num_train_epochs=1),
+        sharding=Sharding(),
+        world=run.world,
+        log=RunLog(None, [], run.console),
+        title="test",
+        seed=5,
+        saves=Saves(Checkpoints(tmp_path, run.world), Tag(tmp_path, facts), reshard=True, phase=1),
+    )
+    assert seen == [4] * 12  # six steps of two micro-batches, as on two processes
+
+
+def test_more_processes_than_a_step_has_examples_are_refused(tmp_path):
+    facts = {"phase": 0, "processes": 1, "world_size": 1, "step_size": 3, "micro_batches": 1}
+    saves = Saves(None, Tag(tmp_path, facts), reshard=True)
+    shares = engine._share_out(TrainingConfig(), World(size=2), saves)
+    assert shares == (1, 3, 1)
+    with pytest.raises(CheckpointError, match="3 examples are too small for 4 processes"):
+        engine._share_out(TrainingConfig(), World(size=4), saves)
 
 
 def test_max_steps_ends_within_an_epoch(make):
@@ -328,6 +431,36 @@ def test_stages_are_skipped_until_their_inputs_change(make):
     assert all(changed[place] != stamps[place] for place in stamps)
 
 
+def test_another_student_keeps_its_teacher(make, source, tmp_path):
+    shutil.copytree(source / "small", tmp_path / "small")
+
+    def built(model):
+        run = make("distill.domains=[hiking]", f"student={{model: {model}}}")
+        run.distill()
+        return {p.parent.name: p.stat().st_mtime_ns for p in run.folder.rglob("stage.json")}
+
+    first = built(tmp_path / "small")
+    second = built(source / "encoder")
+    assert [name for name in first if first[name] != second[name]] == ["hiking"]
+    third = built(tmp_path / "small")
+    card = tmp_path / "small" / "README.md"
+    card.write_text("changed")
+    fourth = built(tmp_path / "small")
+    assert [name for name in third if third[name] != fourth[name]] == ["hiking"]
+
+
+def test_the_second_of_two_stages_has_curves_of_its_own(make):
+    run = make(
+        "distill.schedule=two_stage",
+        "distill.intermediate.num_train_epochs=1",
+        "distill.domains=[hiking]",
+        "report_to=[tensorboard]",
+    )
+    [place] = run.distill()
+    held = {path.parent.name for path in place.rglob("events.out.tfevents*")}
+    assert held == {"tensorboard", "stage-2"}
+
+
 @pytest.mark.parametrize("kind", ["single", "mix", "mtl", "meta"])
 def test_every_teacher_kind_teaches(make, kind):
     run = make("distill.method=tinybert_kd", f"teacher.kind={kind}", "distill.domains=[kitchen]")
@@ -349,6 +482,8 @@ def test_a_withheld_domain_is_kept_from_the_teacher(make):
         if name.startswith("accuracy/")
     ]
     assert set(kept) == {"accuracy/hiking", "accuracy/kitchen", "accuracy/software"}
+    # Chance among the domains that it knows.
+    assert run.store.result(teacher)["domain_loss_ln_k"] == pytest.approx(math.log(3))
     counts = load_file(run.folder / "prototypes" / "prototypes.safetensors")["counts"]
     assert counts[run.corpus.domains.index("novels")].sum() == 0
 
@@ -557,8 +692,8 @@ LAUNCHERS = {
 }
 
 
-def launched(launcher: str, config: Path, *overrides: str) -> None:
-    command = [*LAUNCHERS[launcher], "distill", str(config), "distill.domains=[hiking]", *overrides]
+def launched(launcher: str, config: Path, *overrides: str, stage: str = "distill") -> None:
+    command = [*LAUNCHERS[launcher], stage, str(config), "distill.domains=[hiking]", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=unjoined())
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -612,7 +747,7 @@ def test_students_side_by_side_equal_one_after_another(source, tmp_path):
     # The teacher is given, as two processes train another one in steps of twice as many.
     shutil.copytree(tmp_path / "alone", tmp_path / "together")
     shutil.rmtree(tmp_path / "together" / "students")
-    launched("deepspeed", together, domains, "distill.processes_per_student=1")
+    launched("deepspeed", together, domains, "distill.processes_per_student=1", stage="run")
     expected = losses(tmp_path / "alone")
     assert len(expected) == 4 and losses(tmp_path / "together") == expected
 

@@ -184,13 +184,11 @@ class Run:
     def store(self) -> StageStore:
         """The finished stages."""
         config = self.config
-        data, models = config.data, (config.teacher.model, config.student.model)
-        sources = (data.train, data.validation, data.test, *models)
+        data = config.data
         common = {
             "version": __version__,
             "data": data.model_dump(mode="json"),
-            # A hub id names no file and adds nothing.
-            "content": content_key(*map(Path, filter(None, sources))),
+            "content": self._content(data.train, data.validation, data.test, config.teacher.model),
             "seed": config.seed,
             "zero": config.zero,
             "precision": config.precision,
@@ -208,6 +206,23 @@ class Run:
             reshard=self.reshard,
             keep=config.save_total_limit,
         )
+
+    @cached_property
+    def _student_content(self) -> str:
+        return self._content(self.config.student.model)
+
+    def _content(self, *sources: str | None) -> str:
+        """Digest of files and folders, which the first rank reads; a hub id names none and adds
+        nothing."""
+
+        def read() -> str:
+            try:
+                return content_key(*map(Path, filter(None, sources)))
+            except OSError as error:
+                cause = f"{error.filename}: {error.strerror}"
+                raise DataError(cause, "give back the right to read it") from error
+
+        return self.world.agree(self.world.on_first(read))
 
     @property
     def teacher_kind(self) -> str | None:
@@ -400,7 +415,7 @@ class Run:
         result["validation"] = best
         if teacher.trains_domain_loss:
             result["domain_loss_ln_k"], result["domain_loss_ln_k_minus_1"] = domain_loss_floor(
-                len(corpus.domains)
+                len(corpus.domains) - len(self.config.data.withhold)
             )
         if self.world.is_main:
             teacher.float().save(folder, self.tokenizer)
@@ -418,7 +433,12 @@ class Run:
         each = self.config.distill.processes_per_student
         if each is not None and each < self.world.size and len(wanted) > 1:
             self._distill_in_groups(wanted, each)
-        return [self._configured_student(domain) for domain in wanted]
+        return self.students(wanted)
+
+    def students(self, domains: list[str] | None = None) -> list[Path]:
+        """The folders of these students, all by default; what ``distill`` has not trained is
+        trained by all processes."""
+        return [self._configured_student(domain) for domain in domains or self.student_domains]
 
     def _configured_student(self, domain: str) -> Path:
         seed = self.config.seed
@@ -503,6 +523,7 @@ class Run:
             "teacher_seed": teacher_seed if teacher_kind else None,
             "teacher_kind": teacher_kind,
             "encoder": self.config.teacher.model,
+            "student_content": self._student_content,
             **self._settings("student", *(["teacher", "prototypes"] if teacher_kind else [])),
         }
         result = self.store.get(
@@ -596,6 +617,7 @@ class Run:
 
         with self._log(folder) as log:
             for number, (wanted, training, judge) in enumerate(phases):
+                log.begin_phase(number)
                 module.restrict(wanted)
                 _recompute_activations(student, [done for _, done, _ in phases[: number + 1]])
                 needs = module.needs | ({"logits"} if weighted else set())
