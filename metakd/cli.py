@@ -94,6 +94,19 @@ def teach(
 
 
 @app.command()
+def cache(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Resume = "auto",
+    reshard: Reshard = False,
+):
+    """Keep what the students' teachers say of the training examples (distill.cache_teacher)."""
+    run = _open(load_config(config, overrides or []), resume, reshard)
+    for place in run.cache():
+        run.say(f"teacher outputs are in {place}")
+
+
+@app.command()
 def distill(
     config: ConfigPath,
     overrides: Overrides = None,

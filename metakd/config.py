@@ -141,6 +141,14 @@ class DistillConfig(Block):
     ``backend`` computes the losses; ``teacher_stream`` runs the teacher on a CUDA stream of its
     own, beside the student's forward pass. ``processes_per_student`` spreads the students of
     several domains over the processes, so many for each, instead of training each with all.
+
+    ``cache_teacher`` keeps what the frozen teacher says of each training example on the disk, and
+    runs it no more: ``all`` keeps every signal that the terms ask for; ``logits`` keeps logits
+    alone, a few bytes an example, and serves the methods and stages that ask for nothing else,
+    while the teacher runs for the others as it does under ``none``. (A word where a switch might
+    be: what is kept differs a thousandfold in size, so that nobody should have to guess it.) It is
+    an error, before anything is computed, if all that a command's students ask for takes more than
+    ``cache_limit_gib``.
     """
 
     method: MethodName = "meta"
@@ -154,6 +162,8 @@ class DistillConfig(Block):
     relation_heads: Count = 12
     backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
     teacher_stream: bool = False
+    cache_teacher: Literal["none", "logits", "all"] = "none"
+    cache_limit_gib: Positive = 20.0
     domains: list[str] | None = None
     one_student_for_all: bool = False
     processes_per_student: Count | None = None
@@ -334,6 +344,13 @@ def check_contradictions(config: RunConfig) -> list[str]:
 
     if distill.teacher_stream and config.sharding(config.teacher).zero == 3:
         found.append("distill.teacher_stream: excluded by teacher.zero: 3, which needs all streams")
+    if distill.teacher_stream and distill.cache_teacher == "all":
+        found.append("distill.teacher_stream: excluded by distill.cache_teacher: all")
+    if config.compat == "easytransfer" and distill.cache_teacher != "none":
+        found.append(
+            "distill.cache_teacher: excluded by compat: easytransfer, whose teacher keeps its "
+            "dropout and answers otherwise each time"
+        )
     if distill.domains is not None and distill.one_student_for_all:
         found.append("distill.domains: excluded by distill.one_student_for_all: true, give one")
     if config.compat == "easytransfer" and config.packed:

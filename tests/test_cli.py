@@ -202,7 +202,7 @@ def test_doctor_estimates_the_memory_of_a_configuration(call, encoder, tmp_path,
     assert "nowhere/at/all" in message
 
 
-@pytest.mark.parametrize("stage", ["prototypes", "teach", "distill", "run", "compare"])
+@pytest.mark.parametrize("stage", ["prototypes", "teach", "cache", "distill", "run", "compare"])
 def test_every_stage_starts(stage, call, encoder, tmp_path):
     demo.write_corpus(tmp_path, train=8, validation=2, test=2)
     settings = {
@@ -216,14 +216,17 @@ def test_every_stage_starts(stage, call, encoder, tmp_path):
         "report_to": ["tensorboard"],
     }
     put(tmp_path / "config.yaml", yaml.safe_dump(settings))
-    options = (
-        ["--withhold", "hiking", "--data-fraction", "0.5", "--gamma2", "0,1"]
-        if stage == "compare"
-        else []
-    )
+    options = {
+        "compare": ["--withhold", "hiking", "--data-fraction", "0.5", "--gamma2", "0,1"],
+        "cache": ["distill.cache_teacher=all"],
+    }.get(stage, [])
     code, out, err = call(stage, tmp_path / "config.yaml", *options, "seed=7", "--local_rank=0")
     assert code == 0, err
-    if stage == "compare":
+    if stage == "cache":
+        assert "teacher outputs are in" in out
+        message = refused(call("cache", tmp_path / "config.yaml", "seed=7"), 2)
+        assert "distill.cache_teacher: none keeps nothing" in message
+    elif stage == "compare":
         assert "| meta-from-meta-gamma2-1 |" in out
         assert (tmp_path / "run-withhold-hiking-fraction-0.5" / "compare.md").exists()
     elif stage == "run":

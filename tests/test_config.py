@@ -333,6 +333,14 @@ CONTRADICTIONS = {
         "compat: easytransfer",
         "compat: easytransfer trains in two stages, set distill.schedule: two_stage",
     ),
+    "a cache of answers that change": (
+        "{compat: easytransfer, distill: {schedule: two_stage, cache_teacher: logits}}",
+        "distill.cache_teacher: excluded by compat: easytransfer",
+    ),
+    "a stream for a teacher that does not run": (
+        "distill: {teacher_stream: true, cache_teacher: all}",
+        "distill.teacher_stream: excluded by distill.cache_teacher: all",
+    ),
     "map longer than the student": (
         "{student: {layers: [0, 2]}, distill: {layer_map: [0, 2, 4]}}",
         "distill.layer_map: has 3 teacher layers for 2 of the student",

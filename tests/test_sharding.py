@@ -31,6 +31,11 @@ VARIANTS = {
         "distill.training.gradient_checkpointing=true",
         "teacher.training.gradient_checkpointing=true",
     ],
+    "outputs of a sharded teacher cached": [
+        "teacher.zero=3",
+        EVERY_WEIGHT,
+        "distill.cache_teacher=all",
+    ],
     "both sharded, activations recomputed": [
         "zero=3",
         EVERY_WEIGHT,

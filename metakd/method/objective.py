@@ -44,6 +44,7 @@ class Term:
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
     projected: ClassVar[str | None] = None
+    layers: ClassVar[Sequence[int]] = ()  # of the teacher that it reads; negative: from the top
     intermediate: ClassVar[bool] = True  # trained in the first of two stages
 
     def rows(
@@ -131,6 +132,7 @@ class RelationTerm(Term):
 
     name = "relation"
     needs = frozenset({"query", "key", "value"})
+    layers = (-1,)
 
     def rows(self, student, teacher, batch, projection):
         last = [(seen.query[-1], seen.key[-1], seen.value[-1]) for seen in (student, teacher)]

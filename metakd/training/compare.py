@@ -8,11 +8,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from metakd.config import CompareRow
-from metakd.training.stages import Run, method_label
+from metakd.training.stages import Lesson, Run, method_label
 from metakd.training.table import (
     ALL_DOMAINS,
     TEACHER,
@@ -40,6 +40,8 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
     cells: list[Cell] = []
     places: dict[str, list[Path]] = {}
 
+    planned = list(_students(run, gamma2, teacher_seeds))
+    run.foresee(lesson for _, lesson, _ in planned)
     for kind in dict.fromkeys(row.teacher for row in config.rows if row.teacher):
         for seed in teacher_seeds:
             scores = {}
@@ -50,34 +52,13 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
                 for domain in run.corpus.domains
                 if f"accuracy/{domain}" in scores
             ]
-    for row in _expand(config.rows, gamma2):
-        distill = run.config.distill.model_copy(
-            update={"method": row.method}
-            | ({"gamma2": row.gamma2} if row.gamma2 is not None else {})
-        )
-        label = method_label(distill, row.teacher) + (
-            f"-gamma2-{row.gamma2:g}" if row.gamma2 is not None else ""
-        )
-        for number, seed in enumerate(config.seeds):
-            teacher_seed = teacher_seeds[number % len(teacher_seeds)]
-            for domain in run.student_domains:
-                if not run.has_teacher(row.teacher, row.method, domain):
-                    continue
-                place, result = run.student(
-                    domain,
-                    distill,
-                    row.teacher,
-                    seed,
-                    teacher_seed,
-                    keep=config.keep_students,
-                    label=label,
-                )
-                places.setdefault(label, []).append(place)
-                scored = run.corpus.domains if domain == ALL_DOMAINS else [domain]
-                cells += [
-                    Cell(label, name, seed, 100 * result[split][f"accuracy/{name}"])
-                    for name in scored
-                ]
+    for label, lesson, seed in planned:
+        place, result = run.student(lesson, seed, keep=config.keep_students, label=label)
+        places.setdefault(label, []).append(place)
+        scored = run.corpus.domains if lesson.domain == ALL_DOMAINS else [lesson.domain]
+        cells += [
+            Cell(label, name, seed, 100 * result[split][f"accuracy/{name}"]) for name in scored
+        ]
 
     result = {
         "split": split,
@@ -91,6 +72,26 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
     if run.world.is_main:
         _write(run.folder, result)
     return result
+
+
+def _students(
+    run: Run, gamma2: Sequence[float], teacher_seeds: Sequence[int]
+) -> Iterator[tuple[str, Lesson, int]]:
+    """Row, lesson and seed of every student of the table."""
+    config = run.config.compare
+    for row in _expand(config.rows, gamma2):
+        distill = run.config.distill.model_copy(
+            update={"method": row.method}
+            | ({"gamma2": row.gamma2} if row.gamma2 is not None else {})
+        )
+        label = method_label(distill, row.teacher) + (
+            f"-gamma2-{row.gamma2:g}" if row.gamma2 is not None else ""
+        )
+        for number, seed in enumerate(config.seeds):
+            teacher_seed = teacher_seeds[number % len(teacher_seeds)]
+            for domain in run.student_domains:
+                if run.has_teacher(row.teacher, row.method, domain):
+                    yield label, Lesson(domain, distill, row.teacher, teacher_seed), seed
 
 
 def _expand(rows: Sequence[CompareRow], gamma2: Sequence[float]) -> list[CompareRow]:

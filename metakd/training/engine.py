@@ -601,6 +601,25 @@ def _batches(
     return prefetch((collate([split[row] for row in rows]) for rows in own), world.device)
 
 
+def in_turns(
+    split: Split, collate: Collate, batch_size: int, world: World
+) -> Iterator[tuple[Tensor, Batch]]:
+    """This rank's share of a pass over all examples, longest first: rows [B] of the split, on the
+    CPU, and their batch. What makes up a batch does not depend on the number of ranks.
+
+    Every rank gets as many, some the last one twice: under ZeRO-3 a forward pass is collective.
+    """
+    order = torch.tensor(split.lengths).argsort(descending=True)
+    chunks = order.split(batch_size)
+    turns = range(0, len(chunks), world.size)
+    plan = [
+        [chunks[min(turn + r, len(chunks) - 1)].tolist() for r in range(world.size)]
+        for turn in turns
+    ]
+    for chunk, batch in zip(plan, _batches(split, collate, plan, world)):
+        yield torch.tensor(chunk[world.rank]), batch
+
+
 @torch.no_grad()
 def predict(
     classify: Callable[[Batch], Tensor],
@@ -610,20 +629,10 @@ def predict(
     batch_size: int,
     world: World,
 ) -> Tensor:
-    """Predicted class of every example [N] on the CPU; ranks share the work, longest examples
-    first."""
-    order = torch.tensor(split.lengths).argsort(descending=True)
+    """Predicted class of every example [N] on the CPU; ranks share the work."""
     predicted = torch.full((len(split),), -1, device=world.device)
-    chunks = order.split(batch_size)
-    # Every rank does as many, some the last one twice: under ZeRO-3 a forward pass is collective.
-    turns = range(0, len(chunks), world.size)
-    plan = [
-        [chunks[min(turn + r, len(chunks) - 1)].tolist() for r in range(world.size)]
-        for turn in turns
-    ]
-    for chunk, batch in zip(plan, _batches(split, collate, plan, world)):
-        rows = torch.tensor(chunk[world.rank], device=world.device)
-        predicted[rows] = classify(batch).argmax(-1)
+    for rows, batch in in_turns(split, collate, batch_size, world):
+        predicted[rows.to(world.device)] = classify(batch).argmax(-1)
         world.progress.beat("an evaluation")
         world.progress.end_if_asked()
     if world.size > 1:

@@ -200,7 +200,10 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
                     checkpointing=training.gradient_checkpointing,
                 )
             )
-    table["frozen teacher beside the student"] = str(
+    beside = "while its outputs are made for the cache"
+    if config.distill.cache_teacher != "all":
+        beside = "beside the student"
+    table[f"frozen teacher {beside}"] = str(
         estimate_frozen(
             count_parameters(taught),
             zero=teacher.zero,

@@ -3,6 +3,8 @@
 <output_dir>/prototypes/             p[k, m] and the scores t of the training examples
 <output_dir>/teachers/<kind>-s<seed>[/<domain>]/
                                      save_pretrained, the domain parts beside it
+<output_dir>/.cache/teachers/<kind>-s<seed>[-mean]/<domain>/
+                                     what teachers say of training examples, see ``teacher_cache``
 <output_dir>/students/<method>[-from-<teacher>]-s<seed>/<domain>/
                                      a plain AutoModelForSequenceClassification
 """
@@ -10,32 +12,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from metakd import __version__
 from metakd.config import DistillConfig, RunConfig, TrainingConfig
 from metakd.data import Corpus, Split, collate, load_corpus, prefetch
 from metakd.errors import ConfigError, DataError
-from metakd.method.objective import Distillation, build_terms
+from metakd.method.objective import Distillation, Term, build_terms
 from metakd.method.prototypes import Prototypes, describe_scores, embed
 from metakd.method.recipe import RECIPES, Recipe
 from metakd.method.sources import (
     load_classifier,
+    load_config,
     load_encoder,
     load_tokenizer,
     load_trained_classifier,
 )
-from metakd.method.student import build_student, check_models
+from metakd.method.student import build_student, check_models, student_shape
 from metakd.method.taps import model_inputs
 from metakd.method.teacher import Teacher, domain_loss_floor, false_domains
 from metakd.tensor_cache import content_key
@@ -47,12 +51,23 @@ from metakd.training.engine import (
     seed_everything,
 )
 from metakd.training.log import RunLog
+from metakd.training.memory import BYTES
 from metakd.training.serving import TeacherService
 from metakd.training.store import StageStore
 from metakd.training.table import ALL_DOMAINS
+from metakd.training.teacher_cache import (
+    GIB,
+    KeptOutputs,
+    Signal,
+    bytes_of,
+    is_kept,
+    signals_of,
+)
 from metakd.training.world import World, in_groups, join_world
 
-NOT_OF_A_STUDENT = {"domains", "processes_per_student"}  # say which are made, and by whom
+# Say which students are made, by whom, and what is kept on the way. That a teacher's outputs come
+# from the cache is an input of its own, see ``Run.student``.
+NOT_OF_A_STUDENT = {"domains", "processes_per_student", "cache_teacher", "cache_limit_gib"}
 
 
 def method_label(distill: DistillConfig, teacher_kind: str | None) -> str:
@@ -98,6 +113,35 @@ def _recompute_activations(model: PreTrainedModel, phases: list[TrainingConfig])
         model.gradient_checkpointing_disable()
 
 
+class Lesson(NamedTuple):
+    """Who teaches a student what.
+
+    ``domain`` is the student's, or ``all``; ``teacher_kind`` None for fine-tuning alone.
+    """
+
+    domain: str
+    distill: DistillConfig
+    teacher_kind: str | None
+    teacher_seed: int
+
+
+def _place(lesson: Lesson) -> str:
+    """Where in the cache the outputs of a student's teachers are."""
+    mean = "-mean" if lesson.distill.method == "mtn_kd" else ""
+    return f"teachers/{lesson.teacher_kind}-s{lesson.teacher_seed}{mean}/{lesson.domain}"
+
+
+def _phases(
+    distill: DistillConfig, terms: Sequence[Term]
+) -> list[tuple[list[Term], TrainingConfig]]:
+    """What is trained together, one after the other."""
+    early = [term for term in terms if term.intermediate]
+    late = [term for term in terms if not term.intermediate]
+    if distill.schedule == "joint" or not early:
+        return [(list(terms), distill.training)]
+    return [(early, distill.intermediate), *([(late, distill.training)] if late else [])]
+
+
 def _classifier(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor]:
     return lambda batch: model(**model_inputs(batch)).logits
 
@@ -121,6 +165,9 @@ class Run:
     command: str = ""
     resume: str = "auto"
     reshard: bool = False
+    # By place in the cache: the domain and what its students ask for; and what was found or made.
+    _asked: dict[str, tuple[str, set[Signal]]] = field(default_factory=dict, repr=False)
+    _kept: dict[str, KeptOutputs] = field(default_factory=dict, repr=False)
 
     @cached_property
     def folder(self) -> Path:
@@ -154,7 +201,7 @@ class Run:
                 self.config.data,
                 self.tokenizer,
                 seed=self.config.seed,
-                cache=self.folder / ".cache",
+                cache=self._cache_root,
                 say=self.say,
             )
         )
@@ -430,6 +477,7 @@ class Run:
             ConfigError: the processes do not split into groups of ``processes_per_student``.
         """
         wanted = domains or self.student_domains
+        self.foresee(map(self._configured_lesson, wanted))
         each = self.config.distill.processes_per_student
         if each is not None and each < self.world.size and len(wanted) > 1:
             self._distill_in_groups(wanted, each)
@@ -440,9 +488,11 @@ class Run:
         trained by all processes."""
         return [self._configured_student(domain) for domain in domains or self.student_domains]
 
+    def _configured_lesson(self, domain: str) -> Lesson:
+        return Lesson(domain, self.config.distill, self.teacher_kind, self.config.seed)
+
     def _configured_student(self, domain: str) -> Path:
-        seed = self.config.seed
-        return self.student(domain, self.config.distill, self.teacher_kind, seed, seed)[0]
+        return self.student(self._configured_lesson(domain), self.config.seed)[0]
 
     def _distill_in_groups(self, domains: list[str], size: int) -> None:
         """Train every student, each by one group of processes, the groups side by side."""
@@ -463,6 +513,7 @@ class Run:
     def _move_to(self, world: World) -> None:
         self.world = self.store.world = world
         self.store.forget()
+        self._kept.clear()
 
     def has_teacher(self, teacher_kind: str | None, method: str, domain: str) -> bool:
         """Is there a teacher for this domain's student? Single teachers know one domain each."""
@@ -470,24 +521,26 @@ class Run:
             return True
         return domain != ALL_DOMAINS and domain not in self.config.data.withhold
 
+    def _teachers(self, lesson: Lesson) -> list[Path]:
+        """The folders of those who teach it, trained if they are not there."""
+        domain, distill, kind, seed = lesson
+        teachers = self.teach(kind, seed) if kind else []
+        if kind == "single" and distill.method != "mtn_kd":
+            teachers = [place for place in teachers if place.name == domain]
+        return teachers
+
     def student(
         self,
-        domain: str,
-        distill: DistillConfig,
-        teacher_kind: str | None,
+        lesson: Lesson,
         seed: int,
-        teacher_seed: int,
         keep: bool = True,
         label: str | None = None,
     ) -> tuple[Path, dict]:
         """Train one student.
 
         Args:
-            domain: its domain, or ``all``.
-            distill: method, terms, schedule.
-            teacher_kind: whom it learns from; None for fine-tuning alone.
+            lesson: what it learns, and from whom.
             seed: of the student.
-            teacher_seed: which teacher of that kind.
             keep: keep the weights, or the scores alone.
             label: row name; by default from method and teacher.
 
@@ -495,30 +548,18 @@ class Run:
             Its folder and its result: validation and test scores, parameters.
 
         Raises:
-            ConfigError: the domain's single teacher is withheld, or the domain does not exist.
+            ConfigError: see ``foresee``.
         """
-        if domain not in (ALL_DOMAINS, *self.corpus.domains):
-            raise ConfigError(
-                f"domain: {domain} is not among {', '.join(self.corpus.domains)}",
-                "correct the name",
-            )
-        if not self.has_teacher(teacher_kind, distill.method, domain):
-            raise ConfigError(
-                f"{distill.method}: there is no single teacher of {domain}",
-                "name another teacher: the domain is withheld, or the student serves them all",
-            )
-        teachers = self.teach(teacher_kind, teacher_seed) if teacher_kind else []
-        if teacher_kind == "single" and distill.method != "mtn_kd":
-            teachers = [place for place in teachers if place.name == domain]
+        domain, distill, teacher_kind, teacher_seed = lesson
+        self.foresee([lesson])
+        teachers = self._teachers(lesson)
         label = label or method_label(distill, teacher_kind)
         lineage = f"s{seed}" + (f"-t{teacher_seed}" if teachers and teacher_seed != seed else "")
         place = self.folder / "students" / f"{label}-{lineage}" / domain
         inputs = {
             "stage": "student",
             "domain": domain,
-            "distill": distill.model_dump(
-                mode="json", exclude={"domains", "processes_per_student"}
-            ),
+            "distill": distill.model_dump(mode="json", exclude=NOT_OF_A_STUDENT),
             "student_seed": seed,
             "teacher_seed": teacher_seed if teacher_kind else None,
             "teacher_kind": teacher_kind,
@@ -526,12 +567,13 @@ class Run:
             "student_content": self._student_content,
             **self._settings("student", *(["teacher", "prototypes"] if teacher_kind else [])),
         }
+        cached = self._cached_phases(lesson)
+        if any(cached):  # computed in other batches than the student's, and rounded otherwise
+            inputs["cached_phases"] = cached
         result = self.store.get(
             place,
             inputs,
-            lambda folder, saves: self._build_student(
-                folder, saves, domain, distill, teachers, seed, label
-            ),
+            lambda folder, saves: self._build_student(folder, saves, lesson, teachers, seed, label),
             keep,
         )
         return place, result
@@ -540,12 +582,12 @@ class Run:
         self,
         folder: Path,
         saves: Saves,
-        domain: str,
-        distill: DistillConfig,
+        lesson: Lesson,
         teacher_folders: list[Path],
         seed: int,
         label: str,
     ) -> dict:
+        domain, distill, *_ = lesson
         corpus = self.corpus
         weighted = distill.method == "meta"
         train = self._part(self._scored_train() if weighted else corpus.train, domain)
@@ -556,8 +598,12 @@ class Run:
                 "add some",
             )
 
+        asked, cached = self._asked_of(lesson), self._cached_phases(lesson)
+        kept = self._keep_outputs(lesson, teacher_folders) if any(cached) else None
         service = None
-        if teacher_folders:
+        if teacher_folders and not all(cached):
+            if distill.cache_teacher != "none":
+                self.say(f"{label} {domain}: asks for more than logits, so its teacher runs")
             service = TeacherService(teacher_folders, self.config, self.recipe, self.world)
         seed_everything(seed)
         copied = (
@@ -573,7 +619,7 @@ class Run:
                 label2id=corpus.label2id,
                 max_length=self.config.data.max_length,
             )
-        shape = service.teachers[0].model.config if service else student.config
+        shape = self._shapes[0] if teacher_folders else student.config
         with _configured("distill"):
             terms = build_terms(
                 distill,
@@ -596,13 +642,7 @@ class Run:
         def score() -> dict[str, float]:
             return self._score(classify, validation, distill.training)
 
-        phases = [(terms, distill.training, score)]
-        early = [term for term in terms if term.intermediate]
-        late = [term for term in terms if not term.intermediate]
-        if distill.schedule == "two_stage" and early:
-            phases = [(early, distill.intermediate, None if late else score)]
-            phases += [(late, distill.training, score)] if late else []
-
+        phases = _phases(distill, terms)
         result = {
             "label": label,
             "domain": domain,
@@ -616,29 +656,33 @@ class Run:
                 result["test"] = self._score(classify, part, distill.training)
 
         with self._log(folder) as log:
-            for number, (wanted, training, judge) in enumerate(phases):
+            for number, (wanted, training) in enumerate(phases):
                 log.begin_phase(number)
                 module.restrict(wanted)
-                _recompute_activations(student, [done for _, done, _ in phases[: number + 1]])
+                _recompute_activations(student, [done for _, done in phases[: number + 1]])
+                is_last = number == len(phases) - 1
                 needs = module.needs | ({"logits"} if weighted else set())
                 part = f", stage {number + 1} of 2" if len(phases) > 1 else ""
-                showing = nullcontext()
-                if service is not None:
+                showing, pad = nullcontext(), self.collate
+                if cached[number]:
+                    taught = kept.teacher(asked[number])
+                    showing, pad = nullcontext(taught), taught.collate(self.collate)
+                elif service is not None:
                     showing = service.showing(needs, distill.teacher_stream)
                 with showing as teacher:
                     result["validation"] = fit(
                         module,
                         train,
-                        self.collate,
+                        pad,
                         config=self.config,
                         training=training,
                         sharding=self.config.sharding(self.config.student),
                         world=self.world,
                         log=log,
                         teacher=teacher,
-                        score=judge,
-                        conclude=conclude if number == len(phases) - 1 else None,
-                        saves=replace(saves, phase=number, last_phase=number == len(phases) - 1),
+                        score=score if is_last else None,
+                        conclude=conclude if is_last else None,
+                        saves=replace(saves, phase=number, last_phase=is_last),
                         seed=seed,
                         title=f"{label} {domain}{part}",
                     )
@@ -649,6 +693,139 @@ class Run:
             self.tokenizer.save_pretrained(folder)
             write_card(folder, result, self.command)
         return result
+
+    # Kept teacher outputs
+
+    def cache(self) -> list[Path]:
+        """Keep what the teachers of the configured students say; returns the folders.
+
+        Raises:
+            ConfigError: nothing is to be kept.
+        """
+        lessons = list(map(self._configured_lesson, self.student_domains))
+        self.foresee(lessons)
+        if not self._asked:
+            raise ConfigError(
+                f"distill.cache_teacher: {self.config.distill.cache_teacher} keeps nothing of what "
+                f"{self.config.distill.method} asks a teacher for",
+                "set distill.cache_teacher: all",
+            )
+        return [self._keep_outputs(lesson, self._teachers(lesson)).folder for lesson in lessons]
+
+    def foresee(self, lessons: Iterable[Lesson]) -> None:
+        """Look at lessons before anything is computed for them, and note what they will ask their
+        teachers for, so that one pass over the examples can keep it for all of them.
+
+        Raises:
+            ConfigError: the domain does not exist, or its single teacher is withheld; what is to be
+                kept takes more room than ``distill.cache_limit_gib``, or depends on the batch.
+        """
+        grown = False
+        for lesson in lessons:
+            self._check_lesson(lesson)
+            for signals, cached in zip(self._asked_of(lesson), self._cached_phases(lesson)):
+                if cached:
+                    _, asked = self._asked.setdefault(_place(lesson), (lesson.domain, set()))
+                    grown |= not signals <= asked
+                    asked |= signals
+        if grown and self.store.may_build:
+            self._check_cache()
+
+    def _check_lesson(self, lesson: Lesson) -> None:
+        domain, distill, kind, _ = lesson
+        if domain not in (ALL_DOMAINS, *self.corpus.domains):
+            raise ConfigError(
+                f"domain: {domain} is not among {', '.join(self.corpus.domains)}",
+                "correct the name",
+            )
+        if not self.has_teacher(kind, distill.method, domain):
+            raise ConfigError(
+                f"{distill.method}: there is no single teacher of {domain}",
+                "name another teacher: the domain is withheld, or the student serves them all",
+            )
+
+    def _check_cache(self) -> None:
+        if self.tokenizer.padding_side == "left":
+            raise ConfigError(
+                f"distill.cache_teacher: the tokenizer of {self.config.teacher.model} pads on the "
+                "left, so that a token's position, and what a teacher says of it, differs from "
+                "batch to batch",
+                "leave out distill.cache_teacher",
+            )
+        size = sum(
+            bytes_of(
+                signals,
+                self._part(self.corpus.train, domain),
+                self._shapes[0],
+                len(self.corpus.label2id),
+                BYTES[self.config.precision],
+            )
+            for domain, signals in self._asked.values()
+        )
+        limit = self.config.distill.cache_limit_gib
+        if size > limit * GIB:
+            raise ConfigError(
+                f"distill.cache_teacher: what teachers say takes about {size / GIB:.3g} GiB in "
+                f"{self._cache_root}, distill.cache_limit_gib is {limit:g}",
+                "raise the limit, or keep less: cache_teacher: logits or none, bf16: true, fewer "
+                "matched layers",
+            )
+
+    @property
+    def _cache_root(self) -> Path:
+        return self.folder / ".cache"
+
+    @cached_property
+    def _shapes(self) -> tuple[PretrainedConfig, PretrainedConfig]:
+        """Of teacher and student."""
+        with _configured("teacher.model"):
+            taught = load_config(self.config.teacher.model)
+        with _configured("student"):
+            return taught, student_shape(self.config.student, taught)
+
+    def _asked_of(self, lesson: Lesson) -> list[frozenset[Signal]]:
+        """What each phase asks the teacher for."""
+        taught, learning = self._shapes
+        depth = taught.num_hidden_layers
+        with _configured("distill"):
+            terms = build_terms(
+                lesson.distill,
+                student_layers=learning.num_hidden_layers,
+                teacher_layers=depth,
+                recipe=self.recipe,
+            )
+        by_expertise = lesson.distill.method == "meta"
+        return [signals_of(part, by_expertise, depth) for part, _ in _phases(lesson.distill, terms)]
+
+    def _cached_phases(self, lesson: Lesson) -> list[bool]:
+        mode = lesson.distill.cache_teacher if lesson.teacher_kind else "none"
+        return [is_kept(signals, mode) for signals in self._asked_of(lesson)]
+
+    def _keep_outputs(self, lesson: Lesson, teachers: list[Path]) -> KeptOutputs:
+        """What was foreseen to be asked of these teachers; what is not there is made."""
+        place = _place(lesson)
+        batch_size = self.config.teacher.training.per_device_eval_batch_size
+        if place not in self._kept:
+            self._kept[place] = KeptOutputs(
+                self._cache_root,
+                place,
+                teachers,
+                {
+                    "precision": self.config.precision,
+                    "packed": self.config.packed,
+                    "batch_size": batch_size,
+                },
+                self._part(self.corpus.train, lesson.domain),
+                self._shapes[0].num_hidden_layers,
+                self.world,
+                self.say,
+            )
+        kept = self._kept[place]
+        if missing := kept.missing(self._asked[place][1]):
+            service = TeacherService(teachers, self.config, self.recipe, self.world)
+            with service.showing(frozenset(signal.feature for signal in missing)) as show:
+                kept.make(missing, show, self.collate, batch_size)
+        return kept
 
     # Evaluation
 
@@ -664,6 +841,7 @@ class Run:
         split = self.corpus.validation if self.corpus.test is None else self.corpus.test
         training = self.config.distill.training
         scores = {"split": split_name, "teacher": {}, "students": {}}
+        self.foresee(map(self._configured_lesson, self.student_domains))
         exact = self.config.model_copy(update={"bf16": False, "fp16": False})
         for place in self.teach(self.teacher_kind) if self.teacher_kind else []:
             service = TeacherService([place], exact, self.recipe, self.world)

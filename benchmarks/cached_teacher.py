@@ -1,0 +1,179 @@
+"""Times a distillation step with a live teacher and with a cached one: ``python -m
+benchmarks.cached_teacher --data FOLDER --encoder FOLDER``.
+
+A step is collating, with what the cache adds to a batch, the teacher's forward pass or none, the
+student's forward and backward pass and the optimizer, on texts of ``FOLDER/train.jsonl`` grouped by
+length; the student is every second layer of the encoder, as in ``benchmarks.throughput``. Both
+teachers see the same batches, in turn, and must give the same loss. In training, batches are made
+ahead by a thread; here they are not, so that reading the cache counts in full.
+
+Files have just been written and are read from memory where it holds them; what a disk adds is bytes
+an example over its rate. "Pays after" is the number of epochs in which the steps have saved what
+making the cache took. Writes ``results/<device>/cached_teacher.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from benchmarks.run import environment, heading, write_report
+from benchmarks.step import training
+from benchmarks.throughput import Scene, check_same_loss, inner_quantiles, timed
+from metakd.config import DataConfig
+from metakd.data import StepSampler, collate, load_corpus
+from metakd.training.teacher_cache import KeptOutputs, bytes_of, signals_of
+from metakd.training.world import World
+
+METHODS = ("logits_kd", "meta")
+LIVE, CACHED = "live teacher", "metakd, cached teacher"
+
+
+def measure(
+    scene: Scene, tokenizer, batch_size: int, steps: int, budget_s: float, folder: Path
+) -> dict:
+    """One row of the report: a method, its cache in ``folder``, and steps with and without."""
+    train = scene.corpus.train
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    train = train.select(chosen[: steps * batch_size].sort().values)
+    plan = StepSampler(train.lengths, step_size=batch_size, micro_batches=1, seed=0).epoch(0)
+    module, frozen = scene.distillation(packed=False)
+    shape = scene.teacher.model.config
+    depth, is_meta = shape.num_hidden_layers, scene.method == "meta"
+    signals = signals_of(scene.terms, is_meta, depth)
+    pad = collate(tokenizer)
+
+    kept = KeptOutputs(
+        folder, scene.method, [], {}, train, depth, World(device=scene.device), print
+    )
+    making_s = timed(kept.make, signals, frozen, pad, 64)
+    cached = kept.teacher(signals)
+    examples = train.with_column("t", torch.rand(len(train)))
+
+    def batch_of(rows: list[int], make) -> dict[str, Tensor]:
+        batch = make([examples[row] for row in rows])
+        return {name: value.to(scene.device) for name, value in batch.items()}
+
+    teachers = {LIVE: (frozen, pad), CACHED: (cached, cached.collate(pad))}
+    learn = training(module, lambda batch, teach: module(batch, teach(batch)).rows.mean())
+    seconds = {name: [] for name in teachers}
+    pairs = {name: (module, teach) for name, (teach, _) in teachers.items()}
+    # A batch for the cached teacher serves the live one as well.
+    check_same_loss(pairs, batch_of(plan[0][0], teachers[CACHED][1]), scene.dtype)
+    for teach, make in teachers.values():
+        learn(batch_of(plan[0][0], make), teach)  # warm
+    end, done = time.perf_counter() + budget_s, 0
+    for (rows,) in plan:
+        if done >= 5 and time.perf_counter() > end:
+            break
+        done += 1
+        for name, (teach, make) in teachers.items():
+            seconds[name].append(timed(lambda r=rows, t=teach, m=make: learn(batch_of(r, m), t)))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    saved = (medians[LIVE] - medians[CACHED]) * len(plan)
+    return {
+        "shape": f"{scene.method}: batch {batch_size}, up to {max(train.lengths)} tokens",
+        "dtype": str(scene.dtype).removeprefix("torch."),
+        "examples": len(train),
+        "mean_length": statistics.fmean(train.lengths),
+        "steps": done,
+        "load": os.getloadavg(),
+        "making_s": making_s,
+        "bytes": bytes_of(signals, train, shape, len(scene.corpus.label2id), scene.dtype.itemsize),
+        "reading_s": statistics.median(
+            timed(batch_of, rows, teachers[CACHED][1]) for (rows,) in plan[:done]
+        ),
+        "pays_after_epochs": making_s / saved if saved > 0 else None,
+        "contenders": {
+            name: {
+                "median_ms": 1e3 * medians[name],
+                **dict(zip(("p20_ms", "p80_ms"), (1e3 * s for s in inner_quantiles(values)))),
+                "seconds": values,
+            }
+            for name, values in seconds.items()
+        },
+    }
+
+
+def markdown(report: dict) -> str:
+    lines = [
+        "# A distillation step with a live and with a cached teacher",
+        "",
+        *heading(report["environment"]),
+        f"Encoder of {report['layers'][0]} layers to {report['layers'][1]} of them, review texts "
+        "grouped by length, dropout on",
+    ]
+    for row in report["rows"]:
+        cached = row["contenders"][CACHED]["median_ms"]
+        each = row["bytes"] / row["examples"]
+        pays = row["pays_after_epochs"]
+        lines += [
+            "",
+            f"## {row['shape']} (mean {row['mean_length']:.0f}), {row['dtype']}",
+            "",
+            f"{row['steps']} steps of each, in turn; the machine's load at the end: "
+            f"{row['load'][0]:.1f}. Kept: {each / 2**10:.1f} KiB an example. Making took "
+            f"{1e3 * row['making_s'] / row['examples']:.1f} ms an example"
+            + ("" if pays is None else f" and pays after {pays:.1f} epochs")
+            + f". Collating from the cache is {1e3 * row['reading_s'] / cached:.1%} of a step.",
+            "",
+            "| | median ms | 20-80 % | times cached |",
+            "|---|---:|---:|---:|",
+        ]
+        for name, entry in row["contenders"].items():
+            cells = (
+                name,
+                f"{entry['median_ms']:.0f}",
+                f"{entry['p20_ms']:.0f}-{entry['p80_ms']:.0f}",
+                f"{entry['median_ms'] / cached:.2f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl")
+    parser.add_argument("--encoder", required=True, help="folder of a BERT-like encoder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU")
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=40, help="batches to draw texts for")
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--seconds", type=float, default=120.0, help="per method")
+    parser.add_argument("--out", type=Path, help="results folder")
+    options = parser.parse_args()
+    for needed in (options.data / "train.jsonl", Path(options.encoder) / "config.json"):
+        if not needed.exists():
+            raise SystemExit(f"nothing is timed: {needed} does not exist")
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    usual = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, options.dtype or usual)
+    tokenizer = AutoTokenizer.from_pretrained(options.encoder)
+    data = DataConfig(train=str(options.data / "train.jsonl"), max_length=options.max_length)
+    corpus = load_corpus(data, tokenizer)
+    report = {"environment": environment(device.type, options.threads), "rows": []}
+    for method in METHODS:
+        scene = Scene(corpus, options.encoder, device, dtype, method)
+        models = scene.teacher.model, scene.student
+        report["layers"] = [model.config.num_hidden_layers for model in models]
+        with tempfile.TemporaryDirectory() as folder:
+            row = measure(
+                scene, tokenizer, options.batch, options.steps, options.seconds, Path(folder)
+            )
+        report["rows"].append(row)
+    write_report("cached_teacher", report, markdown(report), device.type, options.out)
+
+
+if __name__ == "__main__":
+    main()
