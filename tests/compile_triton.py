@@ -3,6 +3,7 @@
 ``python tests/compile_triton.py`` prints a table: variant, architecture, warps, registers, bytes of
 spills and of shared memory. ``--json`` prints it as JSON, ``--all`` takes every combination in
 place of a selection. The exit code is 1 if a variant spills. The assembler is Triton's own.
+``PYTHONPATH`` to another version of Triton compiles with that: each refuses what another takes.
 
 Needs a process without TRITON_INTERPRET, hence a script beside ``test_compile.py``.
 """
@@ -53,7 +54,10 @@ FEATURES = [
     ("attention_map", (26, 64), "bf16", "kl"),
     ("attention_map", (64, 64), "fp16", "squared causal"),
     ("attention_map", (128, 128), "fp32", "squared"),
+    ("attention_score_mse", (26, 64), "bf16", "gram unmasked"),
+    ("attention_map", (26, 64), "bf16", "kl unmasked"),
     ("hidden_mse", (768,), "bf16", ""),
+    ("hidden_mse", (768,), "bf16", "unmasked"),
     ("masked_mean", (312,), "bf16", ""),
     ("class_prototypes", (768,), "fp32", ""),
     ("prototype_score", (768, 4, 3), "bf16", ""),
@@ -153,6 +157,7 @@ def compile_variant(kernel: str, V: int, dtype: str, kind: str, label: bool, arc
     source = ASTSource(function, signature, constants, hints)
     target = GPUTarget("cuda", arch, 32)
     binary = triton.compile(source, target=target, options=options)
+    check_globals(function)
     return {
         "variant": name_of(kernel, V, dtype, kind, label),
         "arch": arch,
@@ -164,7 +169,8 @@ def compile_variant(kernel: str, V: int, dtype: str, kind: str, label: bool, arc
 
 
 def feature_calls(operator: str, sizes: tuple[int, ...], dtype: str, form: str) -> list[tuple]:
-    """(launcher, arguments) of a feature loss, as at a call with two layers."""
+    """(launcher, arguments) of a feature loss, as at a call with two layers, and with masks unless
+    the form says otherwise."""
     import torch
 
     from metakd.kernels import attention_map, attention_score_mse, hidden_mse, prototypes
@@ -179,7 +185,8 @@ def feature_calls(operator: str, sizes: tuple[int, ...], dtype: str, form: str) 
             [torch.zeros(B, L, A, D, dtype=of).transpose(1, 2) for _ in range(2)]
             for D in (sizes[0], sizes[0], sizes[1], sizes[1])
         )
-        pairs = query_s, key_s, query_t, key_t, mask, mask, "causal" in form, 1.0, 1.0
+        masks = (None, None) if "unmasked" in form else (mask, mask)
+        pairs = query_s, key_s, query_t, key_t, *masks, "causal" in form, 1.0, 1.0
         heads = torch.zeros(2, B, A)
         if operator == "attention_map":
             flags = "squared" in form, "same" in form
@@ -214,9 +221,10 @@ def feature_calls(operator: str, sizes: tuple[int, ...], dtype: str, form: str) 
             (prototypes.masked_mean_fwd, (layers[0], mask)),
             (prototypes.masked_mean_bwd, (layers[0][:, 0], mask)),
         ]
+    real = None if form == "unmasked" else mask
     return [
-        (hidden_mse.hidden_mse_fwd, (layers, layers, mask)),
-        (hidden_mse.hidden_mse_bwd, (torch.zeros(2, B), layers, layers, mask)),
+        (hidden_mse.hidden_mse_fwd, (layers, layers, real)),
+        (hidden_mse.hidden_mse_bwd, (torch.zeros(2, B), layers, layers, real)),
     ]
 
 
@@ -285,6 +293,7 @@ def assembled(kernel, signature: tuple, constants: tuple, hints: tuple, options:
     hints = {path: [["tt.divisibility", 16]] for path in hints}
     source = ASTSource(kernel, dict(signature), dict(constants), hints)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
+    check_globals(kernel)
     return resources(binary)
 
 
@@ -302,6 +311,16 @@ def compile_launch(kernel, args: dict, arch: int) -> dict:
     pieces = (tuple(x.items()) for x in (signature, constants))
     resources = assembled(kernel, *pieces, tuple(hints), tuple(sorted(options.items())), arch)
     return {"warps": options["num_warps"]} | resources
+
+
+def check_globals(kernel) -> None:
+    """Raises RuntimeError where a launch would: Triton looks whether the module's constants that a
+    kernel uses are still what they were, which a NaN never is."""
+    for (name, _), (value, module) in kernel.used_global_vals.items():
+        if module.get(name) != value:
+            raise RuntimeError(
+                f"{kernel.__name__} cannot be launched: it reads the constant {name}"
+            )
 
 
 def resources(binary) -> dict:

@@ -80,9 +80,11 @@ def _attention_map_kernel(
     blocks = tl.cdiv(L, OWN)
     head = tl.program_id(0).to(tl.int64) // blocks
     block = tl.program_id(0) % blocks
-    own, real, own_s, own_t, key_s, key_t, key_mask, end = query_block(
-        head, block, query_s, key_s, query_t, key_t, query_mask, key_mask,
-        B, A, L, qs_b, qs_a, qs_l, ks_b, ks_a, qt_b, qt_a, qt_l, kt_b, kt_a, qm_b, km_b,
+    if key_mask is not None:
+        key_mask += head // A % B * km_b
+    own, real, own_s, own_t, key_s, key_t, end = query_block(
+        head, block, query_s, key_s, query_t, key_t, query_mask,
+        B, A, L, qs_b, qs_a, qs_l, ks_b, ks_a, qt_b, qt_a, qt_l, kt_b, kt_a, qm_b,
         CAUSAL, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OWN,
     )  # fmt: skip
     rate_s, rate_t = scale_s * LOG2_E, scale_t * LOG2_E

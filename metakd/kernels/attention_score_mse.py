@@ -49,7 +49,6 @@ from metakd.kernels.shared import (
     is_real,
     like,
     load_rows,
-    mask_of,
     narrow,
     places,
     query_block,
@@ -93,8 +92,10 @@ def _gram_kernel(
     key_s = head_of(key_s, layer, b, a, ks_b, ks_a, ALIGN_S)
     query_t = head_of(query_t, layer, b, a, qt_b, qt_a, ALIGN_T)
     key_t = head_of(key_t, layer, b, a, kt_b, kt_a, ALIGN_T)
-    query_mask = mask_of(query_mask, b, qm_b)
-    key_mask = mask_of(key_mask, b, km_b)
+    if query_mask is not None:
+        query_mask += b * qm_b
+    if key_mask is not None:
+        key_mask += b * km_b
     gram_x = gram + head * (2 * (D_S + D_T) * D_S)
     gram_y = gram_x + (D_S + D_T) * D_S
     by_s, by_t, by_both = 0.0, 0.0, 0.0
@@ -208,7 +209,9 @@ def _gram_bwd_kernel(
     gram_x = gram + head * (2 * (D_S + D_T) * D_S)
     gram_y = gram_x + (D_S + D_T) * D_S
 
-    real = is_real(mask_of(query_mask, b, qm_b), place, L)
+    if query_mask is not None:
+        query_mask += b * qm_b
+    real = is_real(query_mask, place, L)
     x_s = head_of(query_s, layer, b, a, qs_b, qs_a, ALIGN_S)
     x_t = head_of(query_t, layer, b, a, qt_b, qt_a, ALIGN_T)
     total = _times_gram(
@@ -219,7 +222,9 @@ def _gram_bwd_kernel(
     dquery = head_of(dquery, layer, b, a, dq_b, dq_a, ALIGN_S)
     tl.store(dquery + places(place, dq_l, column, ALIGN_S), total, mask=write)
 
-    real = is_real(mask_of(key_mask, b, km_b), place, L)
+    if key_mask is not None:
+        key_mask += b * km_b
+    real = is_real(key_mask, place, L)
     y_s = head_of(key_s, layer, b, a, ks_b, ks_a, ALIGN_S)
     y_t = head_of(key_t, layer, b, a, kt_b, kt_a, ALIGN_T)
     total = _times_gram(
@@ -250,9 +255,11 @@ def _tile_kernel(
     if tiled is not None:  # noqa: SIM102 (at compile time)
         if tl.load(tiled + head) == 0:
             return
-    own, real, own_s, own_t, key_s, key_t, key_mask, end = query_block(
-        head, block, query_s, key_s, query_t, key_t, query_mask, key_mask,
-        B, A, L, qs_b, qs_a, qs_l, ks_b, ks_a, qt_b, qt_a, qt_l, kt_b, kt_a, qm_b, km_b,
+    if key_mask is not None:
+        key_mask += head // A % B * km_b
+    own, real, own_s, own_t, key_s, key_t, end = query_block(
+        head, block, query_s, key_s, query_t, key_t, query_mask,
+        B, A, L, qs_b, qs_a, qs_l, ks_b, ks_a, qt_b, qt_a, qt_l, kt_b, kt_a, qm_b,
         CAUSAL, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OWN,
     )  # fmt: skip
     total = tl.zeros([OWN], tl.float32)

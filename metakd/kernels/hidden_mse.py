@@ -32,7 +32,6 @@ from metakd.kernels.shared import (
     is_real,
     like,
     load_rows,
-    mask_of,
     narrow,
     pick,
     places,
@@ -59,7 +58,8 @@ def _hidden_mse_kernel(
     layer, b = row // B, row % B
     student = pick(student, layer) + b * s_b * ALIGN_S
     teacher = pick(teacher, layer) + b * t_b * ALIGN_T
-    mask = mask_of(mask, b, m_b)
+    if mask is not None:
+        mask += b * m_b
     place = block * ROWS + tl.arange(0, ROWS)
     real = is_real(mask, place, L)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -86,7 +86,8 @@ def _hidden_mse_bwd_kernel(
     student = pick(student, layer) + b * s_b * ALIGN_S
     teacher = pick(teacher, layer) + b * t_b * ALIGN_T
     dstudent = pick(dstudent, layer) + b * d_b * ALIGN_S
-    mask = mask_of(mask, b, m_b)
+    if mask is not None:
+        mask += b * m_b
     place = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     real = is_real(mask, place, L)
     weight = tl.load(drows + layer * dr_n + b * dr_b)

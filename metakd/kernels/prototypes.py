@@ -38,7 +38,6 @@ from metakd.kernels.shared import (
     refuse_doubles,
 )
 
-NAN: tl.constexpr = tl.constexpr(math.nan)
 INFINITY: tl.constexpr = tl.constexpr(math.inf)
 # F.normalize's least norm.
 LEAST_NORM: tl.constexpr = tl.constexpr(1e-12)
@@ -155,7 +154,7 @@ def _prototype_score_kernel(
     both = (tl.sum(is_own.to(tl.int32), 1) > 0) & (others > 0)
     # A part that does not exist is 0, so the sum is the other part at full weight.
     value = tl.where(both, alpha * by_own + (1.0 - alpha) * by_others, by_own + by_others)
-    value = tl.where(known & (own >= 0) & (own < K), value, NAN)
+    value = tl.where(known & (own >= 0) & (own < K), value, float("nan"))
     tl.store(t + row, value, mask=inside)
 
 
@@ -179,7 +178,8 @@ def _domain_expertise_kernel(
         x = load_rows(logits, row, stride, inside, column, M, ALIGN).to(tl.float32)
         e = tl.exp2((x - top[:, None]) * LOG2_E)
         total += tl.sum(tl.where((column < M)[None, :], e, 0.0), 1)
-    at_label = tl.load(logits + row * stride * ALIGN + m, mask=known, other=NAN).to(tl.float32)
+    at_label = logits + row * stride * ALIGN + m
+    at_label = tl.load(at_label, mask=known, other=float("nan")).to(tl.float32)
     miss = 1.0 - tl.exp2((at_label - top) * LOG2_E) / total
     weight = 1.0 + tl.load(t + row * stride_t, mask=inside, other=0.0).to(tl.float32)
     tl.store(expertise + row, weight / (tl.exp2(miss * miss * LOG2_E) + 1.0), mask=inside)

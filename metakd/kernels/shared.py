@@ -172,22 +172,19 @@ def head_of(tensors, layer, b, a, stride_b, stride_a, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def mask_of(mask, b, stride):
-    return mask if mask is None else mask + b * stride
-
-
-@triton.jit
 def query_block(
-    head, block, query_s, key_s, query_t, key_t, query_mask, key_mask,
-    B, A, L, qs_b, qs_a, qs_l, ks_b, ks_a, qt_b, qt_a, qt_l, kt_b, kt_a, qm_b, km_b,
+    head, block, query_s, key_s, query_t, key_t, query_mask,
+    B, A, L, qs_b, qs_a, qs_l, ks_b, ks_a, qt_b, qt_a, qt_l, kt_b, kt_a, qm_b,
     CAUSAL: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr, ALIGN_S: tl.constexpr,
     ALIGN_T: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """A block of a head's queries as own rows: their places, which are real, both models' rows,
-    where its keys and their mask start, and the last key that they may see, plus one."""
+    where its keys start, and the last key that they may see, plus one."""
     layer, b, a = head // A // B, head // A % B, head % A
     own = block * OWN + tl.arange(0, OWN)
-    real = is_real(mask_of(query_mask, b, qm_b), own, L)
+    if query_mask is not None:
+        query_mask += b * qm_b
+    real = is_real(query_mask, own, L)
     own_s = load_rows(
         head_of(query_s, layer, b, a, qs_b, qs_a, ALIGN_S), own, qs_l, real,
         tl.arange(0, WIDTH_S), D_S, ALIGN_S,
@@ -200,7 +197,7 @@ def query_block(
     end = tl.where(tl.max(real.to(tl.int32), 0) > 0, end, 0)
     key_s = head_of(key_s, layer, b, a, ks_b, ks_a, ALIGN_S)
     key_t = head_of(key_t, layer, b, a, kt_b, kt_a, ALIGN_T)
-    return own, real, own_s, own_t, key_s, key_t, mask_of(key_mask, b, km_b), end
+    return own, real, own_s, own_t, key_s, key_t, end
 
 
 @triton.jit
@@ -331,8 +328,10 @@ def score_gradient_kernel(
     key_t = head_of(key_t, layer, b, a, kt_b, kt_a, ALIGN_T)
     dquery = head_of(dquery, layer, b, a, dq_b, dq_a, ALIGN_S)
     dkey = head_of(dkey, layer, b, a, dk_b, dk_a, ALIGN_S)
-    query_mask = mask_of(query_mask, b, qm_b)
-    key_mask = mask_of(key_mask, b, km_b)
+    if query_mask is not None:
+        query_mask += b * qm_b
+    if key_mask is not None:
+        key_mask += b * km_b
     if KIND != SCORES:
         stats += head * 3 * L
     if maxima is not None:
