@@ -7,6 +7,9 @@ from pathlib import Path
 # Before transformers, datasets and Triton are imported: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Without it a matrix product on a GPU is an error while algorithms have to be deterministic, which
+# the tests that poison new memory ask for.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 import numpy as np
 import pytest
