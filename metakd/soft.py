@@ -124,6 +124,9 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total += left @ right``, summed in the dtype of ``total``."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
+    elif total.is_cuda and torch.compiler.is_compiling():
+        # The sum in one call, below, is not traceable in every version of torch that we support.
+        total += torch.mm(left, right, out_dtype=total.dtype)
     elif total.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from oracle import DEVICE, assert_sensitive, backend_dtypes, check_op
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import metakd
 from metakd import soft
@@ -186,6 +187,17 @@ def test_heads_follow_the_hidden_states_dtype():
     whole = metakd.linear_soft_kl(hidden, head, hidden_t, head_t, bias=bias, vocab_size=6)
     torch.testing.assert_close(loss, whole, rtol=0.05, atol=0.0)
     assert [x.dtype for x in torch.autograd.grad(loss, (head, bias))] == [torch.float32] * 2
+
+
+def test_the_heads_gradient_of_halves_is_traceable_on_a_gpu(monkeypatch):
+    """By shapes alone, so that no GPU is needed: matrix products that sum in another dtype are of
+    GPUs only."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with FakeTensorMode():
+        total = torch.zeros(7, 4, device="cuda")
+        left, right = (torch.zeros(3, size, device="cuda", dtype=torch.bfloat16) for size in (7, 4))
+        soft._add_product_(total, left.mT, right)
+        assert total.shape == (7, 4) and total.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
