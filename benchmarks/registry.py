@@ -3,16 +3,19 @@
 A row builds its ``Contest`` on a device: contenders (each one step, forward and backward) that must
 all give the same loss, the fewest bytes (or flops) the step needs, and the dtype. ``run.py`` times
 them and writes results, ``test_registry.py`` gives the small ones to pytest-benchmark. Opponents
-are written as their users write them; a library that is not installed or refuses the device is left
-out with its reason.
+are written as their users write them; one that is not installed, refuses the device or does not fit
+its memory is left out with its reason.
 
 Legend: N rows, C classes, H hidden size, B batch, A heads, L length, D head dimension.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -21,6 +24,7 @@ import metakd
 from metakd import ops
 
 Step = Callable[[], torch.Tensor]  # runs forward and backward, gives the loss
+T = TypeVar("T")
 
 
 @dataclass
@@ -62,17 +66,38 @@ def _ours(contest: Contest, op: str, device: str, dtype, make: Callable[[str], S
             contest.absent[f"metakd {backend}"] = reason
 
 
-def _try(
-    contest: Contest, name: str, make: Callable[[], Step], excuse: type[Exception] = Exception
-) -> None:
-    """Adds a contender that works here, or the reason why it does not: whatever a foreign library
-    raises, or only ``excuse``."""
+def attempt(name: str, absent: dict[str, str], do: Callable[[], T]) -> T | None:
+    """What ``do`` returns; None after noting among the absent why it failed. Out of memory is an
+    answer like any other."""
     try:
+        return do()
+    except Exception as error:  # whatever a foreign library raises
+        first = (str(error).splitlines() or [""])[0]
+        absent[name] = f"{type(error).__name__}: {first[:160]}"
+    # The error is gone by now, and with it the tensors that its frames held.
+    give_memory_back()
+    return None
+
+
+def give_memory_back() -> None:
+    """What nothing holds any more returns to the GPU, for who comes next."""
+    if torch.cuda.is_available():
+        gc.collect()
+        with suppress(
+            RuntimeError
+        ):  # after a kernel's fault nothing works, as the next one will say
+            torch.cuda.empty_cache()
+
+
+def _try(contest: Contest, name: str, make: Callable[[], Step]) -> None:
+    """Adds a contender that works here, or the reason why it does not."""
+
+    def working() -> Step:
         step = make()
         step()
-    except excuse as error:
-        contest.absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-    else:
+        return step
+
+    if (step := attempt(name, contest.absent, working)) is not None:
         contest.contenders[name] = step
 
 
@@ -151,7 +176,7 @@ def _soft_row(op: str, N: int, C: int, dtype, devices, *, beta=0.0, temperature=
             return contest
         opponents = _soft_opponents(beta, temperature)
         for name, loss in opponents.items():
-            contest.contenders[name] = _step(lambda f=loss: f(student, teacher), student)
+            _try(contest, name, lambda f=loss: _step(lambda: f(student, teacher), student))
         fastest = list(opponents.values())[-1]
         compiled = torch.compile(fastest, dynamic=False)
         _try(contest, "torch.compile", lambda: _step(lambda: compiled(student, teacher), student))
@@ -327,7 +352,6 @@ def _attention_row(
                 contest,
                 "eager maps",
                 lambda: _step(lambda: _maps_loss(op, student, teacher), *student),
-                excuse=torch.OutOfMemoryError,  # the longest maps in float32 are over 80 GB
             )
             compiled = torch.compile(_maps_loss, dynamic=False)
             _try(
@@ -373,7 +397,7 @@ def _hidden_row(n: int, B: int, L: int, H: int, H_t: int, dtype, devices, quick=
             seen = student if projection is None else [x @ projection for x in student]
             return sum(F.mse_loss(x.float(), y.float()) for x, y in zip(seen, teacher))
 
-        contest.contenders["eager"] = _step(eager, *learned)
+        _try(contest, "eager", lambda: _step(eager, *learned))
         compiled = torch.compile(eager, dynamic=False)
         _try(contest, "torch.compile", lambda: _step(compiled, *learned))
         if projection is not None:
@@ -384,7 +408,7 @@ def _hidden_row(n: int, B: int, L: int, H: int, H_t: int, dtype, devices, quick=
                 gaps = [torch.addmm(y, x, projection, beta=-1.0) for x, y in pairs]
                 return sum(gap.float().square().mean() for gap in gaps)
 
-            contest.contenders["addmm with beta = -1"] = _step(residual, *learned)
+            _try(contest, "addmm with beta = -1", lambda: _step(residual, *learned))
         return contest
 
     widths = f"{H}" if H_t == H else f"{H} to {H_t}"
@@ -416,7 +440,7 @@ def _mean_row(B: int, L: int, H: int, dtype, devices, quick=False) -> Row:
             weight = mask[:, :, None].to(dtype)
             return ((hidden * weight).sum(1) / weight.sum(1)).float().sum()
 
-        contest.contenders["eager"] = _step(eager, hidden)
+        _try(contest, "eager", lambda: _step(eager, hidden))
         contest.tolerance = 0.2 if dtype == torch.bfloat16 else 1e-2  # a sum around 0
         return contest
 

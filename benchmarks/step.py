@@ -17,6 +17,7 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,12 +32,15 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
+from benchmarks.registry import attempt, give_memory_back
 from benchmarks.run import (
     environment,
     heading,
     matmul_rate,
+    of_each,
     peak_memory,
     quantiles,
+    same_losses,
     write_report,
 )
 from metakd.config import DistillConfig
@@ -288,6 +292,7 @@ CONTENDERS = {
     "TextBrewer": textbrewer,
 }
 OTHER_LOSS = ("no KD loss", "metakd, meta-distillation")
+NEEDED = ("no KD loss", "metakd")  # what the others are measured by
 
 
 def kept_for_backward(step: Callable[[], Tensor]) -> int:
@@ -305,22 +310,32 @@ def kept_for_backward(step: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
-def measure(scene: Scene, budget_s: float, rate: float) -> dict:
-    steps, absent = {}, {}
-    for name, build in CONTENDERS.items():
-        try:
-            steps[name] = build(scene)
-        except ImportError as error:  # a rival that is not installed
-            absent[name] = str(error)
-    losses = {name: float(step()) for name, step in steps.items()}
-    for name in losses.keys() - set(OTHER_LOSS):
-        # Half precision rounds the maps that the loop compares.
-        tolerance = 1e-4 if scene.dtype == torch.float32 else 2e-2
-        if abs(losses[name] - losses["metakd"]) > tolerance * losses["metakd"]:
-            raise SystemExit(f"{name} gives the loss {losses[name]}, metakd {losses['metakd']}")
+def measure(scene: Scene, budget_s: float, rate: float, problems: list[str]) -> dict:
+    """One row of the report; ``problems`` takes what must not pass in silence.
+
+    Raises:
+        RuntimeError: what the others are measured by does not run.
+    """
+    absent: dict[str, str] = {}
+
+    def refuse_without_needed() -> None:
+        if missing := [f"{name}: {absent[name]}" for name in NEEDED if name in absent]:
+            raise RuntimeError("; ".join(missing))
+
+    steps = of_each(CONTENDERS, absent, lambda build: build(scene))
+    losses = of_each(steps, absent, lambda step: float(step()))
+    refuse_without_needed()
+    # Half precision rounds the maps that the loop compares.
+    tolerance = 1e-4 if scene.dtype == torch.float32 else 2e-2
+    alike = {name: loss for name, loss in losses.items() if name not in OTHER_LOSS}
+    wrong = same_losses(alike, "metakd", tolerance, absent)
+    wrong += [name for name in OTHER_LOSS if name in absent]
+    problems += [f"{name}: {absent[name]}" for name in wrong]
+    steps = {name: step for name, step in steps.items() if name not in absent}
     with FlopCounterMode(display=False) as counter:
         steps["no KD loss"]()
-    times = quantiles(steps, scene.device, budget_s)
+    times = quantiles(steps, scene.device, budget_s, absent)
+    refuse_without_needed()
     without = times["no KD loss"][0]
     rows = {}
     for name, (median, low, high) in times.items():
@@ -399,12 +414,22 @@ def main() -> None:
         if options.length in (None, length)
     ]
     rate = matmul_rate(device, dtype)
+    problems: list[str] = []
+    failed: dict[str, str] = {}
     report = {
         "environment": environment(device, options.threads),
         "matmul": rate,
-        "rows": [measure(scene, options.seconds, rate) for scene in scenes],
+        "rows": [],
     }
+    for scene in scenes:
+        doing = partial(measure, scene, options.seconds, rate, problems)
+        row = attempt(f"batch {scene.batch}, length {scene.length}", failed, doing)
+        report["rows"] += [] if row is None else [row]
+        give_memory_back()
     write_report("step", report, markdown(report), device, options.out)
+    problems += [f"{name}: {reason}" for name, reason in failed.items()]
+    if problems:
+        raise SystemExit("\n".join(problems))
 
 
 if __name__ == "__main__":

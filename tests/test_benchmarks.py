@@ -3,11 +3,14 @@
 import copy
 import json
 import sys
+import weakref
+from dataclasses import replace
 
 import pytest
+import torch
 
-from benchmarks import compare, plot, suite, targets, unattended
-from benchmarks.registry import ROWS
+from benchmarks import compare, plot, run, suite, targets, unattended
+from benchmarks.registry import ROWS, Contest, Row, attempt
 from benchmarks.reports import Figure, ReportError, load
 from benchmarks.serving import check_same_labels
 from benchmarks.unattended import Task
@@ -491,3 +494,92 @@ def test_what_serves_other_labels_is_not_timed():
     assert list(check_same_labels(steps, ["a", "a"]).values()) == [0.5, 1.0]
     with pytest.raises(SystemExit, match="onnx: labels 1 texts otherwise"):
         check_same_labels({"metakd Predictor, onnx": lambda: ["a", "b"]}, ["a", "a"])
+
+
+def test_a_failure_is_a_reason_and_lets_go_of_its_tensors():
+    class Held:
+        pass
+
+    held = []
+
+    def fails():
+        tensor = Held()
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 25.77 GiB")
+
+    def says_nothing():
+        raise NotImplementedError
+
+    absent = {}
+    assert attempt("rival", absent, fails) is None
+    assert attempt("other", absent, says_nothing) is None
+    assert attempt("last", absent, lambda: 3) == 3
+    assert absent == {
+        "rival": "OutOfMemoryError: CUDA out of memory.",
+        "other": "NotImplementedError: ",
+    }
+    assert held[0]() is None
+
+
+def row_of(contenders):
+    return Row("soft_kl", "[8, 2]", torch.float32, ("cpu",), lambda device: Contest(contenders))
+
+
+def gives(loss):
+    return lambda: torch.tensor(loss)
+
+
+def too_large():
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_contender_that_fails_costs_no_other_its_figure():
+    steps = {
+        "metakd triton": gives(2.0),
+        "metakd reference": too_large,
+        "eager": too_large,
+        "torch.compile": gives(2.001),
+    }
+    problems = []
+    row = run.measure(row_of(steps), "cpu", 0.1, {}, problems)
+    assert row["contenders"].keys() == {"metakd triton", "torch.compile"}
+    assert row["contenders"]["metakd triton"]["times_ours"] == 1.0
+    assert row["absent"].keys() == {"metakd reference", "eager"} and problems == []
+    assert "Not here: eager (OutOfMemoryError: CUDA out of memory.)" in run.markdown(
+        {"op": "soft_kl", "environment": ENVIRONMENT, "rates": {}, "rows": [row]}
+    )
+
+
+@pytest.mark.parametrize("loss", [2.1, float("nan")])
+def test_another_loss_is_not_timed_and_is_a_problem(loss):
+    problems = []
+    steps = {"metakd cpp": gives(2.0), "eager": gives(loss)}
+    row = run.measure(row_of(steps), "cpu", 0.1, {}, problems)
+    assert row["contenders"].keys() == {"metakd cpp"}
+    assert problems == [f"soft_kl [8, 2]: eager: {row['absent']['eager']}"]
+
+
+def test_a_kernel_of_ours_that_fails_is_a_problem():
+    problems = []
+    row = run.measure(
+        row_of({"metakd cpp": too_large, "metakd triton": gives(2.0)}), "cpu", 0.1, {}, problems
+    )
+    assert row["loss"] == 2.0 and row["contenders"].keys() == {"metakd triton"}
+    assert problems == ["soft_kl [8, 2]: metakd cpp: OutOfMemoryError: CUDA out of memory."]
+    nobody = run.measure(row_of({"metakd cpp": too_large}), "cpu", 0.1, {}, problems)
+    assert nobody["contenders"] == {} and nobody["loss"] is None
+
+
+def test_a_row_that_fails_leaves_the_report_of_the_others(tmp_path, monkeypatch):
+    def broken(device):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    good = row_of({"metakd cpp": gives(2.0)})
+    monkeypatch.setattr(run, "ROWS", [replace(good, shape="[9, 9]", build=broken), good])
+    monkeypatch.setattr(run, "copy_rate", lambda device: 1e9)
+    words = ["run", "--op", "soft_kl", "--device", "cpu", "--no-tests", "--seconds", "0.1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"soft_kl \[9, 9\]: OutOfMemoryError"):
+        run.main()
+    [row] = json.loads((tmp_path / "soft_kl.json").read_text())["rows"]
+    assert row["shape"] == "[8, 2]" and row["contenders"].keys() == {"metakd cpp"}
