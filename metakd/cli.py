@@ -429,7 +429,7 @@ def _verification_table(report: list[dict]) -> Table:
     """One line per operation, backend, device, dtype and kind of result: the worst of its cases."""
     groups: dict[tuple, list[dict]] = {}
     for row in report:
-        kind = "rows" if row["result"] == "rows" else "gradients"
+        kind = "gradients" if row["result"].startswith("d ") else row["result"]
         key = (row["op"], row["backend"], row["device"], row["dtype"], kind)
         groups.setdefault(key, []).append(row)
     table = Table(

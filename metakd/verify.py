@@ -450,7 +450,7 @@ def verify(devices: list[str], backends: tuple[str, ...] = ("cpp", "triton")) ->
 
     Returns:
         One dictionary per case and result: op, case, backend, device, dtype, and the fields of
-        ``Finding`` with ``passed``.
+        ``Finding`` with ``passed``. Of a case that could not be computed, ``result`` says why.
     """
     report = []
     for device in devices:
@@ -467,6 +467,17 @@ def verify(devices: list[str], backends: tuple[str, ...] = ("cpp", "triton")) ->
                         "device": device,
                         "dtype": str(dtype).removeprefix("torch."),
                     }
-                    for finding in check(case, backend, dtype):
+                    for finding in _findings(case, backend, dtype):
                         report.append({**head, **vars(finding), "passed": finding.passed})
     return report
+
+
+def _findings(case: Case, backend: str, dtype: torch.dtype) -> list[Finding]:
+    """As ``check``; that nothing could be computed is a finding, and no reason to look no
+    further."""
+    try:
+        return check(case, backend, dtype)
+    except Exception as error:  # a compiler's, a driver's
+        first = (str(error).splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {first[:160]}"
+        return [Finding(reason, math.inf, math.inf, math.nan, math.nan, math.inf)]

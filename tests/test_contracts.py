@@ -8,7 +8,7 @@ import torch
 from oracle import COMPILED, DEVICE, backend_dtypes
 
 import metakd
-from metakd import ops
+from metakd import ops, verify
 from metakd.errors import UnsupportedError
 
 LOSSES = {"soft_kl": 0.0, "soft_reverse_kl": 1.0, "soft_jsd": 0.4}
@@ -273,3 +273,25 @@ def test_auto_takes_what_can_run():
                 chosen = ops.select(op, "auto", kind, dtype)
                 assert ops.why_not(op, chosen, kind, dtype) is None
     assert ops.select("soft_kl", "auto", "meta") == "reference"
+
+
+def test_a_kernel_that_fails_is_a_finding_and_the_check_goes_on(monkeypatch):
+    """The one look at a GPU must not end at the first kernel that does not launch."""
+    answers = iter(
+        [RuntimeError("out of resource: shared memory\nin a kernel"), NotImplementedError()]
+    )
+
+    def check(case, backend, dtype):
+        if error := next(answers, None):
+            raise error
+        return [verify.Finding("rows", 0.0, 0.0, 0.0, 0.0, 0.0)]
+
+    monkeypatch.setattr(verify, "check", check)
+    monkeypatch.setattr(ops, "why_not", lambda *_: None)
+    case = verify.mean_case((1, 2, 3))
+    monkeypatch.setattr(verify, "cases", lambda: [("one", lambda: case), ("two", lambda: case)])
+    report = verify.verify(["cpu"], ("cpp",))
+    assert [row["passed"] for row in report] == [False, False] + [True] * (len(report) - 2)
+    assert report[0]["result"] == "RuntimeError: out of resource: shared memory"
+    assert report[1]["result"] == "NotImplementedError: "
+    assert len(report) == 2 * len(ops.DTYPES["cpp"])
