@@ -171,6 +171,9 @@ class GraphEngine(EagerEngine):
         placed = {
             name: torch.ones(shape, dtype=torch.long, device=self._device) for name in self.inputs
         }
+        # With padding: without any, transformers warms up attention that takes no mask, and the
+        # capture, which cannot look, would be the first to run the other.
+        placed["attention_mask"][:, 1:] = 0
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries allocate their workspaces before the capture
