@@ -778,3 +778,12 @@ def test_compiled_losses_train_like_the_reference(source, tmp_path, make, backen
 
 def test_world_agrees_alone():
     assert World().agree({"a": 1}) == {"a": 1}
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(UnsupportedError, match=r"process 1 of this host, .* there are 1"):
+        join_world()

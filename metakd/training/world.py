@@ -16,7 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from metakd.errors import MetakdError, StoppedError
+from metakd.errors import MetakdError, StoppedError, UnsupportedError
 
 # Ranks wait for one another while one of them reads data, or for groups that train other students.
 # A hang in training is for ``faults.Watchdog`` to find, sooner than any timeout could.
@@ -152,7 +152,11 @@ class World:
 
 def join_world() -> World:
     """Join the processes started by ``deepspeed`` or ``torchrun``; a plain process becomes a world
-    of one."""
+    of one.
+
+    Raises:
+        UnsupportedError: this host has fewer GPUs than processes.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     cuda = torch.cuda.is_available()
     if "RANK" not in os.environ:
@@ -165,6 +169,11 @@ def join_world() -> World:
         )
     local = int(os.environ["LOCAL_RANK"])
     if cuda:
+        if local >= (count := torch.cuda.device_count()):
+            raise UnsupportedError(
+                f"process {local} of this host, counted from 0, has no GPU: there are {count}",
+                'start a process for each GPU, or train on CPUs with CUDA_VISIBLE_DEVICES=""',
+            )
         torch.cuda.set_device(local)
     elif int(os.environ["WORLD_SIZE"]) > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one host share its cores; each with a full set of threads would be slower than
