@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.reports import Figure, Kind, Report, ReportError, load, table
+from metakd.environment import flat
 
 VERDICTS = (  # as printed
     "slower",
@@ -93,12 +94,7 @@ def compare(before: Report, after: Report, threshold: float) -> list[Change]:
 
 def differences(before: dict, after: dict) -> list[str]:
     """What differs between two environments, as far as both say; dates and commits should."""
-
-    def facts(environment: dict) -> dict:
-        versions = environment.get("versions", {})
-        return {k: v for k, v in environment.items() if not isinstance(v, dict)} | versions
-
-    old, new = facts(before), facts(after)
+    old, new = flat(before), flat(after)
     shared = [name for name in old if name in new and name not in ("date", "commit")]
     return [f"{name}: {old[name]}, then {new[name]}" for name in shared if old[name] != new[name]]
 

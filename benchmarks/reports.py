@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from metakd.deploy.formats import INT8_ENGINE, TOKENISING
+from metakd.training.table import markdown_table
 
 
 class ReportError(Exception):
@@ -200,8 +201,16 @@ def load(path: Path) -> Report:
     return report
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]], left: int = 1) -> str:
-    """A Markdown table whose first ``left`` columns are text, the others numbers."""
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    lines = [" | ".join(cells) for cells in (header, rule, *rows)]
-    return "\n".join(f"| {line} |" for line in lines)
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, absent: Mapping = {}
+) -> str:
+    """A Markdown table for people.
+
+    Args:
+        header: column names.
+        rows: as many cells each.
+        left: so many of the first columns are text, the others numbers.
+        absent: what has no row, and why; told below.
+    """
+    lines = [markdown_table(header, rows, len(header) - left)]
+    return "\n".join([*lines, *(f"\nNot here: {name} ({why})" for name, why in absent.items())])

@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -30,7 +30,9 @@ from typing import TypeVar
 import torch
 
 from benchmarks.registry import ROWS, Contest, Row, attempt, give_memory_back
+from benchmarks.reports import table
 from metakd.environment import environment as describe
+from metakd.environment import installed
 
 T = TypeVar("T")
 
@@ -132,11 +134,21 @@ def quantiles(
         if absent is not None:
             return of_each(contenders, absent, quantiles_on_gpu)
         return {name: quantiles_on_gpu(step) for name, step in contenders.items()}
-    found = {}
-    for name, seconds in interleaved(contenders, budget_s).items():
-        cuts = statistics.quantiles(seconds, n=10)
-        found[name] = tuple(1e3 * x for x in (statistics.median(seconds), cuts[1], cuts[7]))
-    return found
+    return {
+        name: tuple(1e3 * x for x in (statistics.median(seconds), *inner_quantiles(seconds)))
+        for name, seconds in interleaved(contenders, budget_s).items()
+    }
+
+
+def inner_quantiles(values: Sequence[float]) -> tuple[float, float]:
+    """The 20 and the 80 % quantile."""
+    cuts = statistics.quantiles(values, n=10)
+    return cuts[1], cuts[7]
+
+
+def described(median: float, low: float, high: float) -> dict[str, float]:
+    """A contender's ``quantiles`` as its report keeps them."""
+    return {"median_ms": median, "p20_ms": low, "p80_ms": high}
 
 
 def copy_rate(device: str, budget_s: float = 1.0) -> float:
@@ -229,11 +241,10 @@ def measure(
         "absent": absent,
         "contenders": {},
     }
-    for name, (median, low, high) in times.items():
-        entry = {"median_ms": median, "p20_ms": low, "p80_ms": high}
-        entry["times_ours"] = median / ours
+    for name, found in times.items():
+        entry = described(*found) | {"times_ours": found[0] / ours}
         if limit is not None:
-            entry["share_of_limit"] = 1e3 * limit / median
+            entry["share_of_limit"] = 1e3 * limit / found[0]
         if name in peaks:
             entry["peak_extra_bytes"] = peaks[name]
         result["contenders"][name] = entry
@@ -242,13 +253,12 @@ def measure(
 
 def heading(environment: dict) -> list[str]:
     """What ran where, in two lines."""
-    versions = ", ".join(f"{name} {v}" for name, v in environment["versions"].items() if v)
     if "threads" in environment:
         machine = f"{environment['threads']} threads"
     else:
         machine = f"driver {environment['driver']}"
     return [
-        f"{environment['device']}; {versions}",
+        f"{environment['device']}; {installed(environment)}",
         f"{environment['date']}, commit {environment['commit']}, {machine}",
     ]
 
@@ -266,25 +276,22 @@ def markdown(report: dict) -> str:
         ),
     ]
     for row in report["rows"]:
-        lines += [
-            "",
-            f"## {row['shape']}, {row['dtype']}, forward and backward",
-            "",
-            "| | median ms | 20-80 % | times ours | of the limit | extra MiB |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
+        cells = []
         for name, entry in row["contenders"].items():
             share, memory = entry.get("share_of_limit"), entry.get("peak_extra_bytes")
-            cells = (
-                name,
-                f"{entry['median_ms']:.3f}",
-                f"{entry['p20_ms']:.3f}-{entry['p80_ms']:.3f}",
-                f"{entry['times_ours']:.2f}",
-                "-" if share is None else f"{share:.0%}",
-                "-" if memory is None else f"{memory / 2**20:.0f}",
+            cells.append(
+                (
+                    name,
+                    f"{entry['median_ms']:.3f}",
+                    f"{entry['p20_ms']:.3f}-{entry['p80_ms']:.3f}",
+                    f"{entry['times_ours']:.2f}",
+                    "-" if share is None else f"{share:.0%}",
+                    "-" if memory is None else f"{memory / 2**20:.0f}",
+                )
             )
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += [f"\nNot here: {name} ({why})" for name, why in row["absent"].items()]
+        header = ("", "median ms", "20-80 %", "times ours", "of the limit", "extra MiB")
+        title = f"## {row['shape']}, {row['dtype']}, forward and backward"
+        lines += ["", title, "", table(header, cells, absent=row["absent"])]
     return "\n".join(lines) + "\n"
 
 
@@ -298,18 +305,30 @@ def write_report(name: str, report: dict, page: str, device: str, out: Path | No
     print(page)
 
 
+def read_options(parser: argparse.ArgumentParser, seconds: float, per: str) -> argparse.Namespace:
+    """The command line, with what every benchmark is asked; sets the threads.
+
+    Args:
+        parser: knows what this one alone is asked.
+        seconds: budget by default.
+        per: what has such a budget.
+    """
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"per {per}")
+    parser.add_argument("--out", type=Path, help="results folder")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", required=True, choices=sorted({row.op for row in ROWS}))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="only rows that CI can afford")
     parser.add_argument("--shape", default="", help="only rows whose shape begins so")
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
-    parser.add_argument("--seconds", type=float, default=20.0, help="per row, on a CPU")
-    parser.add_argument("--out", type=Path, help="results folder")
     parser.add_argument("--no-tests", action="store_true", help="they have just passed")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = read_options(parser, 20.0, "row, on a CPU")
     tests = TESTS.get(options.op, ROOT / "tests" / f"test_{options.op}.py")
     checks = [sys.executable, "-m", "pytest", "-q", str(tests)]
     if not options.no_tests and subprocess.run(checks, cwd=ROOT).returncode:

@@ -14,10 +14,17 @@ import argparse
 import statistics
 from pathlib import Path
 
-import torch
 from transformers import pipeline
 
-from benchmarks.run import environment, heading, quantiles, write_report
+from benchmarks.reports import table
+from benchmarks.run import (
+    described,
+    environment,
+    heading,
+    quantiles,
+    read_options,
+    write_report,
+)
 from metakd.deploy import Predictor
 from metakd.deploy.engines import why_not
 from metakd.deploy.formats import ENGINES
@@ -77,15 +84,13 @@ def measure(
     # Every step ends with labels on the host, so the wall clock tells on a GPU as well.
     times = quantiles(steps, "cpu", seconds)
     entries = {
-        name: {
-            "median_ms": median,
-            "p20_ms": low,
-            "p80_ms": high,
-            "texts_per_s": len(texts) / (1e-3 * median),
+        name: described(*found)
+        | {
+            "texts_per_s": len(texts) / (1e-3 * found[0]),
             "same_labels": shares[name],
-            "times_pipeline": times[rival][0] / median,
+            "times_pipeline": times[rival][0] / found[0],
         }
-        for name, (median, low, high) in times.items()
+        for name, found in times.items()
     }
     return {
         "shape": f"{len(texts)} texts, {lengths[0]} to {lengths[-1]} tokens, "
@@ -100,23 +105,18 @@ def markdown(report: dict) -> str:
     lines = ["# Serving", "", *heading(report["environment"])]
     lines.append(f"{report['student']}, {report['layers']} x {report['hidden']}; text to label")
     for row in report["rows"]:
-        lines += [
-            "",
-            f"## {row['shape']}",
-            "",
-            "| | texts/s | ms for all (20-80 %) | times the plain pipeline | same labels |",
-            "|---|---:|---:|---:|---:|",
-        ]
-        for name, entry in row["contenders"].items():
-            cells = (
+        cells = [
+            (
                 name,
                 f"{entry['texts_per_s']:.0f}",
                 f"{entry['median_ms']:.0f} ({entry['p20_ms']:.0f}-{entry['p80_ms']:.0f})",
                 f"{entry['times_pipeline']:.2f}",
                 f"{entry['same_labels']:.2%}",
             )
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += [f"\nNot here: {name} ({why})" for name, why in row["absent"].items()]
+            for name, entry in row["contenders"].items()
+        ]
+        columns = ("texts/s", "ms for all (20-80 %)", "times the plain pipeline", "same labels")
+        lines += ["", f"## {row['shape']}", "", table(("", *columns), cells, absent=row["absent"])]
     return "\n".join(lines) + "\n"
 
 
@@ -126,12 +126,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="texts: CSV, TSV, JSONL or Parquet")
     parser.add_argument("--texts", type=int, default=1000, help="at most, evenly from the file")
     parser.add_argument("--max-length", type=int, nargs="+", default=[128, 512], help="tokens")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
-    parser.add_argument("--seconds", type=float, default=120.0, help="per length")
-    parser.add_argument("--out", type=Path, help="results folder")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = read_options(parser, 120.0, "length")
     try:
         texts = [row.text for row in read_texts(options.data)]
         texts = texts[:: max(1, len(texts) // options.texts)][: options.texts]

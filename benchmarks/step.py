@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +32,16 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from benchmarks.registry import attempt, give_memory_back
+from benchmarks.reports import table
 from benchmarks.run import (
+    described,
     environment,
     heading,
     matmul_rate,
     of_each,
     peak_memory,
     quantiles,
+    read_options,
     same_losses,
     write_report,
 )
@@ -338,14 +340,11 @@ def measure(scene: Scene, budget_s: float, rate: float, problems: list[str]) -> 
     refuse_without_needed()
     without = times["no KD loss"][0]
     rows = {}
-    for name, (median, low, high) in times.items():
-        rows[name] = {
-            "median_ms": median,
-            "p20_ms": low,
-            "p80_ms": high,
-            "samples_per_s": 1e3 * scene.batch / median,
-            "of_no_kd": median / without,
-            "times_ours": median / times["metakd"][0],
+    for name, found in times.items():
+        rows[name] = described(*found) | {
+            "samples_per_s": 1e3 * scene.batch / found[0],
+            "of_no_kd": found[0] / without,
+            "times_ours": found[0] / times["metakd"][0],
             "kept_bytes": kept_for_backward(steps[name]),
             "loss": losses[name],
         }
@@ -369,42 +368,38 @@ def markdown(report: dict) -> str:
         f"Matrix products of the same dtype in the same run: {report['matmul'] / 1e9:.0f} Gflop/s",
     ]
     for row in report["rows"]:
+        cells = []
+        for name, entry in row["contenders"].items():
+            peak = entry.get("peak_extra_bytes")
+            cells.append(
+                (
+                    name,
+                    f"{entry['median_ms']:.1f}",
+                    f"{entry['p20_ms']:.1f}-{entry['p80_ms']:.1f}",
+                    f"{entry['samples_per_s']:.1f}",
+                    f"{entry['of_no_kd']:.3f}",
+                    f"{entry['times_ours']:.2f}",
+                    f"{entry['kept_bytes'] / 2**20:.0f}",
+                    "-" if peak is None else f"{peak / 2**20:.0f}",
+                )
+            )
+        columns = ("median ms", "20-80 %", "samples/s", "KD tax", "times ours", "kept MiB")
         lines += [
             "",
             f"## {row['shape']}, {row['dtype']}",
             "",
             f"Without a KD loss {row['mfu_no_kd']:.0%} of that rate.",
             "",
-            "| | median ms | 20-80 % | samples/s | KD tax | times ours | kept MiB | peak MiB |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|",
+            table(("", *columns, "peak MiB"), cells, absent=row["absent"]),
         ]
-        for name, entry in row["contenders"].items():
-            peak = entry.get("peak_extra_bytes")
-            cells = (
-                name,
-                f"{entry['median_ms']:.1f}",
-                f"{entry['p20_ms']:.1f}-{entry['p80_ms']:.1f}",
-                f"{entry['samples_per_s']:.1f}",
-                f"{entry['of_no_kd']:.3f}",
-                f"{entry['times_ours']:.2f}",
-                f"{entry['kept_bytes'] / 2**20:.0f}",
-                "-" if peak is None else f"{peak / 2**20:.0f}",
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += [f"\nNot here: {name} ({why})" for name, why in row["absent"].items()]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=SIZES, help="by default paper on CUDA, small on a CPU")
     parser.add_argument("--length", type=int, help="only this one")
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
-    parser.add_argument("--seconds", type=float, default=120.0, help="per shape, on a CPU")
-    parser.add_argument("--out", type=Path, help="results folder")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = read_options(parser, 120.0, "shape, on a CPU")
     device = options.device
     size = options.size or ("paper" if device == "cuda" else "small")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

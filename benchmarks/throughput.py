@@ -37,7 +37,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from benchmarks.run import environment, heading, large_product, write_report
+from benchmarks.reports import table
+from benchmarks.run import (
+    environment,
+    heading,
+    inner_quantiles,
+    large_product,
+    read_options,
+    write_report,
+)
 from benchmarks.step import training
 from metakd.config import DataConfig, DistillConfig
 from metakd.data import Corpus, Split, StepSampler, collate, load_corpus
@@ -125,11 +133,6 @@ def timed(function: Callable, *inputs) -> float:
 
 def rates(amounts: list[float], seconds: list[float]) -> list[float]:
     return [a / s for a, s in zip(amounts, seconds, strict=True)]
-
-
-def inner_quantiles(values: list[float]) -> list[float]:
-    """The 20 and the 80 % quantile."""
-    return statistics.quantiles(values, n=10)[1:8:6]
 
 
 def measure(scene: Scene, tokenizer, batch_size: int, budget_s: float) -> dict:
@@ -223,6 +226,22 @@ def markdown(report: dict) -> str:
     for row in report["rows"]:
         slowest, fastest = (rate / 1e9 for rate in row["matmul_slowest_and_fastest"])
         step = statistics.median(row["layouts"]["packed, random"]["seconds"])
+        cells = []
+        for name, entry in row["layouts"].items():
+            low, high = entry["times_padded_quantiles"]
+            times = f"{entry['times_padded']:.2f} ({low:.2f}-{high:.2f})"
+            cells.append(
+                (
+                    name,
+                    f"{entry['padding']:.1%}",
+                    f"{entry['tokens_per_s']:.0f}",
+                    f"{entry['samples_per_s']:.1f}",
+                    times if "packed" in name else "1",
+                    f"{entry['times_padded_grouped']:.2f}",
+                    f"{entry['mfu']:.0%}",
+                )
+            )
+        columns = ("padding", "tokens/s", "samples/s", "of padded (20-80 %)")
         lines += [
             "",
             f"## Up to {row['max_length']} tokens (mean {row['mean_length']:.0f}), batch "
@@ -233,21 +252,8 @@ def markdown(report: dict) -> str:
             f"load at the end: {row['load'][0]:.1f}. Collating, which prefetching could hide, is "
             f"{row['collate_s'] / step:.2%} of a packed step.",
             "",
-            "| | padding | tokens/s | samples/s | of padded (20-80 %) | of padded, grouped | MFU |",
-            "|---|---:|---:|---:|---:|---:|---:|",
+            table(("", *columns, "of padded, grouped", "MFU"), cells),
         ]
-        for name, entry in row["layouts"].items():
-            low, high = entry["times_padded_quantiles"]
-            cells = (
-                name,
-                f"{entry['padding']:.1%}",
-                f"{entry['tokens_per_s']:.0f}",
-                f"{entry['samples_per_s']:.1f}",
-                f"{entry['times_padded']:.2f} ({low:.2f}-{high:.2f})" if "packed" in name else "1",
-                f"{entry['times_padded_grouped']:.2f}",
-                f"{entry['mfu']:.0%}",
-            )
-            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -255,18 +261,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl")
     parser.add_argument("--encoder", required=True, help="folder of a BERT-like encoder")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU")
     parser.add_argument("--max-length", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
-    parser.add_argument("--seconds", type=float, default=130.0, help="per length")
-    parser.add_argument("--out", type=Path, help="results folder")
-    options = parser.parse_args()
+    options = read_options(parser, 130.0, "length")
     for needed in (options.data / "train.jsonl", Path(options.encoder) / "config.json"):
         if not needed.exists():
             raise SystemExit(f"nothing is timed: {needed} does not exist")
-    torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     usual = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, options.dtype or usual)

@@ -7,6 +7,7 @@ metakd ...`` start several.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import shlex
@@ -30,7 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Compress language models across domains with Meta-KD.",
 )
-console = Console()
+# Names come from the data: no bracket or colon of theirs is an instruction.
+console = Console(markup=False, emoji=False)
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file")]
 Overrides = Annotated[
@@ -314,25 +316,36 @@ def predict(
 
     if bool(texts) == bool(input):
         raise ConfigError("give either TEXT or --input FILE", "as in: metakd predict STUDENT TEXT")
+    if output and not Path(output).parent.is_dir():
+        raise ConfigError(f"{output}: there is no such folder", "give another --output")
     _quiet_transformers()
     rows = [Row("", number, text=given) for number, given in enumerate(texts or [])]
     if input:
         rows = read_texts(input, text=text, text_pair=text_pair)
     predictor = Predictor(student, engine=engine, device=device, threads=threads)
     found = predictor(_texts(rows))
-    lines = []
+    answers = []
     for row, (label, score) in zip(rows, found, strict=True):
         given = {"text": row.text} | ({} if row.pair is None else {"text_pair": row.pair})
-        lines.append(json.dumps(given | {"prediction": label, "score": score}, ensure_ascii=False))
-    _write_lines(lines, output)
+        answers.append(given | {"prediction": label, "score": score})
+    _write_lines(answers, output)
 
 
-def _write_lines(lines: list[str], output: str | None) -> None:
+def _write_lines(values: list[dict], output: str | None) -> None:
+    encoding = "utf-8" if output else sys.stdout.encoding or "utf-8"
+    escaped = codecs.lookup(encoding).name != "utf-8"
+    lines = [json.dumps(value, ensure_ascii=escaped) for value in values]
     try:
         with open(output, "w", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
             file.writelines(f"{line}\n" for line in lines)
+            file.flush()
     except OSError as error:
-        raise ConfigError(f"{output}: {error.strerror}", "give another --output") from error
+        if isinstance(error, BrokenPipeError) and output is None:
+            # Whoever read has enough. What is left in the buffer must not be tried again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
+        place = output or "the standard output"
+        raise ConfigError(f"{place}: {error.strerror}", "give another --output") from error
 
 
 @app.command()
@@ -355,8 +368,7 @@ def latency(
     import torch
 
     from metakd.deploy.formats import ENGINES
-    from metakd.deploy.latency import BATCHES, LENGTHS, measure_latency
-    from metakd.deploy.report import latency_markdown
+    from metakd.deploy.latency import BATCHES, LENGTHS, measure_latency, write_latency
 
     unknown = set(engine or []) - set(ENGINES)
     if unknown:
@@ -382,10 +394,7 @@ def latency(
         command=_command(),
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    (place / "latency.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    page = latency_markdown(result)
-    (place / "latency.md").write_text(page, encoding="utf-8")
-    print(page)
+    print(write_latency(result, place))
     print(f"written to {place}/latency.json and .md")
 
 
@@ -573,6 +582,8 @@ def main() -> None:
     # Read by OpenMP when torch is loaded: threads that sleep at a barrier instead of spinning cost
     # little on idle cores, and on shared ones spinning makes small models several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A letter that the terminal cannot show is no reason to lose the rest of a table.
+    sys.stdout.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv
     # The deepspeed launcher hands its rank over as an option as well as in the environment.
     sys.argv[1:] = [

@@ -62,3 +62,22 @@ def environment(device: str, threads: int, *packages: str) -> dict:
         }
         return gpu | found
     return {"device": processor(), "cores": os.cpu_count(), "threads": threads} | found
+
+
+def machine(environment: dict) -> str:
+    """Device and threads of what ``environment`` returned, for a sentence."""
+    threads = environment.get("threads")
+    if not threads:
+        return environment["device"]
+    return f"{environment['device']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def installed(environment: dict) -> str:
+    """The packages of what ``environment`` returned that are there, in one line."""
+    return ", ".join(f"{name} {v}" for name, v in environment["versions"].items() if v)
+
+
+def flat(environment: dict) -> dict:
+    """What ``environment`` returned in one level, the versions last."""
+    own = {name: value for name, value in environment.items() if name != "versions"}
+    return own | environment.get("versions", {})

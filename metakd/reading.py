@@ -169,7 +169,7 @@ def read_texts(
         unneeded = {name for name, column in named.items() if column not in present}
         rows = _check_rows(table, config, None, problems, unneeded)
     if problems:
-        raise _error(problems)
+        raise _error(problems, "the file, or its path and the names of its columns")
     return rows
 
 
@@ -179,7 +179,9 @@ def _ordered(labels: set[str]) -> list[str]:
     return sorted(in_order, key=int) if are_integers else in_order
 
 
-def _error(problems: _Problems) -> DataError:
+def _error(
+    problems: _Problems, place: str = "the files, or the paths and column names in the `data` block"
+) -> DataError:
     totals = Counter(problem.file for problem in problems)
     places = list(totals)
     problems = sorted(problems, key=lambda p: (places.index(p.file), p.row or 0))
@@ -193,8 +195,7 @@ def _error(problems: _Problems) -> DataError:
     shown = "\n".join(f"  {problem}" for problem in problems[:PROBLEMS_SHOWN])
     return DataError(
         f"{count}:\n{shown}",
-        "Correct the files, or the paths and column names in the `data` block; "
-        "no row was skipped or changed.",
+        f"Correct {place}; no row was skipped or changed.",
     )
 
 

@@ -1,11 +1,16 @@
 """Students at work: exports answer as the model they were made from, engines and the predictor as
 plain PyTorch does, and what is timed is what is said to be."""
 
+import io
 import json
 import math
+import os
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,6 +216,28 @@ class TestExport:
             export_onnx(student, [])
         with pytest.raises(DataError, match="'ugly' is not among the model's: 'bad', 'good'"):
             export_onnx(student, TEXTS[:1], labels=["ugly"])
+        with pytest.raises(DataError, match="3 texts and 2 labels"):
+            export_onnx(student, TEXTS[:3], labels=["good", "bad"])
+
+    def test_labels_are_checked_before_anything_is_exported(self, student, tmp_path, monkeypatch):
+        monkeypatch.setattr(exporting, "write_files", lambda *_, **__: pytest.fail("exported"))
+        with pytest.raises(DataError, match="'ugly'"):
+            export_onnx(student, TEXTS[:2], labels=["good", "ugly"], out=tmp_path / "onnx")
+
+    def test_of_a_thousand_labels_an_error_names_a_few(self):
+        known = [f"label {number}" for number in range(1000)]
+        assert exporting._numbers(known, known[::-1], 1000).tolist() == list(range(1000))[::-1]
+        with pytest.raises(DataError, match=r"'label 11' and 988 more") as raised:
+            exporting._numbers(known, ["ugly"], 1)
+        assert len(raised.value.cause) < 300
+
+    def test_without_the_package_the_remedy_is_the_extra(self, student, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+        with pytest.raises(UnsupportedError, match="onnxscript is not installed") as raised:
+            export_onnx(student, TEXTS, out=tmp_path / "onnx")
+        assert raised.value.remedy == "pip install metakd[deploy]"
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        assert engines.why_not("onnx", student, "cpu").endswith("pip install metakd[deploy]")
 
 
 class TestPredictor:
@@ -248,6 +275,41 @@ class TestPredictor:
         tokenizer.save_pretrained(tmp_path)
         assert Predictor(tmp_path, engine="eager").logits([" ".join(TEXTS)]).shape == (1, 2)
 
+    def test_a_very_long_text(self, student, exported):
+        long = " ".join(TEXTS[number % len(TEXTS)] for number in range(1000))
+        assert len(long.split()) > 10_000
+        for engine in ("eager", "onnx"):
+            found = Predictor(student, engine=engine, device="cpu").logits([long, "good"])
+            np.testing.assert_allclose(found, plain(student, [long, "good"]), atol=1e-5)
+
+    def test_a_tokenizer_without_padding_or_special_tokens(self, student, tmp_path):
+        shutil.copytree(student, tmp_path / "bare", ignore=shutil.ignore_patterns("onnx", "tok*"))
+        state = json.loads((student / "tokenizer.json").read_text()) | {"post_processor": None}
+        rust = demo.Tokenizer.from_str(json.dumps(state))
+        demo.PreTrainedTokenizerFast(tokenizer_object=rust).save_pretrained(tmp_path / "bare")
+        predictor = Predictor(tmp_path / "bare", engine="eager", device="cpu")
+        assert predictor.tokenizer.pad_token_id is None
+        texts = [TEXTS[0], "good", "", TEXTS[1]]  # nothing at all is in the third
+        together = predictor.logits(texts)
+        alone = np.concatenate([predictor.logits([text]) for text in texts])
+        assert np.isfinite(together).all()
+        np.testing.assert_allclose(together, alone, atol=1e-5)
+
+    def test_letters_of_all_kinds(self, student, exported):
+        texts = ["日本語の本", "كتاب جيد", "naïve café 🎉", "e\u0301 \u202e\u2028", "\x1b[31m\x07"]
+        for engine in ("eager", "onnx"):
+            found = Predictor(student, engine=engine, device="cpu").logits(texts)
+            np.testing.assert_allclose(found, plain(student, texts), atol=1e-5)
+
+    def test_from_several_threads(self, student, exported):
+        """From the first call on, which is when a tokenizer is set up."""
+        wanted = plain(student, TEXTS)
+        with ThreadPoolExecutor(4) as threads:
+            for engine in ("eager", "onnx", "eager", "onnx"):
+                predictor = Predictor(student, engine=engine, device="cpu")
+                for found in threads.map(predictor.logits, [TEXTS] * 4):
+                    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
     def test_batches_hold_little_padding(self, student, monkeypatch):
         predictor = Predictor(student, engine="eager", batch_tokens=256)
         run, seen = predictor.engine, []
@@ -270,6 +332,7 @@ class TestPredictor:
             (["good", 7], r"texts\[1\]: 7 is not a text"),
             ([("a", "b"), "c"], r"texts\[1\]: 'c' is not a pair"),
             (["a", None], r"texts\[1\]: None"),
+            (["a", "b\udcff"], r"texts\[1\]: 'b\\udcff'"),
         ],
     )
     def test_what_is_no_text(self, student, texts, place):
@@ -292,6 +355,35 @@ class TestPredictor:
             UnsupportedError, match=r"bare is not exported: metakd export .* --int8"
         ):
             Predictor(bare, engine="onnx-int8")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    @pytest.mark.parametrize("engine", ["auto", "eager", "onnx"])
+    def test_no_gpu(self, student, engine):
+        with pytest.raises(UnsupportedError, match="there is no CUDA device") as raised:
+            Predictor(student, engine=engine, device="cuda")
+        assert "device cpu" in raised.value.remedy
+
+    def test_folders_that_hold_no_classifier_with_its_tokenizer(self, student, tmp_path):
+        def copy(name: str):
+            return shutil.copytree(student, tmp_path / name, ignore=shutil.ignore_patterns("onnx"))
+
+        wordless = copy("wordless")
+        for file in wordless.glob("tokenizer*"):
+            file.unlink()
+        damaged = copy("damaged")
+        (damaged / "tokenizer.json").write_text('{"version": "1.0"}')
+        regression = copy("regression")
+        config = json.loads((student / "config.json").read_text())
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        (regression / "config.json").write_text(json.dumps(config))
+        for folder, said in (
+            (wordless, "holds no tokenizer"),
+            (damaged, "is damaged: KeyError"),
+            (regression, "one output"),
+        ):
+            with pytest.raises(CheckpointError, match=said) as raised:
+                Predictor(folder, device="cpu")
+            assert "with its tokenizer" in raised.value.remedy
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("engine", ["eager", "compile", "cudagraph"])
@@ -394,6 +486,44 @@ class TestLatency:
         with pytest.raises(ConfigError, match="no folder of a model, no run"):
             latency.measure_latency([str(tmp_path)])
 
+    def test_no_such_device(self, student):
+        with pytest.raises(ConfigError, match="gpu is neither cpu nor cuda"):
+            latency.measure_latency([str(student)], device="gpu")
+        if not torch.cuda.is_available():
+            with pytest.raises(UnsupportedError, match="no CUDA device"):
+                latency.measure_latency([str(student)], device="cuda")
+
+    def test_positions_behind_the_padding(self, tmp_path):
+        BUILDERS["roberta"]().save_pretrained(tmp_path)  # 20 positions, the padding has the first
+        bench = latency._EngineBench("eager", tmp_path, "cpu", 1)
+        assert bench.open_cell(2, 19).shape == (2, 2)
+        with pytest.raises(UnsupportedError, match="19 positions"):
+            bench.open_cell(2, 20)
+
+    def test_this_folder_has_a_name(self, student, tmp_path, monkeypatch):
+        monkeypatch.chdir(student)
+        [model] = latency._find_models(["."], tmp_path)
+        assert model.name == "student"
+
+    def test_what_a_run_has_replaced_is_not_measured(self, student, tmp_path):
+        for name in (".gone-novels", "novels"):
+            place = tmp_path / "run" / "students" / "meta-s1-t1" / name
+            shutil.copytree(student, place, ignore=shutil.ignore_patterns("onnx"))
+            (place / "stage.json").write_text("{}")
+        [model] = latency._find_models([str(tmp_path / "run")], tmp_path)
+        assert (model.role, model.folder.name) == ("student", "novels")
+
+    def test_a_place_that_cannot_be_written_to(self, tmp_path):
+        known = {"device": "CPU", "threads": 2, "date": "2026-01-02", "versions": {"torch": "2"}}
+        nothing = {"rows": [], "tokenising": [], "absent": []}
+        model = {"layers": 2, "hidden": 8, "parameters": 300, "bytes": {}}
+        result = {"environment": known, "command": "", "models": {"m": model}, **nothing}
+        assert "CPU, 2 threads" in latency.write_latency(result, tmp_path)
+        (tmp_path / "latency.md").unlink()
+        (tmp_path / "latency.md").mkdir()
+        with pytest.raises(ConfigError, match=r"latency\.md"):
+            latency.write_latency(result, tmp_path)
+
 
 class TestCommands:
     def test_jsonl_in_jsonl_out(self, student, exported, tmp_path, call):
@@ -429,6 +559,76 @@ class TestCommands:
         assert report["checked"]["accuracy"] == pytest.approx(np.mean(good))
         code, _, said = call("export", student, "--data", data, "--domain", "c", "--out", out)
         assert code == 3 and "no texts of domain c" in said
+
+    def test_pairs(self, student, tmp_path, call):
+        """A model of pairs, as of MNLI, with labels that JSON has to escape."""
+        names = ['entails, "surely"', "neutral\nor so", "contradicts\\"]
+        folder = tmp_path / "nli"
+        shutil.copytree(student, folder, ignore=shutil.ignore_patterns("onnx"))
+        config = BertConfig.from_pretrained(student)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in config.id2label.items()}
+        torch.manual_seed(0)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+        pairs = list(zip(TEXTS[:20], TEXTS[20:]))
+        lines = [{"p": one, "h": two, "label": names[1], "domain": "x"} for one, two in pairs]
+        data, out = tmp_path / "pairs.jsonl", tmp_path / "out.jsonl"
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        columns = ("--text", "p", "--text-pair", "h")
+        assert call("export", folder, "--data", data, *columns)[0] == 0
+        for engine in ("onnx", "eager"):
+            words = ("--input", data, *columns, "--output", out, "--engine", engine)
+            assert call("predict", folder, *words)[0] == 0
+            answers = [json.loads(line) for line in out.read_text().splitlines()]
+            assert [(a["text"], a["text_pair"]) for a in answers] == pairs
+            wanted = Predictor(folder, engine="eager", device="cpu")(pairs)
+            assert [answer["prediction"] for answer in answers] == [w.label for w in wanted]
+        cell = "--batch 2 --length 8 --device cpu --seconds 0 --engine onnx"
+        code, shown, _ = call("latency", folder, *cell.split(), "--out", tmp_path)
+        assert code == 0 and "| nli | onnx | 2 | 8 |" in shown
+
+    def test_nothing_to_read(self, student, tmp_path, call):
+        for name, content in (("a.jsonl", ""), ("a.csv", "text,label\n"), ("a.tsv", "\n\n")):
+            (tmp_path / name).write_text(content)
+            for words in (["predict", student, "--input"], ["export", student, "--data"]):
+                code, _, said = call(*words, tmp_path / name)
+                assert code == 3 and name in said and "`data` block" not in said
+
+    def test_a_place_that_is_not_there_is_told_before_the_work(self, student, tmp_path, call):
+        target = tmp_path / "none" / "out.jsonl"
+        code, _, said = call("predict", tmp_path / "no student", "text", "--output", target)
+        assert code == 2 and "none/out.jsonl: there is no such folder" in said
+
+    def test_a_terminal_that_lacks_letters(self, student, monkeypatch):
+        latin = io.TextIOWrapper(io.BytesIO(), "latin-1")
+        monkeypatch.setattr(sys, "stdout", latin)
+        monkeypatch.setattr(sys, "argv", ["metakd", "predict", str(student), "日本 é"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+        assert json.loads(latin.buffer.getvalue())["text"] == "日本 é"
+
+    def test_a_reader_that_has_seen_enough(self, student, tmp_path):
+        source = tmp_path / "in.jsonl"
+        lines = [json.dumps({"text": TEXTS[0]}) + "\n"] * 3000
+        source.write_text("".join(lines))
+        command = [sys.executable, "-m", "metakd", "predict", str(student), "--input", str(source)]
+        root = Path(__file__).resolve().parents[1]
+        with subprocess.Popen(
+            [*command, "--engine", "eager", "--device", "cpu"],
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": root},
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        ) as process:
+            process.stdout.readline()
+            process.stdout.close()
+            said = process.stderr.read().decode()
+        assert process.returncode == 0 and "Broken pipe" not in said, said
+
+    def test_names_with_brackets_are_shown_as_they_are(self, student, tmp_path, call):
+        data = tmp_path / "data[b].jsonl"
+        data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:3]))
+        code, shown, _ = call("export", student, "--data", data, "--out", tmp_path / "onnx")
+        assert code == 0 and "data[b].jsonl" in "".join(shown.split())
 
     def test_refusals(self, student, tmp_path, call):
         for words, code, said in (

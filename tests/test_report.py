@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from metakd.deploy import facts as found
-from metakd.deploy import plots, report
+from metakd.deploy import plots, report, sections, speedup
+from metakd.deploy.run_folder import read_run
 from metakd.errors import CheckpointError, ConfigError, UnsupportedError
 from metakd.training.card import origin
 from metakd.training.table import Cell, summarise
@@ -194,18 +195,22 @@ def run(tmp_path) -> Path:
     return make_run(tmp_path / "shop")
 
 
-def section(facts: dict, name: str) -> report.Section:
+def section(facts: dict, name: str) -> sections.Section:
     """One part, without the time that the plots of all others take."""
-    return getattr(report, f"_{name}")(facts)
+    return getattr(sections, f"_{name}")(facts)
+
+
+def gather(run: Path) -> dict:
+    return found.gather(read_run(run))
 
 
 # What is gathered
 
 
 def test_a_whole_run_has_every_part(run):
-    facts = found.gather(run)
+    facts = gather(run)
     assert facts["warnings"] == []
-    for part in report.sections(facts):
+    for part in sections.sections(facts):
         assert part.tables, part.title
     assert facts["best"] == {
         "row": "meta-from-meta",
@@ -215,7 +220,7 @@ def test_a_whole_run_has_every_part(run):
         "parameters": 100,
         "teacher_parameters": 300,
     }
-    assert report.headline(facts) == (
+    assert sections.headline(facts) == (
         "meta-from-meta reaches 83.0 ± 0.4 % accuracy on average over 2 domains (test split), "
         "4.5 points below the teacher's 87.5 %. It takes 100 parameters against 300 "
         "(3.0 times fewer) and 2.00 ms against 6.00 ms (3.0 times as fast; p50 at batch 1 "
@@ -250,11 +255,11 @@ def test_a_whole_run_has_every_part(run):
     ],
 )
 def test_what_is_absent_is_left_out_and_named(run, gone, name, remedy):
-    whole = found.gather(run)
+    whole = gather(run)
     for pattern in gone:
         for path in run.glob(pattern):
             path.unlink()
-    facts = found.gather(run)
+    facts = gather(run)
     missing = section(facts, name)
     assert missing.plots == [] or name == "weights"
     assert len(missing.tables) < len(section(whole, name).tables) or name == "weights"
@@ -273,9 +278,9 @@ def test_a_run_that_has_only_begun(run):
 
 
 def test_without_a_comparison_the_stages_speak(run):
-    whole = found.gather(run)["comparison"]
+    whole = gather(run)["comparison"]
     (run / "compare.json").unlink()
-    facts = found.gather(run)["comparison"]
+    facts = gather(run)["comparison"]
     assert facts["split"] == "test" and facts["seeds"] == whole["seeds"] == [1, 2]
     for row, values in whole["summary"].items():
         for domain, score in values.items():
@@ -288,7 +293,7 @@ def test_a_row_that_lacks_cells_has_no_average(run):
     shutil.rmtree(run / "students" / "meta-from-meta-s2-t1" / "kitchen")  # one seed of one domain
     shutil.rmtree(run / "students" / "tinybert_kd-from-meta-s1-t1" / "books")
     shutil.rmtree(run / "students" / "tinybert_kd-from-meta-s2-t1" / "books")  # a whole domain
-    facts = found.gather(run)
+    facts = gather(run)
     assert facts["best"]["row"] == "finetune"
     table = section(facts, "accuracy").tables[0]
     shown = {row[0]: row[1:] for row in table.rows}
@@ -299,10 +304,10 @@ def test_a_row_that_lacks_cells_has_no_average(run):
 
 
 def test_unfinished_stages_are_passed_over(run):
-    before = found.gather(run)
+    before = gather(run)
     hidden = run / "students" / "meta-from-meta-s3" / ".tmp-books"
     shutil.copytree(run / "students" / "meta-from-meta-s1-t1" / "books", hidden)
-    assert found.gather(run) == before
+    assert gather(run) == before
 
 
 def test_a_run_from_before_histograms_and_confusions(run):
@@ -317,7 +322,7 @@ def test_a_run_from_before_histograms_and_confusions(run):
             kept = record["result"][split]
             record["result"][split] = {k: v for k, v in kept.items() if "confusion" not in k}
         write(path, record)
-    facts = found.gather(run)
+    facts = gather(run)
     assert facts["confusion"] is None
     spread = facts["expertise"]["meta-from-meta"]
     assert spread["within_batch"] and spread["std"] == pytest.approx(0.01)
@@ -358,16 +363,16 @@ def test_pareto(points, front):
 
 
 def test_int8_counts_only_where_every_domain_is_exported(run):
-    points = {p["name"]: p for p in found.gather(run)["tradeoff"]["points"]}
+    points = {p["name"]: p for p in gather(run)["tradeoff"]["points"]}
     assert points["meta-from-meta, int8"]["accuracy"] == pytest.approx(82)
     assert points["meta-from-meta, int8"]["p50_ms"] == 1.0
     assert not points["finetune"]["front"] and points["teacher: meta"]["front"]
     shutil.rmtree(run / "students" / "meta-from-meta-s1-t1" / "kitchen" / "onnx")
-    trade = found.gather(run)["tradeoff"]
+    trade = gather(run)["tradeoff"]
     assert [left["reason"] for left in trade["left_out"]] == ["not exported: kitchen"]
     assert len(trade["points"]) == 4
     shutil.rmtree(run / "students" / "meta-from-meta-s1-t1" / "books" / "onnx")
-    assert "metakd export" in section(found.gather(run), "tradeoff").notes[-1]
+    assert "metakd export" in section(gather(run), "tradeoff").notes[-1]
 
 
 def test_latency_nearest_to_what_the_headline_speaks_of():
@@ -376,12 +381,12 @@ def test_latency_nearest_to_what_the_headline_speaks_of():
         for m in ("teacher", "student")
         for b, n in ((8, 128), (1, 512), (1, 200))
     ]
-    at = found.headline_ratio(
-        found.ratios({"rows": times, "models": {"teacher": {}, "student": {}}})
+    at = speedup.headline_ratio(
+        speedup.ratios({"rows": times, "models": {"teacher": {}, "student": {}}})
     )
     assert (at["batch"], at["length"]) == (1, 200)
     alone = {"rows": times[:3], "models": {"teacher": {}}}
-    assert found.ratios(alone) == []  # a teacher alone compares with nothing
+    assert speedup.ratios(alone) == []  # a teacher alone compares with nothing
 
 
 # Warnings
@@ -418,14 +423,14 @@ def change(path: Path, how) -> None:
 )
 def test_warnings(run, spoil, said):
     spoil(run)
-    facts = found.gather(run)
+    facts = gather(run)
     [warning] = facts["warnings"]
     for text in (warning["text"], report.markdown(facts, []), report.html(facts, [])):
         assert all(piece in text for piece in said), text
 
 
 def test_a_difference_within_the_spread_is_called_none(run):
-    facts = found.gather(run)
+    facts = gather(run)
     assert [close["row"] for close in facts["close"]] == ["tinybert_kd-from-meta"]
     [note] = section(facts, "accuracy").notes
     assert "differ by 0.2 points" in note and "(1.1)" in note
@@ -440,7 +445,7 @@ def test_three_files_say_the_same(run, tmp_path):
     assert [path.name for path in paths] == ["report.html", "report.md", "report.json"]
     assert not (run / "report.json").exists()
     facts = json.loads(paths[2].read_text())
-    parts = report.sections(facts)
+    parts = sections.sections(facts)
     assert report.html(facts, parts) == paths[0].read_text()
     assert report.markdown(facts, parts) == paths[1].read_text()
     assert "| meta-from-meta | 81.0 ± 0.7 | 85.0 ± 0.0 | 83.0 ± 0.4 | 2 |" in paths[1].read_text()
@@ -449,11 +454,11 @@ def test_three_files_say_the_same(run, tmp_path):
 def test_names_from_the_data_are_text_everywhere(tmp_path):
     """A domain's name is whatever stood in a column; so are the classes'."""
     hostile = "<script>alert(1)&|$x_1$"
-    facts = found.gather(make_run(tmp_path / "shop", domains=("books", hostile)))
+    facts = gather(make_run(tmp_path / "shop", domains=("books", hostile)))
     facts["confusion"]["classes"] = [hostile, "`good`"]
     facts["tradeoff"]["points"][0]["name"] = hostile
     facts["terms"] = {hostile: facts["terms"]["finetune"]}
-    parts = report.sections(facts)
+    parts = sections.sections(facts)
     page, text = report.html(facts, parts), report.markdown(facts, parts)
     assert "<script" not in page and "<script" not in text
     drawn = [plot for part in parts for plot in part.plots if "alert(1)" in plot]
@@ -470,8 +475,8 @@ def test_names_from_the_data_are_text_everywhere(tmp_path):
 
 
 def test_the_page_needs_nothing_but_itself(run):
-    facts = found.gather(run)
-    page = report.html(facts, report.sections(facts))
+    facts = gather(run)
+    page = report.html(facts, sections.sections(facts))
     assert not re.search(r"(?:src|href)=\"(?!#)", page)
     assert "http" not in page and "url(#" in page and "@import" not in page
     names = re.findall(r"\bid=\"([^\"]*)\"", page)
@@ -536,12 +541,90 @@ def test_a_place_that_cannot_be_written_to(run, tmp_path):
     assert "--out" in raised.value.remedy
 
 
-@pytest.mark.parametrize("name", ["compare.json", "latency.json", "prototypes/scores.safetensors"])
+BOOKS = "students/meta-from-meta-s1-t1/books"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "compare.json",
+        "latency.json",
+        "prototypes/scores.safetensors",
+        "teachers/meta-s1/model.safetensors",
+        f"{BOOKS}/stage.json",
+        f"{BOOKS}/log.jsonl",
+        f"{BOOKS}/onnx/export.json",
+    ],
+)
 def test_a_damaged_file_is_named(run, name):
     path = run / name
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(CheckpointError, match=re.escape(name)):
-        found.gather(run)
+        gather(run)
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("compare.json", {"cells": []}, "lacks split, summary"),
+        ("evaluation.json", {"score": 1}, "lacks split"),
+        ("latency.json", [{"p50": 1}], "lacks environment"),
+        (f"{BOOKS}/stage.json", {"status": "done"}, "lacks result"),
+        (f"{BOOKS}/stage.json", {"result": [0.9]} | dict.fromkeys(("kept", "seconds")), "lacks"),
+        (f"{BOOKS}/stage.json", stage([0.9]), "lacks validation"),
+        ("prototypes/stage.json", stage({"mean": 0.5}), "lacks std"),
+        (f"{BOOKS}/log.jsonl", [{"step": 1, "split": "train"}, {"epoch": 1}], ":2: is no line"),
+        ("students/finetune-s1-t1/books/config.json", ["bert"], "is no JSON object"),
+        (f"{BOOKS}/onnx/export.json", {"ok": True}, "lacks checked"),
+    ],
+)
+def test_a_file_that_something_else_wrote_is_named(run, name, content, said):
+    path = run / name
+    path.unlink(missing_ok=True)
+    if path.suffix == ".jsonl":
+        write(path, content)
+    else:
+        path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)}.*{re.escape(said)}") as raised:
+        gather(run)
+    assert raised.value.remedy
+
+
+def test_every_file_is_read_once(run, monkeypatch):
+    opened = []
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda path, *how, **more: opened.append(path) or read(path, *how, **more),
+    )
+    report.write_report(run)
+    own = [path for path in opened if run in path.parents]
+    assert len(own) == len(set(own)), [path for path in own if own.count(path) > 1]
+    assert sum(path.name == "stage.json" for path in own) == 14  # prototypes, teacher, 12 students
+
+
+def test_of_many_classes_the_page_shows_the_worst_mistakes(run):
+    facts = gather(run)
+    size = 1000
+    counts = (7 * np.eye(size, dtype=int)).tolist()
+    counts[3][999] = 3
+    facts["confusion"] |= {
+        "classes": [f"class {number}" for number in range(size)],
+        "domains": {"books": counts},
+    }
+    [table] = section(facts, "confusion").tables
+    assert table.rows == [["class 3", "class 999", "3", "30%"]]
+    assert "1000 classes" in table.caption and "report.json" in table.caption
+    json.dumps(facts["confusion"])
+
+
+def test_cards_that_cannot_be_written_are_told_apart_from_the_report(run, tmp_path):
+    (run / BOOKS / "README.md").mkdir()
+    with pytest.raises(ConfigError, match=r"the report is written to .*out, but") as raised:
+        report.write_report(run, tmp_path / "out")
+    assert str(run) in raised.value.remedy and "--out" not in raised.value.remedy
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])

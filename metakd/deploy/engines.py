@@ -7,6 +7,7 @@ folder here, ``open_engine`` opens one; nothing falls back to another.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from metakd.deploy.extra import INSTALL, absent
 from metakd.deploy.formats import ONNX_FILES, ONNX_FOLDER
 from metakd.errors import CheckpointError, ConfigError, UnsupportedError
 from metakd.method.sources import load_trained_classifier
@@ -23,21 +25,34 @@ from metakd.method.sources import load_trained_classifier
 Inputs = dict[str, np.ndarray]
 
 
+def check_device(device: str) -> None:
+    """See that there is such a device.
+
+    Raises:
+        ConfigError: it is neither cpu nor cuda.
+        UnsupportedError: there is no CUDA device.
+    """
+    if device not in _PROVIDERS:
+        raise ConfigError(f"device: {device} is neither cpu nor cuda", "name one of these")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(_NO_CUDA, "use the CPU: device cpu")
+
+
 def why_not(engine: str, folder: Path, device: str) -> str | None:
     """Why this engine cannot run this folder's model on this device (cpu or cuda); None if it
     can."""
     if device == "cuda" and not torch.cuda.is_available():
-        return "there is no CUDA device"
+        return _NO_CUDA
     if engine not in ONNX_FILES:
         if not (folder / "model.safetensors").exists():
             return f"{folder} holds no model.safetensors"
         if engine == "cudagraph" and device != "cuda":
             return "CUDA graphs need a CUDA device"
         return None
-    try:
-        import onnxruntime
-    except ImportError:
-        return "onnxruntime is not installed: pip install metakd[deploy]"
+    if reason := absent("onnxruntime"):
+        return f"{reason}: {INSTALL}"
+    import onnxruntime
+
     provider = _PROVIDERS[device]
     if provider not in onnxruntime.get_available_providers():
         return f"this onnxruntime has no {provider}: pip install onnxruntime-gpu"
@@ -51,6 +66,15 @@ def input_names(config: PretrainedConfig) -> frozenset[str]:
     """What a model reads; token types only where it tells them apart."""
     types = {"token_type_ids"} if getattr(config, "type_vocab_size", 0) > 1 else set()
     return frozenset({"input_ids", "attention_mask"} | types)
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Tokens that a model has positions for, None where there is no limit; RoBERTa and its kin
+    count theirs from behind the padding's."""
+    number = getattr(config, "max_position_embeddings", None)
+    if number is None or not re.search("roberta|camembert|mpnet", config.model_type):
+        return number
+    return number - 1 - config.pad_token_id
 
 
 def onnx_file(engine: str, folder: Path) -> Path | None:
@@ -71,14 +95,13 @@ def open_engine(
         threads: on a CPU; None leaves the library's choice.
 
     Raises:
-        ConfigError: there is no such engine.
+        ConfigError: there is no such engine or device.
         UnsupportedError: it cannot run this model here, with the reason.
         CheckpointError: the model is damaged.
     """
     if engine not in _CLASSES:
         raise ConfigError(f"engine: {engine} is not among {', '.join(_CLASSES)}", "name another")
-    if device not in _PROVIDERS:
-        raise ConfigError(f"device: {device} is neither cpu nor cuda", "name one of these")
+    check_device(device)
     if reason := why_not(engine, folder, device):
         raise UnsupportedError(f"engine {engine}: {reason}", "name another engine")
     return _CLASSES[engine](engine, folder, device, threads)
@@ -217,6 +240,7 @@ class OnnxEngine(Engine):
         return logits.astype(np.float32, copy=False)
 
 
+_NO_CUDA = "there is no CUDA device"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CLASSES = {
     "eager": EagerEngine,

@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from metakd.deploy.engines import input_names
+from metakd.deploy.extra import need
 from metakd.deploy.formats import (
     EXPORT_REPORT,
     LEAST_AGREEMENT,
@@ -37,6 +38,7 @@ from metakd.errors import ConfigError, DataError, ParityError, UnsupportedError
 OPSET = 23
 """The first with an attention operator."""
 
+_LABELS_SHOWN = 12
 _FITTED_TO = 200  # texts; int8 is fitted to their activations, not to their labels
 # protobuf's limit, less room for the graph; beyond it weights go to a file beside
 _LARGEST_FILE = 2**31 - 2**24
@@ -73,7 +75,7 @@ def export_onnx(
         ParityError: a file answers otherwise than PyTorch does; nothing is published then.
         UnsupportedError: a package is missing, or the model cannot be exported.
         CheckpointError: the folder holds no model, or a damaged one.
-        DataError: there are no texts, or a label is not the model's.
+        DataError: there are no texts, or not a label for each, or one that is not the model's.
         ConfigError: ``out`` holds something else than an export, or cannot be written.
     """
     if not texts:
@@ -82,6 +84,7 @@ def export_onnx(
     out = (folder / ONNX_FOLDER if out is None else Path(out)).resolve()
     _check_place(out)
     trained = Predictor(folder, engine="eager", device="cpu")
+    gold = None if labels is None else _numbers(trained.labels, labels, len(texts))
     building, gone = (out.with_name(f".{state}-{out.name}") for state in ("tmp", "gone"))
     try:
         shutil.rmtree(building, ignore_errors=True)
@@ -99,7 +102,7 @@ def export_onnx(
             "command": command,
             "opset": OPSET,
             "environment": environment("cpu", torch.get_num_threads()),
-            **_compare(building, trained, texts, labels, data),
+            **_compare(building, trained, texts, gold, data),
         }
         (building / EXPORT_REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         if out.exists():
@@ -107,7 +110,8 @@ def export_onnx(
             out.rename(gone)
         building.rename(out)
     except OSError as error:
-        raise ConfigError(f"{out}: {error.strerror}", "make room, or give another out") from error
+        cause = f"{out}: {error.strerror or error}"
+        raise ConfigError(cause, "make room, or give another out") from error
     finally:
         for left in (building, gone):
             shutil.rmtree(left, ignore_errors=True)
@@ -143,7 +147,7 @@ def write_files(
     Raises:
         UnsupportedError: a package is missing, or the model cannot be exported.
     """
-    _need("onnx", "onnxruntime", "onnxscript")
+    need("onnx", "onnxruntime", "onnxscript")
     folder.mkdir(parents=True)
     fp32 = folder / ONNX_FILES["onnx"]
     _write_onnx(model, fp32)
@@ -152,16 +156,6 @@ def write_files(
     if fp16:
         _halve(fp32, folder / ONNX_FILES["onnx-fp16"])
     model.config.save_pretrained(folder)
-
-
-def _need(*packages: str) -> None:
-    for package in packages:
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise UnsupportedError(
-                f"{package} is not installed", "pip install metakd[deploy]"
-            ) from error
 
 
 def _write_onnx(model: PreTrainedModel, file: Path) -> None:
@@ -282,11 +276,10 @@ def _compare(
     built: Path,
     trained: Predictor,
     texts: Sequence[Text],
-    labels: Sequence[str] | None,
+    gold: np.ndarray | None,
     data: str,
 ) -> dict:
     wanted = trained.logits(texts)
-    gold = None if labels is None else np.array([_number(trained, label) for label in labels])
 
     def accuracy(logits: np.ndarray) -> float | None:
         return None if gold is None else float((logits.argmax(1) == gold).mean())
@@ -309,11 +302,19 @@ def _compare(
     return {"checked": checked, "formats": formats}
 
 
-def _number(trained: Predictor, label: str) -> int:
-    if label not in trained.labels:
-        known = ", ".join(map(repr, trained.labels))
-        raise DataError(f"label {label!r} is not among the model's: {known}", "correct the data")
-    return trained.labels.index(label)
+def _numbers(known: Sequence[str], labels: Sequence[str], texts: int) -> np.ndarray:
+    """The classes [N] that labels name."""
+    if len(labels) != texts:
+        raise DataError(f"there are {texts} texts and {len(labels)} labels", "correct the data")
+    number = {label: place for place, label in enumerate(known)}
+    for label in labels:
+        if label not in number:
+            listed = ", ".join(map(repr, known[:_LABELS_SHOWN]))
+            more = f" and {len(known) - _LABELS_SHOWN} more" * (len(known) > _LABELS_SHOWN)
+            raise DataError(
+                f"label {label!r} is not among the model's: {listed}{more}", "correct the data"
+            )
+    return np.array([number[label] for label in labels])
 
 
 def _check(name: str, engine: str, parity: dict, examples: int) -> None:

@@ -1,184 +1,91 @@
-"""What a run folder holds, gathered into one dictionary: the content of ``report.json``.
+"""What is known of a run, gathered into one dictionary: the content of ``report.json``.
 
-Everything a report shows is worked out here and nowhere else; what a run has not got is None. Reads
-files only, and imports neither torch nor DeepSpeed.
+Everything a report shows is worked out here and nowhere else; what a run has not got is None.
+Imports neither torch nor DeepSpeed.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from metakd.deploy.formats import (
-    EXPORT_REPORT,
-    INT8_ENGINE,
-    ONNX_FILES,
-    ONNX_FOLDER,
-)
+from metakd.deploy.formats import INT8_ENGINE, ONNX_FILES
+from metakd.deploy.run_folder import RunFolder, Stage
+from metakd.deploy.speedup import headline_ratio, ratios
 from metakd.environment import versions
-from metakd.errors import CheckpointError, ConfigError
 from metakd.method.recipe import FLAT_SCORES
 from metakd.training.table import ALL_DOMAINS, AVERAGE, TEACHER, Cell, summarise
 
-LATENCY_AT = (1, 128)  # batch and length that the headline and the trade-off speak of
-_LINEAGE = re.compile(r"(?P<label>.+)-s(?P<seed>\d+)(?:-t\d+)?")
 _CURVE_POINTS = 60
 _SCORE_BINS = 40
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A finished stage.
-
-    Args:
-        folder: where it lies.
-        kind: prototypes, teacher or student.
-        label: of a student its method, of a teacher its kind.
-        seed: of either.
-        domain: of either; ``all`` if it serves them all.
-        record: ``stage.json``.
-    """
-
-    folder: Path
-    kind: str
-    label: str
-    seed: int
-    domain: str
-    record: dict
-
-    @property
-    def row(self) -> str:
-        """Its row in the table of methods and domains."""
-        return TEACHER + self.label if self.kind == "teacher" else self.label
-
-
-def gather(folder: Path, command: str = "") -> dict:
+def gather(run: RunFolder, command: str = "") -> dict:
     """The facts of a run, as JSON values; every accuracy in percent.
 
     Args:
-        folder: the run's ``output_dir``.
+        run: what is there of it.
         command: that asked for the report.
 
     Raises:
-        ConfigError: the folder holds nothing of a run.
         CheckpointError: one of its files cannot be read.
     """
-    stages = find_stages(folder)
-    read = {name: _read(folder / f"{name}.json") for name in ("compare", "evaluation", "latency")}
-    if not stages and not any(read.values()):
-        raise ConfigError(
-            f"{folder}: no finished stage of a run is there",
-            "give the output_dir of a configuration that `metakd run` or `metakd compare` has run",
-        )
-    students = [stage for stage in stages if stage.kind == "student"]
+    stages, students = run.stages, run.of_kind("student")
     exports = [
-        {"student": f"{stage.folder.parent.name}/{stage.domain}", "row": stage.row}
-        | {"domain": stage.domain, **found}
+        {"student": stage.name, "row": stage.row, "domain": stage.domain, **stage.export}
         for stage in students
-        if (found := _read(stage.folder / ONNX_FOLDER / EXPORT_REPORT))
+        if stage.export
     ]
-    comparison = _comparison(read["compare"], stages)
-    best = _best(comparison, stages, read["latency"])
-    scores = _scores(folder / "prototypes", stages)
-    compared = ratios(read["latency"])
-    tradeoff = _tradeoff(comparison, headline_ratio(compared), exports)
-    logs = _logs_by_row(students)
+    comparison = _comparison(run)
+    best = _best(comparison, run)
+    compared = ratios(run.latency)
+    logs: dict[str, list[list[dict]]] = {}
+    for stage in students:
+        if stage.steps:
+            logs.setdefault(stage.row, []).append(stage.steps)
     expertise = {row: _expertise(own) for row, own in logs.items()}
     facts = {
-        "run": str(folder),
+        "run": str(run.folder),
         "command": command,
         "versions": versions(),
         "comparison": comparison,
         "best": best,
         "close": _close(comparison, best),
-        "evaluation": read["evaluation"],
-        "tradeoff": tradeoff,
+        "evaluation": run.evaluation,
+        "tradeoff": _tradeoff(comparison, headline_ratio(compared), exports),
         "terms": {row: curves for row, own in logs.items() if (curves := _curves(own))["terms"]},
-        "scores": scores,
+        "scores": _scores(run),
         "expertise": {row: found for row, found in expertise.items() if found},
         "confusion": _confusion(best, stages),
-        "latency": read["latency"],
+        "latency": run.latency,
         "ratios": compared,
         "exports": exports,
-        "commands": _commands(stages, read, exports),
+        "commands": _commands(run, exports),
         "seconds": _seconds(stages),
     }
     return facts | {"warnings": _warnings(facts)}
 
 
-# Reading
-
-
-def find_stages(folder: Path) -> list[Stage]:
-    """Every finished stage of a run; unfinished ones lie in hidden folders and are passed over."""
-    found = []
-    for path in sorted(folder.glob("**/stage.json")):
-        place = path.parent.relative_to(folder).parts
-        if any(part.startswith(".") for part in place):
-            continue
-        if place == ("prototypes",):
-            found.append(Stage(path.parent, "prototypes", "", 0, ALL_DOMAINS, _read(path)))
-        elif (
-            len(place) in (2, 3)
-            and place[0] in ("teachers", "students")
-            and (lineage := _LINEAGE.fullmatch(place[1]))
-        ):
-            domain = place[2] if len(place) == 3 else ALL_DOMAINS
-            label, seed = lineage["label"], int(lineage["seed"])
-            kind = place[0].removesuffix("s")
-            found.append(Stage(path.parent, kind, label, seed, domain, _read(path)))
-    return found
-
-
-def _read(path: Path) -> dict | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error})", "remove it, and give the command that wrote it"
-        ) from error
-
-
-def _logs_by_row(stages: Iterable[Stage]) -> dict[str, list[list[dict]]]:
-    """The training steps of every log, by row."""
-    found: dict[str, list[list[dict]]] = {}
-    for stage in stages:
-        log = stage.folder / "log.jsonl"
-        if not log.is_file():
-            continue
-        lines = log.read_text(encoding="utf-8").splitlines()
-        steps = [row for row in map(json.loads, lines) if row["split"] == "train"]
-        if steps:
-            found.setdefault(stage.row, []).append(steps)
-    return found
-
-
 # Accuracy
 
 
-def _comparison(compared: dict | None, stages: Sequence[Stage]) -> dict | None:
+def _comparison(run: RunFolder) -> dict | None:
     """Rows x domains, from ``compare.json`` or else from whatever stages are there."""
-    if compared:
-        cells = [Cell(**cell) for cell in compared["cells"]]
-        facts = {name: compared[name] for name in ("split", "summary")}
+    if run.compare:
+        cells = [Cell(**cell) for cell in run.compare["cells"]]
+        facts = {name: run.compare[name] for name in ("split", "summary")}
     else:
-        scored = [stage for stage in stages if stage.kind != "prototypes"]
-        split = "test" if all("test" in s.record["result"] for s in scored) else "validation"
+        scored = run.of_kind("teacher") + run.of_kind("student")
+        split = "test" if all("test" in stage.result for stage in scored) else "validation"
         cells = [
             Cell(stage.row, name.removeprefix("accuracy/"), stage.seed, 100 * value)
-            for stage in sorted(scored, key=lambda stage: stage.kind != "teacher")
-            for name, value in stage.record["result"][split].items()
+            for stage in scored
+            for name, value in stage.result[split].items()
             if name.startswith("accuracy/")
         ]
         facts = {"split": split, "summary": summarise(cells)}
@@ -214,34 +121,24 @@ def teacher_of(row: str, summary: dict) -> str | None:
     return next((name for name in summary if name.startswith(TEACHER)), None)
 
 
-def _best(comparison: dict | None, stages: Sequence[Stage], latency: dict | None) -> dict | None:
+def _best(comparison: dict | None, run: RunFolder) -> dict | None:
     """The row of students with the best average, its teacher, and how large both are."""
     rows = _student_rows(comparison)
     if not rows:
         return None
     row = max(rows, key=lambda name: rows[name][AVERAGE]["mean"])
     teacher = teacher_of(row, comparison["summary"])
-    sizes = [stage.record["result"].get("parameters") for stage in stages if stage.row == row]
-    weights = [
-        stage.folder / "model.safetensors" for stage in stages if teacher and stage.row == teacher
-    ]
-    measured = (latency or {}).get("models", {}).get("teacher", {}).get("parameters")
+    sizes = (stage.result.get("parameters") for stage in run.stages if stage.row == row)
+    teachers = (stage.parameters for stage in run.of_kind("teacher") if stage.row == teacher)
+    measured = (run.latency or {}).get("models", {}).get("teacher", {}).get("parameters")
     return {
         "row": row,
         "average": rows[row][AVERAGE],
         "teacher": teacher,
         "teacher_average": comparison["summary"].get(teacher, {}).get(AVERAGE),
         "parameters": next(filter(None, sizes), None),
-        "teacher_parameters": next(filter(None, map(_parameters, weights)), measured),
+        "teacher_parameters": next(filter(None, teachers), measured),
     }
-
-
-def _parameters(weights: Path) -> int | None:
-    """How many numbers a safetensors file holds, from its header."""
-    if not weights.is_file():
-        return None
-    with safe_open(weights, framework="numpy") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def _close(comparison: dict | None, best: dict | None) -> list[dict]:
@@ -266,7 +163,7 @@ def _confusion(best: dict | None, stages: Sequence[Stage]) -> dict | None:
         domains: dict[str, np.ndarray] = {}
         own = [stage for stage in students if stage.row == row]
         for stage in own:
-            for name, counts in stage.record["result"].get(split, {}).items():
+            for name, counts in stage.result.get(split, {}).items():
                 if name.startswith("confusion/"):
                     domain = name.removeprefix("confusion/")
                     domains[domain] = domains.get(domain, 0) + np.array(counts)
@@ -285,9 +182,8 @@ def _confusion(best: dict | None, stages: Sequence[Stage]) -> dict | None:
 def _class_names(stages: Sequence[Stage], number: int) -> list[str]:
     """From the configuration of a model that was kept, a student's first of all."""
     for stage in sorted(stages, key=lambda stage: stage.kind):
-        names = (_read(stage.folder / "config.json") or {}).get("id2label", {})
-        if len(names) == number:  # an MTL teacher has an output for each domain
-            return [names[str(index)] for index in range(number)]
+        if len(stage.class_names) == number:  # an MTL teacher has an output for each domain
+            return stage.class_names
     return [f"class {index}" for index in range(number)]
 
 
@@ -331,23 +227,15 @@ def _positions(steps: Sequence[dict]) -> list[int]:
     return position
 
 
-def _scores(folder: Path, stages: Sequence[Stage]) -> dict | None:
+def _scores(run: RunFolder) -> dict | None:
     """Mean, spread and histogram of the prototype scores t."""
-    described = next((s.record["result"] for s in stages if s.kind == "prototypes"), None)
-    if described is None:
-        return None
-    facts = {"mean": described["mean"], "std": described["std"]}
-    path = folder / "scores.safetensors"
-    if not path.is_file():
-        return facts | described["histogram"]
-    try:
-        with safe_open(path, framework="numpy") as file:
-            counts, edges = np.histogram(file.get_tensor("t"), bins=_SCORE_BINS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error})", "build it again: metakd prototypes CONFIG.yaml"
-        ) from error
-    return facts | {"edges": edges.tolist(), "counts": counts.tolist()}
+    for stage in run.of_kind("prototypes"):
+        facts = {"mean": stage.result["mean"], "std": stage.result["std"]}
+        if run.prototype_scores is None:
+            return facts | stage.result["histogram"]
+        counts, edges = np.histogram(run.prototype_scores, bins=_SCORE_BINS)
+        return facts | {"edges": edges.tolist(), "counts": counts.tolist()}
+    return None
 
 
 def _expertise(logs: Sequence[list[dict]]) -> dict | None:
@@ -373,75 +261,7 @@ def _expertise(logs: Sequence[list[dict]]) -> dict | None:
     }
 
 
-# Latency
-
-
-def ratios(latency: dict | None) -> list[dict]:
-    """For each batch and length that both models were measured at: the fastest engine of each, and
-    how many times faster the student is, engine by engine.
-
-    Where no model has such a role, the first that was measured counts as the teacher and the last
-    as the student.
-    """
-    rows = latency["rows"] if latency else []
-    pair = compared_models(latency) if latency else None
-    if pair is None:
-        return []
-    p50 = {
-        (row["model"], row["engine"], row["batch"], row["length"]): row["p50_ms"] for row in rows
-    }
-    engines = list(dict.fromkeys(row["engine"] for row in rows))
-    found = []
-    for batch, length in sorted({(row["batch"], row["length"]) for row in rows}):
-        times = {
-            role: {e: p50[key] for e in engines if (key := (name, e, batch, length)) in p50}
-            for role, name in zip(("teacher", "student"), pair)
-        }
-        exact = {
-            model: {engine: ms for engine, ms in own.items() if engine != INT8_ENGINE}
-            for model, own in times.items()
-        }
-        if not all(exact.values()):
-            continue
-        fastest = {
-            model: {"engine": (engine := min(own, key=own.get)), "p50_ms": own[engine]}
-            for model, own in exact.items()
-        }
-        both = [engine for engine in times["teacher"] if engine in times["student"]]
-        found.append(
-            {
-                "batch": batch,
-                "length": length,
-                **fastest,
-                "ratio": fastest["teacher"]["p50_ms"] / fastest["student"]["p50_ms"],
-                "engines": {e: times["teacher"][e] / times["student"][e] for e in both},
-                "int8_ms": times["student"].get(INT8_ENGINE),
-            }
-        )
-    return found
-
-
-def compared_models(latency: dict) -> tuple[str, str] | None:
-    """Names of the teacher and of the student among the models that were measured."""
-    models = latency["models"]
-    names = list(models)
-    found = [
-        next((name for name in names if models[name].get("role") == role), instead)
-        for role, instead in (("teacher", names[0]), ("student", names[-1]))
-    ]
-    return None if found[0] == found[1] else (found[0], found[1])
-
-
-def headline_ratio(ratios: Sequence[dict]) -> dict | None:
-    """The entry at ``LATENCY_AT``, or what was measured nearest to it."""
-    return min(
-        ratios,
-        key=lambda row: (
-            abs(math.log(row["batch"] / LATENCY_AT[0])),
-            abs(math.log(row["length"] / LATENCY_AT[1])),
-        ),
-        default=None,
-    )
+# Accuracy against latency
 
 
 def _tradeoff(comparison: dict | None, at: dict | None, exports: Sequence[dict]) -> dict | None:
@@ -540,10 +360,10 @@ def _warnings(facts: dict) -> list[dict]:
     return found
 
 
-def _commands(stages: Sequence[Stage], read: dict, exports: Sequence[dict]) -> list[str]:
+def _commands(run: RunFolder, exports: Sequence[dict]) -> list[str]:
     """The commands that made all this, each once, in the order of the stages."""
-    recorded = [stage.record.get("command") for stage in stages]
-    recorded += [(read[name] or {}).get("command") for name in ("compare", "latency")]
+    recorded = [stage.record.get("command") for stage in run.stages]
+    recorded += [(report or {}).get("command") for report in (run.compare, run.latency)]
     recorded += [export.get("command") for export in exports]
     return list(dict.fromkeys(filter(None, recorded)))
 

@@ -11,6 +11,7 @@ Sizes: B batch, L length in tokens; no padding is timed, every text is L tokens 
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
@@ -36,10 +37,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from metakd.deploy.engines import onnx_file, open_engine, why_not
+from metakd.deploy.engines import check_device, onnx_file, open_engine, positions, why_not
 from metakd.deploy.export import write_files
 from metakd.deploy.formats import ENGINES, INT8_ENGINE, ONNX_FILES, ONNX_FOLDER, TOKENISING
-from metakd.environment import environment
+from metakd.deploy.run_folder import stage_folders
+from metakd.deploy.sections import latency_section
+from metakd.deploy.speedup import ratios
+from metakd.environment import environment, installed
 from metakd.errors import ConfigError, MetakdError, ParityError, UnsupportedError
 from metakd.method.sources import load_config, load_tokenizer, load_trained_classifier
 from metakd.method.student import PRESETS as STUDENTS
@@ -118,12 +122,11 @@ def measure_latency(
         tokenising, and what could not be measured, with reasons.
 
     Raises:
-        ConfigError: a source is neither a model nor a preset.
-        UnsupportedError: there is no such device.
+        ConfigError: a source is neither a model nor a preset, or the device neither cpu nor cuda.
+        UnsupportedError: there is no CUDA device.
         ParityError: two engines do not compute the same.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError("there is no CUDA device", "measure on the CPU: --device cpu")
+    check_device(device)
     known = environment(device, threads)
     absent: list[dict] = []
     with ExitStack() as stack:
@@ -156,6 +159,31 @@ def measure_latency(
     }
 
 
+def write_latency(latency: dict, folder: Path) -> str:
+    """Write ``latency.json`` and ``latency.md``.
+
+    Args:
+        latency: what ``measure_latency`` returned.
+        folder: which is there.
+
+    Returns:
+        The content of ``latency.md``: all of it as a page of its own.
+
+    Raises:
+        ConfigError: a file cannot be written.
+    """
+    section = latency_section(latency, ratios(latency))
+    known = latency["environment"]
+    section.notes.append(f"{known['date']}, {installed(known)}. Command: `{latency['command']}`")
+    page = "\n\n".join([f"# {section.title}", *section.markdown()]) + "\n"
+    try:
+        (folder / "latency.json").write_text(json.dumps(latency, indent=1) + "\n", "utf-8")
+        (folder / "latency.md").write_text(page, "utf-8")
+    except OSError as error:
+        raise ConfigError(str(error), "make room, or give another --out") from error
+    return page
+
+
 # ---- What is measured ----------------------------------------------------------------------------
 
 
@@ -166,7 +194,7 @@ def _find_models(sources: Sequence[str], scratch: Path) -> list[Model]:
         if source in PRESETS and not path.exists():
             models.append(Model(source, _random_model(source, scratch), source))
         elif (path / "config.json").exists():
-            models.append(Model(path.name, path, source))
+            models.append(Model(_name(path), path, source))
         elif found := _models_of_run(path):
             models += found
         else:
@@ -181,14 +209,19 @@ def _find_models(sources: Sequence[str], scratch: Path) -> list[Model]:
     return models
 
 
+def _name(folder: Path) -> str:
+    """What the folder is called, also where the path to it is ``.``."""
+    return os.path.basename(os.path.abspath(folder))
+
+
 def _models_of_run(run: Path) -> list[Model]:
     """The teacher and one student: those of a run differ in their weights alone."""
     found = []
+    kept = [folder for folder in stage_folders(run) if (folder / "config.json").exists()]
     for role in ("teacher", "student"):
-        places = sorted(path.parent for path in (run / f"{role}s").glob("**/config.json"))
-        kept = [path for path in places if (path / "stage.json").exists()]
-        if kept:
-            found.append(Model(role, kept[0], str(kept[0]), role))
+        own = [folder for folder in kept if run / f"{role}s" in folder.parents]
+        if own:
+            found.append(Model(role, own[0], str(own[0]), role))
     return found
 
 
@@ -202,7 +235,7 @@ def _random_model(preset: str, scratch: Path) -> Path:
 
 def _tokenizing_model(models: list[Model], tokenizer: str | None) -> list[tuple[Model, str]]:
     if tokenizer is not None:
-        return [(Model(Path(tokenizer).name, Path(tokenizer), tokenizer), TOKENISING)]
+        return [(Model(_name(Path(tokenizer)), Path(tokenizer), tokenizer), TOKENISING)]
     having = [model for model in models if (model.folder / "tokenizer_config.json").exists()]
     return [(model, TOKENISING) for model in having[:1]]
 
@@ -321,7 +354,7 @@ def _known(times: list[float], seconds: float) -> bool:
     """Were there enough calls?"""
     spent = sum(times)
     if len(times) < _FEWEST:
-        return len(times) >= _FEWEST_OF_LONG and spent > 4 * seconds
+        return len(times) >= _FEWEST_OF_LONG and spent > 4 * max(seconds, _TURN_S)
     if spent > seconds or len(times) < _CALLS:
         return spent > seconds
     low, high = median_interval(times)
@@ -480,7 +513,7 @@ class _EngineBench(_Bench):
         self.bytes = sum(file.stat().st_size for file in place.glob(pattern))
         shape = load_config(str(folder))
         self._vocabulary = shape.vocab_size
-        self._positions = getattr(shape, "max_position_embeddings", math.inf)
+        self._positions = positions(shape) or math.inf
 
     def open_cell(self, batch: int, length: int) -> np.ndarray:
         """Logits of the batch that is timed from now on, the same for every engine."""

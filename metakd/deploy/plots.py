@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
-from metakd.errors import UnsupportedError
+from metakd.deploy.extra import need
 
 INK, FAINT = "ink", "faint"
 SERIES = tuple(f"series-{number}" for number in range(1, 8))
@@ -31,12 +31,9 @@ _LABEL_ROOM = 0.2  # share of the width that labels of curves take
 
 
 def _pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UnsupportedError(
-            f"a report needs matplotlib ({error})", "pip install metakd[deploy]"
-        ) from error
+    need("matplotlib")
+    import matplotlib
+
     matplotlib.use("svg")
     from matplotlib import pyplot
 

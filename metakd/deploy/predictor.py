@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from metakd.deploy.engines import Engine, Inputs, open_engine, why_not
+from metakd.deploy.engines import Engine, Inputs, open_engine, positions, why_not
 from metakd.deploy.formats import ENGINES
 from metakd.errors import CheckpointError, DataError
-from metakd.method.sources import load_config, load_tokenizer
+from metakd.method.sources import knows_words, load_config, load_tokenizer
 
 Text = str | tuple[str, str]
 
@@ -38,7 +38,8 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """A student, or any sequence classifier that was saved with its tokenizer, ready to serve.
+    """A student, or any sequence classifier that was saved with its tokenizer, ready to serve, from
+    several threads at once if need be.
 
     Args:
         folder: the student's folder, or what ``export_onnx`` made of it.
@@ -54,7 +55,7 @@ class Predictor:
     Raises:
         ConfigError: there is no such engine.
         UnsupportedError: the engine cannot run this model here, with the reason.
-        CheckpointError: the folder holds no model, or a damaged one.
+        CheckpointError: the folder holds no classifier with its tokenizer, or a damaged one.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Predictor:
         self.engine_name = engine
         self._batch_tokens = batch_tokens or BATCH_TOKENS[device]
         longest = max_length or self.tokenizer.model_max_length
-        self._max_length = min(longest, _positions(config) or longest)
+        self._max_length = min(longest, positions(config) or longest)
 
     def __call__(self, texts: Sequence[Text]) -> list[Prediction]:
         """The class of each text; of two texts each where they are pairs.
@@ -115,7 +116,8 @@ class Predictor:
         tokens = self.tokenizer(
             list(texts), truncation=True, max_length=self._max_length, return_attention_mask=False
         )
-        lengths = np.array([len(ids) for ids in tokens["input_ids"]])
+        # A text in which the tokenizer finds nothing is one token of padding.
+        lengths = np.array([max(1, len(ids)) for ids in tokens["input_ids"]])
         order = np.argsort(lengths, kind="stable")
         while len(order):
             # As many of the longest as fit: those left behind are never longer.
@@ -131,7 +133,8 @@ class Predictor:
         for place, row in enumerate(rows):
             batch["attention_mask"][place, : lengths[row]] = 1
             for name in batch.keys() & tokens.keys():
-                batch[name][place, : lengths[row]] = tokens[name][row]
+                found = tokens[name][row]
+                batch[name][place, : len(found)] = found
         return batch
 
 
@@ -140,9 +143,17 @@ def _read(folder: Path):
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder", remedy)
     try:
-        return load_tokenizer(str(folder)), load_config(str(folder))
+        tokenizer, config = load_tokenizer(str(folder)), load_config(str(folder))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}", remedy) from error
+    except Exception as error:  # a tokenizer that is damaged raises anything
+        cause = f"{folder}: is damaged: {type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(cause, remedy) from error
+    if not knows_words(tokenizer):
+        raise CheckpointError(f"{folder}: holds no tokenizer", remedy)
+    if config.num_labels < 2:
+        raise CheckpointError(f"{folder}: its model has one output, which tells no classes", remedy)
+    return tokenizer, config
 
 
 def _choose(folder: Path, device: str | None, engine: str) -> tuple[str, str]:
@@ -155,21 +166,17 @@ def _choose(folder: Path, device: str | None, engine: str) -> tuple[str, str]:
     return device or "cpu", ENGINES[0]
 
 
-def _positions(config: PretrainedConfig) -> int | None:
-    """Tokens that a model has positions for; RoBERTa and its kin count theirs from behind the
-    padding's."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or not re.search("roberta|camembert|mpnet", config.model_type):
-        return positions
-    return positions - 1 - config.pad_token_id
-
-
 def _check_texts(texts: Sequence[Text]) -> None:
     if isinstance(texts, str):
         raise DataError("texts: is one text, not a list of texts", "write [text]")
     pairs = len(texts) > 0 and not isinstance(texts[0], str)
     for number, text in enumerate(texts):
         parts = text if pairs and isinstance(text, tuple) and len(text) == 2 else (text,)
-        if len(parts) != 1 + pairs or not all(isinstance(part, str) for part in parts):
+        if len(parts) != 1 + pairs or not all(map(_is_text, parts)):
             wanted = "a pair of texts" if pairs else "a text"
             raise DataError(f"texts[{number}]: {text!r:.60} is not {wanted}", "correct it")
+
+
+def _is_text(value) -> bool:
+    """Half of a surrogate pair, as Python makes of a byte that is no UTF-8, is no character."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)

@@ -51,6 +51,11 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return _without_code(AutoTokenizer, source)
 
 
+def knows_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Without tokenizer files transformers makes one up that knows the special tokens alone."""
+    return bool(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+
+
 def load_encoder(source: str) -> PreTrainedModel:
     """An encoder without head, fp32, under SDPA.
 
@@ -250,6 +255,4 @@ def _vocabulary(source: str) -> dict[str, int] | None:
         tokenizer = load_tokenizer(source)
     except (OSError, ValueError):
         return None
-    # Without tokenizer files transformers makes one up that knows the special tokens alone.
-    vocabulary = tokenizer.get_vocab()
-    return vocabulary if set(vocabulary) - set(tokenizer.all_special_tokens) else None
+    return tokenizer.get_vocab() if knows_words(tokenizer) else None

@@ -1,6 +1,7 @@
 """Tables of scores: cells, their means and spreads, and how they look in Markdown.
 
-Imports the standard library only, so that reading a finished run does not wait for torch.
+Imports the standard library and ``metakd.errors``, so that reading a finished run does not wait for
+torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from metakd.errors import CheckpointError
 
 ALL_DOMAINS = "all"  # in place of a domain: the one student, or teacher, that serves them all
 AVERAGE = "average"
@@ -46,13 +49,33 @@ def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, float]]]:
     return summary
 
 
+def training_steps(log: Path) -> list[dict]:
+    """The training steps of a stage's ``log.jsonl``; none where there is no log.
+
+    Raises:
+        CheckpointError: it is damaged, with the line.
+    """
+    steps = []
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if row["split"] == "train":
+                steps.append(row)
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"{log}:{number}: is no line of a log ({error})",
+                "remove the log: its curves are left out then",
+            ) from error
+    return steps
+
+
 def term_values(students: Sequence[Path]) -> dict[str, float]:
     """Mean weighted value of each term over the second half of training, and of lambda and its
     standard deviation within a batch, from the students' ``log.jsonl``; empty where none is."""
     seen: dict[str, list[float]] = {}
-    for log in filter(Path.exists, (place / "log.jsonl" for place in students)):
-        logged = map(json.loads, log.read_text(encoding="utf-8").splitlines())
-        steps = [row for row in logged if row["split"] == "train"]
+    for place in students:
+        steps = training_steps(place / "log.jsonl")
         for row in steps[len(steps) // 2 :]:
             for name, value in row.items():
                 if name.endswith("_weighted") or name in ("expertise", "expertise_std"):
