@@ -51,9 +51,7 @@ def measure(
     signals = signals_of(scene.terms, is_meta, depth)
     pad = collate(tokenizer)
 
-    kept = KeptOutputs(
-        folder, scene.method, [], {}, train, depth, World(device=scene.device), print
-    )
+    kept = KeptOutputs(folder, scene.method, [], {}, train, depth, World(device=scene.device), str)
     making_s = timed(kept.make, signals, frozen, pad, 64)
     cached = kept.teacher(signals)
     examples = train.with_column("t", torch.rand(len(train)))
@@ -113,15 +111,14 @@ def markdown(report: dict) -> str:
     ]
     for row in report["rows"]:
         cached = row["contenders"][CACHED]["median_ms"]
-        each = row["bytes"] / row["examples"]
         pays = row["pays_after_epochs"]
         lines += [
             "",
             f"## {row['shape']} (mean {row['mean_length']:.0f}), {row['dtype']}",
             "",
             f"{row['steps']} steps of each, in turn; the machine's load at the end: "
-            f"{row['load'][0]:.1f}. Kept: {each / 2**10:.1f} KiB an example. Making took "
-            f"{1e3 * row['making_s'] / row['examples']:.1f} ms an example"
+            f"{row['load'][0]:.1f}. Kept: {row['bytes'] / row['examples']:,.0f} bytes an example. "
+            f"Making took {1e3 * row['making_s'] / row['examples']:.1f} ms an example"
             + ("" if pays is None else f" and pays after {pays:.1f} epochs")
             + f". Collating from the cache is {1e3 * row['reading_s'] / cached:.1%} of a step.",
             "",

@@ -489,6 +489,27 @@ def test_reading_says_which_file(tmp_path):
         load(tmp_path / "absent.json")
 
 
+def test_a_cached_teacher_is_timed_beside_a_live_one(tmp_path, monkeypatch, capsys):
+    from test_training import make_source
+
+    from benchmarks import cached_teacher
+
+    make_source(tmp_path)
+    inputs = ["--data", tmp_path / "corpus", "--encoder", tmp_path / "encoder", "--out", tmp_path]
+    sizes = ["--batch", 4, "--steps", 5, "--seconds", 0, "--device", "cpu", "--max-length", 24]
+    monkeypatch.setattr("sys.argv", ["cached_teacher", *map(str, inputs + sizes)])
+    cached_teacher.main()
+    report = load(tmp_path / "cached_teacher.json")
+    assert [title.split(":")[0] for title in report.panels] == ["step logits_kd", "step meta"]
+    for figures in report.panels.values():
+        assert [report.kind.is_ours(name) for name in figures] == [False, True]
+    # Of one matched layer of width 32: embedding, hidden state, queries and keys.
+    sizes = [row["bytes"] / row["examples"] for row in report.data["rows"]]
+    assert sizes[0] == 4 * 2
+    assert sizes[1] == pytest.approx(4 * (4 * 32 * report.data["rows"][1]["mean_length"] + 2 + 32))
+    assert "| live teacher |" in capsys.readouterr().out
+
+
 def test_what_serves_other_labels_is_not_timed():
     steps = {"metakd Predictor, onnx-int8": lambda: ["a", "b"], "pipeline": lambda: ["a", "a"]}
     assert list(check_same_labels(steps, ["a", "a"]).values()) == [0.5, 1.0]
