@@ -26,7 +26,7 @@ from metakd.method.taps import Features
 from metakd.method.teacher import FrozenTeacher, Teacher
 from metakd.tensor_cache import Draft, TensorCache
 from metakd.training import compare as comparison
-from metakd.training import engine, stages
+from metakd.training import engine, lessons, stages
 from metakd.training.stages import Run
 from metakd.training.teacher_cache import (
     KeptOutputs,
@@ -488,7 +488,8 @@ def test_a_teacher_is_asked_once_for_all_students_and_seeds(make, asked, monkeyp
     comparison.compare(run)
     assert sum(asked) == 12  # of 2 x 2 students with 2 epochs each
     # A student to come needs no teacher on the device.
-    monkeypatch.setattr(stages, "TeacherService", None)
+    for module in (stages, lessons):
+        monkeypatch.setattr(module, "TeacherService", None)
     more = make(*options, "distill.cache_teacher=all", "compare.seeds=[1,2,3]")
     comparison.compare(more)
     assert sum(asked) == 12

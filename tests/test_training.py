@@ -739,17 +739,34 @@ def test_two_processes_equal_one(source, tmp_path, one_process, launcher, zero):
         )
 
 
-def test_students_side_by_side_equal_one_after_another(source, tmp_path):
-    domains = "distill.domains=[hiking,novels,software]"
+@pytest.mark.parametrize(
+    ("launcher", "stage", "options"),
+    [
+        ("deepspeed", "run", ["distill.domains=[hiking,novels,software]"]),
+        (
+            *("torchrun", "compare"),
+            [
+                "compare.rows=[{method: finetune}, {method: meta, teacher: meta}]",
+                "compare.seeds=[1,2]",
+                "compare.teacher_seeds=1",
+                "distill.cache_teacher=all",  # one cache, which two groups would make at once
+            ],
+        ),
+    ],
+)
+def test_students_side_by_side_equal_one_after_another(source, tmp_path, launcher, stage, options):
     alone = write_config(source, tmp_path, "alone")
-    launched("plain", alone, domains)
+    launched("plain", alone, *options, stage="distill" if stage == "run" else stage)
     together = write_config(source, tmp_path, "together")
     # The teacher is given, as two processes train another one in steps of twice as many.
     shutil.copytree(tmp_path / "alone", tmp_path / "together")
     shutil.rmtree(tmp_path / "together" / "students")
-    launched("deepspeed", together, domains, "distill.processes_per_student=1", stage="run")
+    launched(launcher, together, *options, "distill.processes_per_student=1", stage=stage)
     expected = losses(tmp_path / "alone")
-    assert len(expected) == 4 and losses(tmp_path / "together") == expected
+    assert len(expected) >= 4 and losses(tmp_path / "together") == expected
+    if stage == "compare":
+        tables = [tmp_path / run / "compare.csv" for run in ("alone", "together")]
+        assert tables[0].read_text() == tables[1].read_text()
 
 
 @pytest.mark.parametrize(

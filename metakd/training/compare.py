@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from metakd.config import CompareRow
-from metakd.training.stages import Lesson, Run, method_label
+from metakd.training.lessons import Lesson, method_label
+from metakd.training.stages import Run
 from metakd.training.table import (
     ALL_DOMAINS,
     TEACHER,
@@ -52,8 +53,13 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
                 for domain in run.corpus.domains
                 if f"accuracy/{domain}" in scores
             ]
-    for label, lesson, seed in planned:
-        place, result = run.student(lesson, seed, keep=config.keep_students, label=label)
+    wanted = [
+        (lesson, {"seed": seed, "keep": config.keep_students, "label": label})
+        for label, lesson, seed in planned
+    ]
+    run.spread(wanted)
+    for (label, lesson, seed), (_, options) in zip(planned, wanted):
+        place, result = run.student(lesson, **options)
         places.setdefault(label, []).append(place)
         scored = run.corpus.domains if lesson.domain == ALL_DOMAINS else [lesson.domain]
         cells += [

@@ -12,96 +12,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from metakd import __version__
-from metakd.config import DistillConfig, RunConfig, TrainingConfig
-from metakd.data import Corpus, Split, collate, load_corpus, prefetch
+from metakd.config import TrainingConfig
+from metakd.data import Split, prefetch
 from metakd.errors import ConfigError, DataError
-from metakd.method.objective import Distillation, Term, build_terms
+from metakd.method.objective import Distillation, build_terms
 from metakd.method.prototypes import Prototypes, describe_scores, embed
-from metakd.method.recipe import RECIPES, Recipe
 from metakd.method.sources import (
     load_classifier,
-    load_config,
     load_encoder,
-    load_tokenizer,
     load_trained_classifier,
 )
-from metakd.method.student import build_student, check_models, student_shape
+from metakd.method.student import build_student
 from metakd.method.taps import model_inputs
 from metakd.method.teacher import Teacher, domain_loss_floor, false_domains
-from metakd.tensor_cache import content_key
 from metakd.training.card import origin, write_card
+from metakd.training.context import Context, configured
 from metakd.training.engine import (
     Saves,
     evaluate,
     fit,
     seed_everything,
 )
+from metakd.training.lessons import Lesson, TeacherOutputs, method_label, phases_of
 from metakd.training.log import RunLog
-from metakd.training.memory import BYTES
 from metakd.training.serving import TeacherService
-from metakd.training.store import StageStore
 from metakd.training.table import ALL_DOMAINS
-from metakd.training.teacher_cache import (
-    GIB,
-    KeptOutputs,
-    Signal,
-    bytes_of,
-    is_kept,
-    signals_of,
-)
 from metakd.training.world import World, in_groups, join_world
 
 # Say which students are made, by whom, and what is kept on the way. That a teacher's outputs come
 # from the cache is an input of its own, see ``Run.student``.
 NOT_OF_A_STUDENT = {"domains", "processes_per_student", "cache_teacher", "cache_limit_gib"}
-
-
-def method_label(distill: DistillConfig, teacher_kind: str | None) -> str:
-    """A student's row in tables and folder names: ``meta-from-meta``, ``finetune``."""
-    return distill.method if teacher_kind is None else f"{distill.method}-from-{teacher_kind}"
-
-
-@contextmanager
-def _configured(block: str) -> Iterator[None]:
-    """What a wrong value makes a library raise, as an error of the configuration."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        remedy = f"correct {block} in the configuration"
-        raise ConfigError(f"{block}: {str(error).splitlines()[0]}", remedy) from error
-
-
-def _check_domains(corpus: Corpus) -> None:
-    # Each domain gets a folder of its name, and is trained, chosen and scored on its own examples.
-    problems = [
-        f"domain {name!r} cannot name a folder"
-        for name in corpus.domains
-        if name == ALL_DOMAINS  # `metakd.reading` refuses what would lead elsewhere
-    ]
-    for title in ("train", "validation", "test"):
-        split = getattr(corpus, title)
-        present = set() if split is None else set(split.domain.tolist())
-        problems += [
-            f"domain {name!r} has no {title} examples"
-            for number, name in enumerate(corpus.domains)
-            if split is not None and number not in present
-        ]
-    if problems:
-        raise DataError("; ".join(problems), "rename the domain, or give it examples")
 
 
 def _recompute_activations(model: PreTrainedModel, phases: list[TrainingConfig]) -> None:
@@ -113,177 +64,18 @@ def _recompute_activations(model: PreTrainedModel, phases: list[TrainingConfig])
         model.gradient_checkpointing_disable()
 
 
-class Lesson(NamedTuple):
-    """Who teaches a student what.
-
-    ``domain`` is the student's, or ``all``; ``teacher_kind`` None for fine-tuning alone.
-    """
-
-    domain: str
-    distill: DistillConfig
-    teacher_kind: str | None
-    teacher_seed: int
-
-
-def _place(lesson: Lesson) -> str:
-    """Where in the cache the outputs of a student's teachers are."""
-    mean = "-mean" if lesson.distill.method == "mtn_kd" else ""
-    return f"teachers/{lesson.teacher_kind}-s{lesson.teacher_seed}{mean}/{lesson.domain}"
-
-
-def _phases(
-    distill: DistillConfig, terms: Sequence[Term]
-) -> list[tuple[list[Term], TrainingConfig]]:
-    """What is trained together, one after the other."""
-    early = [term for term in terms if term.intermediate]
-    late = [term for term in terms if not term.intermediate]
-    if distill.schedule == "joint" or not early:
-        return [(list(terms), distill.training)]
-    return [(early, distill.intermediate), *([(late, distill.training)] if late else [])]
-
-
 def _classifier(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor]:
     return lambda batch: model(**model_inputs(batch)).logits
 
 
 @dataclass
-class Run:
-    """One run directory, and what its stages share.
-
-    Args:
-        config: the checked configuration.
-        world: from ``join_world``.
-        console: where the first rank talks.
-        command: how the run was started; recorded with every stage.
-        resume: see ``StageStore``.
-        reshard: see ``engine.Saves``.
-    """
-
-    config: RunConfig
-    world: World = field(default_factory=World)
-    console: Console = field(default_factory=Console)
-    command: str = ""
-    resume: str = "auto"
-    reshard: bool = False
-    # By place in the cache: the domain and what its students ask for; and what was found or made.
-    _asked: dict[str, tuple[str, set[Signal]]] = field(default_factory=dict, repr=False)
-    _kept: dict[str, KeptOutputs] = field(default_factory=dict, repr=False)
+class Run(Context):
+    """The stages of a run directory, see ``Context``."""
 
     @cached_property
-    def folder(self) -> Path:
-        """The run directory."""
-        return Path(self.config.output_dir)
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        """Paper or released form of the method."""
-        return RECIPES[self.config.compat]
-
-    @cached_property
-    def tokenizer(self):
-        """The tokenizer of the pre-trained encoder; teacher and students share it, and cut texts
-        where they were cut in training, whoever serves them."""
-        with _configured("teacher.model"):
-            tokenizer = load_tokenizer(self.config.teacher.model)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, self.config.data.max_length)
-        return tokenizer
-
-    @cached_property
-    def collate(self):
-        """Examples to a padded batch."""
-        return collate(self.tokenizer, packed=self.config.packed)
-
-    @cached_property
-    def corpus(self) -> Corpus:
-        """The tokenised corpus."""
-        corpus = self.world.one_by_one(
-            lambda: load_corpus(
-                self.config.data,
-                self.tokenizer,
-                seed=self.config.seed,
-                cache=self._cache_root,
-                say=self.say,
-            )
-        )
-        unknown = set(self.config.distill.domains or []) - set(corpus.domains)
-        if unknown:
-            raise ConfigError(
-                f"distill.domains: {', '.join(sorted(unknown))} not among "
-                + ", ".join(corpus.domains),
-                "correct the names",
-            )
-        if set(self.config.data.withhold) == set(corpus.domains):
-            raise ConfigError(
-                "data.withhold: names every domain, which leaves nothing to teach", "keep one"
-            )
-        _check_domains(corpus)
-        check_models(self.config, self.tokenizer, corpus.label2id, self.recipe)
-        return corpus
-
-    @cached_property
-    def student_domains(self) -> list[str]:
-        """The domains to make students for, or the one student for all."""
-        if self.config.distill.one_student_for_all:
-            return [ALL_DOMAINS]
-        return self.config.distill.domains or self.corpus.domains
-
-    @cached_property
-    def store(self) -> StageStore:
-        """The finished stages."""
-        config = self.config
-        data = config.data
-        common = {
-            "version": __version__,
-            "data": data.model_dump(mode="json"),
-            "content": self._content(data.train, data.validation, data.test, config.teacher.model),
-            "seed": config.seed,
-            "zero": config.zero,
-            "precision": config.precision,
-            "packed": config.packed,
-            "deepspeed": config.deepspeed,
-            "compat": config.compat,
-        }
-        return StageStore(
-            self.folder,
-            self.world,
-            common,
-            self.command,
-            self.say,
-            resume=self.resume,
-            reshard=self.reshard,
-            keep=config.save_total_limit,
-        )
-
-    @cached_property
-    def _student_content(self) -> str:
-        return self._content(self.config.student.model)
-
-    def _content(self, *sources: str | None) -> str:
-        """Digest of files and folders, which the first rank reads; a hub id names none and adds
-        nothing."""
-
-        def read() -> str:
-            try:
-                return content_key(*map(Path, filter(None, sources)))
-            except OSError as error:
-                cause = f"{error.filename}: {error.strerror}"
-                raise DataError(cause, "give back the right to read it") from error
-
-        return self.world.agree(self.world.on_first(read))
-
-    @property
-    def teacher_kind(self) -> str | None:
-        """The kind of teacher that the configured method learns from."""
-        only = {"finetune": None, "mtn_kd": "single", "meta": "meta"}
-        return only.get(self.config.distill.method, self.config.teacher.kind)
-
-    def say(self, text: str) -> None:
-        """One line on the console, from the first rank only."""
-        if self.world.is_main:
-            self.console.print(text, markup=False, highlight=False)
-
-    def _settings(self, *blocks: str) -> dict:
-        return {block: self.config.model_dump(mode="json")[block] for block in blocks}
+    def outputs(self) -> TeacherOutputs:
+        """What the students ask their teachers for."""
+        return TeacherOutputs(self)
 
     def _is_taught(self, split: Split) -> Tensor:
         """[N], False for examples of domains that are withheld from prototypes and teachers."""
@@ -291,10 +83,7 @@ class Run:
         return ~torch.isin(split.domain, torch.tensor(withheld, dtype=torch.long))
 
     def _taught_part(self, split: Split, domain: str) -> Split:
-        return self._part(split.select(self._is_taught(split).nonzero().flatten()), domain)
-
-    def _part(self, split: Split, domain: str) -> Split:
-        return split if domain == ALL_DOMAINS else split.view(self.corpus.domains.index(domain))
+        return self.part(split.select(self._is_taught(split).nonzero().flatten()), domain)
 
     def _log(self, folder: Path) -> RunLog:
         return RunLog(folder, self.config.report_to, self.console, active=self.world.is_main)
@@ -317,7 +106,7 @@ class Run:
         place = self.folder / "prototypes"
         inputs = {
             "stage": "prototypes",
-            **self._settings("prototypes"),
+            **self.settings("prototypes"),
             "encoder": self.config.teacher.model,
         }
         self.store.get(place, inputs, self._build_prototypes)
@@ -351,7 +140,7 @@ class Run:
 
     def _embed(self, split: Split) -> Tensor:
         """E(X) [N, H] of the pre-trained encoder on the CPU; ranks share the work."""
-        with _configured("teacher.model"):
+        with configured("teacher.model"):
             encoder = load_encoder(self.config.teacher.model)
         encoder.to(self.world.device)
         order = torch.tensor(split.lengths).argsort()
@@ -395,7 +184,7 @@ class Run:
                 "domain": domain,
             }
             if kind == "meta":
-                inputs |= self._settings("prototypes")
+                inputs |= self.settings("prototypes")
             self.store.get(
                 place,
                 inputs,
@@ -409,7 +198,7 @@ class Run:
         config, corpus = self.config.teacher, self.corpus
         seed_everything(seed)
         outputs = len(corpus.label2id) * len(corpus.domains) if kind == "mtl" else None
-        with _configured("teacher.model"):
+        with configured("teacher.model"):
             model = load_classifier(config.model, corpus.label2id, outputs)
         teacher = Teacher(
             model,
@@ -439,7 +228,7 @@ class Run:
 
         def conclude() -> None:
             if corpus.test is not None:
-                part = self._part(corpus.test, domain)
+                part = self.part(corpus.test, domain)
                 result["test"] = self._score(teacher.logits, part, config.training)
 
         with self._log(folder) as log:
@@ -477,10 +266,9 @@ class Run:
             ConfigError: the processes do not split into groups of ``processes_per_student``.
         """
         wanted = domains or self.student_domains
-        self.foresee(map(self._configured_lesson, wanted))
-        each = self.config.distill.processes_per_student
-        if each is not None and each < self.world.size and len(wanted) > 1:
-            self._distill_in_groups(wanted, each)
+        lessons = list(map(self._configured_lesson, wanted))
+        self.foresee(lessons)
+        self.spread([(lesson, {"seed": self.config.seed}) for lesson in lessons])
         return self.students(wanted)
 
     def students(self, domains: list[str] | None = None) -> list[Path]:
@@ -494,26 +282,67 @@ class Run:
     def _configured_student(self, domain: str) -> Path:
         return self.student(self._configured_lesson(domain), self.config.seed)[0]
 
-    def _distill_in_groups(self, domains: list[str], size: int) -> None:
-        """Train every student, each by one group of processes, the groups side by side."""
+    def spread(self, students: Sequence[tuple[Lesson, dict]]) -> None:
+        """Train students, each by one group of ``processes_per_student`` processes, the groups side
+        by side. What they share is made before, by all. Does nothing where there is one group.
+
+        Args:
+            students: of each its lesson, foreseen, and the other arguments of ``student``.
+
+        Raises:
+            ConfigError: the processes do not split into such groups.
+        """
+        size = self.config.distill.processes_per_student
+        if size is None or size >= self.world.size or len(students) < 2:
+            return
         if self.world.size % size:
             raise ConfigError(
                 f"distill.processes_per_student: {size} does not divide the {self.world.size} "
                 "processes",
                 "start another number of processes, or change it",
             )
-        if self.teacher_kind:
-            self.teach(self.teacher_kind)
+        for lesson, _ in students:
+            if lesson.distill.method == "meta":
+                self.prototypes()
+            teachers = self._teachers(lesson)
+            if any(self.outputs.cached_phases(lesson)):
+                self.outputs.keep(lesson, teachers)
         with in_groups(self.world, size) as (world, group, groups):
             self._move_to(world)
-            for domain in domains[group::groups]:
-                self._configured_student(domain)
+            for lesson, options in students[group::groups]:
+                self.student(lesson, **options)
         self._move_to(join_world())
 
     def _move_to(self, world: World) -> None:
         self.world = self.store.world = world
         self.store.forget()
-        self._kept.clear()
+        self.outputs.forget()
+
+    def foresee(self, lessons: Iterable[Lesson]) -> None:
+        """Look at lessons before anything is computed for them, and note what they will ask their
+        teachers for, so that one pass over the examples can keep it for all of them.
+
+        Raises:
+            ConfigError: the domain does not exist, or its single teacher is withheld; what is to be
+                kept takes more room than ``distill.cache_limit_gib``, or depends on the batch.
+        """
+        lessons = list(lessons)
+        for lesson in lessons:
+            self._check_lesson(lesson)
+        self.outputs.foresee(lessons)
+
+    def _check_lesson(self, lesson: Lesson) -> None:
+        domain, distill, kind, _ = lesson
+        if domain not in (ALL_DOMAINS, *self.corpus.domains):
+            raise ConfigError(
+                f"domain: {domain} is not among {', '.join(self.corpus.domains)}",
+                "correct the name",
+            )
+        if not self.has_teacher(kind, distill.method, domain):
+            raise ConfigError(
+                f"{distill.method}: there is no single teacher of {domain}",
+                "name another teacher: the domain is withheld, or the student serves them all",
+            )
 
     def has_teacher(self, teacher_kind: str | None, method: str, domain: str) -> bool:
         """Is there a teacher for this domain's student? Single teachers know one domain each."""
@@ -564,10 +393,10 @@ class Run:
             "teacher_seed": teacher_seed if teacher_kind else None,
             "teacher_kind": teacher_kind,
             "encoder": self.config.teacher.model,
-            "student_content": self._student_content,
-            **self._settings("student", *(["teacher", "prototypes"] if teacher_kind else [])),
+            "student_content": self.student_content,
+            **self.settings("student", *(["teacher", "prototypes"] if teacher_kind else [])),
         }
-        cached = self._cached_phases(lesson)
+        cached = self.outputs.cached_phases(lesson)
         if any(cached):  # computed in other batches than the student's, and rounded otherwise
             inputs["cached_phases"] = cached
         result = self.store.get(
@@ -590,16 +419,16 @@ class Run:
         domain, distill, *_ = lesson
         corpus = self.corpus
         weighted = distill.method == "meta"
-        train = self._part(self._scored_train() if weighted else corpus.train, domain)
-        validation = self._part(corpus.validation, domain)
+        train = self.part(self._scored_train() if weighted else corpus.train, domain)
+        validation = self.part(corpus.validation, domain)
         if not len(train) or not len(validation):
             raise DataError(
                 f"domain {domain}: no {'validation' if len(train) else 'training'} examples",
                 "add some",
             )
 
-        asked, cached = self._asked_of(lesson), self._cached_phases(lesson)
-        kept = self._keep_outputs(lesson, teacher_folders) if any(cached) else None
+        asked, cached = self.outputs.asked_of(lesson), self.outputs.cached_phases(lesson)
+        kept = self.outputs.keep(lesson, teacher_folders) if any(cached) else None
         service = None
         if teacher_folders and not all(cached):
             if distill.cache_teacher != "none":
@@ -611,7 +440,7 @@ class Run:
             if len(teacher_folders) == 1 and self.config.student.copy_from == "teacher"
             else None
         )
-        with _configured("student"):
+        with configured("student"):
             student = build_student(
                 self.config.student,
                 source=str(copied or self.config.teacher.model),
@@ -619,8 +448,8 @@ class Run:
                 label2id=corpus.label2id,
                 max_length=self.config.data.max_length,
             )
-        shape = self._shapes[0] if teacher_folders else student.config
-        with _configured("distill"):
+        shape = self.outputs.shapes[0] if teacher_folders else student.config
+        with configured("distill"):
             terms = build_terms(
                 distill,
                 student_layers=student.config.num_hidden_layers,
@@ -642,7 +471,7 @@ class Run:
         def score() -> dict[str, float]:
             return self._score(classify, validation, distill.training)
 
-        phases = _phases(distill, terms)
+        phases = phases_of(distill, terms)
         result = {
             "label": label,
             "domain": domain,
@@ -652,7 +481,7 @@ class Run:
 
         def conclude() -> None:
             if corpus.test is not None:
-                part = self._part(corpus.test, domain)
+                part = self.part(corpus.test, domain)
                 result["test"] = self._score(classify, part, distill.training)
 
         with self._log(folder) as log:
@@ -704,128 +533,13 @@ class Run:
         """
         lessons = list(map(self._configured_lesson, self.student_domains))
         self.foresee(lessons)
-        if not self._asked:
+        if not self.outputs:
             raise ConfigError(
                 f"distill.cache_teacher: {self.config.distill.cache_teacher} keeps nothing of what "
                 f"{self.config.distill.method} asks a teacher for",
                 "set distill.cache_teacher: all",
             )
-        return [self._keep_outputs(lesson, self._teachers(lesson)).folder for lesson in lessons]
-
-    def foresee(self, lessons: Iterable[Lesson]) -> None:
-        """Look at lessons before anything is computed for them, and note what they will ask their
-        teachers for, so that one pass over the examples can keep it for all of them.
-
-        Raises:
-            ConfigError: the domain does not exist, or its single teacher is withheld; what is to be
-                kept takes more room than ``distill.cache_limit_gib``, or depends on the batch.
-        """
-        grown = False
-        for lesson in lessons:
-            self._check_lesson(lesson)
-            for signals, cached in zip(self._asked_of(lesson), self._cached_phases(lesson)):
-                if cached:
-                    _, asked = self._asked.setdefault(_place(lesson), (lesson.domain, set()))
-                    grown |= not signals <= asked
-                    asked |= signals
-        if grown and self.store.may_build:
-            self._check_cache()
-
-    def _check_lesson(self, lesson: Lesson) -> None:
-        domain, distill, kind, _ = lesson
-        if domain not in (ALL_DOMAINS, *self.corpus.domains):
-            raise ConfigError(
-                f"domain: {domain} is not among {', '.join(self.corpus.domains)}",
-                "correct the name",
-            )
-        if not self.has_teacher(kind, distill.method, domain):
-            raise ConfigError(
-                f"{distill.method}: there is no single teacher of {domain}",
-                "name another teacher: the domain is withheld, or the student serves them all",
-            )
-
-    def _check_cache(self) -> None:
-        if self.tokenizer.padding_side == "left":
-            raise ConfigError(
-                f"distill.cache_teacher: the tokenizer of {self.config.teacher.model} pads on the "
-                "left, so that a token's position, and what a teacher says of it, differs from "
-                "batch to batch",
-                "leave out distill.cache_teacher",
-            )
-        size = sum(
-            bytes_of(
-                signals,
-                self._part(self.corpus.train, domain),
-                self._shapes[0],
-                len(self.corpus.label2id),
-                BYTES[self.config.precision],
-            )
-            for domain, signals in self._asked.values()
-        )
-        limit = self.config.distill.cache_limit_gib
-        if size > limit * GIB:
-            raise ConfigError(
-                f"distill.cache_teacher: what teachers say takes about {size / GIB:.3g} GiB in "
-                f"{self._cache_root}, distill.cache_limit_gib is {limit:g}",
-                "raise the limit, or keep less: cache_teacher: logits or none, bf16: true, fewer "
-                "matched layers",
-            )
-
-    @property
-    def _cache_root(self) -> Path:
-        return self.folder / ".cache"
-
-    @cached_property
-    def _shapes(self) -> tuple[PretrainedConfig, PretrainedConfig]:
-        """Of teacher and student."""
-        with _configured("teacher.model"):
-            taught = load_config(self.config.teacher.model)
-        with _configured("student"):
-            return taught, student_shape(self.config.student, taught)
-
-    def _asked_of(self, lesson: Lesson) -> list[frozenset[Signal]]:
-        """What each phase asks the teacher for."""
-        taught, learning = self._shapes
-        depth = taught.num_hidden_layers
-        with _configured("distill"):
-            terms = build_terms(
-                lesson.distill,
-                student_layers=learning.num_hidden_layers,
-                teacher_layers=depth,
-                recipe=self.recipe,
-            )
-        by_expertise = lesson.distill.method == "meta"
-        return [signals_of(part, by_expertise, depth) for part, _ in _phases(lesson.distill, terms)]
-
-    def _cached_phases(self, lesson: Lesson) -> list[bool]:
-        mode = lesson.distill.cache_teacher if lesson.teacher_kind else "none"
-        return [is_kept(signals, mode) for signals in self._asked_of(lesson)]
-
-    def _keep_outputs(self, lesson: Lesson, teachers: list[Path]) -> KeptOutputs:
-        """What was foreseen to be asked of these teachers; what is not there is made."""
-        place = _place(lesson)
-        batch_size = self.config.teacher.training.per_device_eval_batch_size
-        if place not in self._kept:
-            self._kept[place] = KeptOutputs(
-                self._cache_root,
-                place,
-                teachers,
-                {
-                    "precision": self.config.precision,
-                    "packed": self.config.packed,
-                    "batch_size": batch_size,
-                },
-                self._part(self.corpus.train, lesson.domain),
-                self._shapes[0].num_hidden_layers,
-                self.world,
-                self.say,
-            )
-        kept = self._kept[place]
-        if missing := kept.missing(self._asked[place][1]):
-            service = TeacherService(teachers, self.config, self.recipe, self.world)
-            with service.showing(frozenset(signal.feature for signal in missing)) as show:
-                kept.make(missing, show, self.collate, batch_size)
-        return kept
+        return [self.outputs.keep(lesson, self._teachers(lesson)).folder for lesson in lessons]
 
     # Evaluation
 
@@ -847,7 +561,7 @@ class Run:
             service = TeacherService([place], exact, self.recipe, self.world)
             [teacher] = service.teachers
             domain = place.name if teacher.kind == "single" else ALL_DOMAINS
-            part = self._part(split, domain)
+            part = self.part(split, domain)
             with service.showing(frozenset({"logits"})) as show:
                 teacher.eval()  # the release teaches with dropout
                 scored = self._score(lambda batch, show=show: show(batch).logits, part, training)
@@ -860,7 +574,7 @@ class Run:
         for place in self.distill():
             student = load_trained_classifier(place)
             classify = _classifier(student.to(self.world.device).eval())
-            part = self._part(split, place.name)
+            part = self.part(split, place.name)
             scores["students"][place.name] = self._score(classify, part, training)
         if self.world.is_main:
             (self.folder / "evaluation.json").write_text(json.dumps(scores, indent=1))

@@ -1,0 +1,200 @@
+"""A run directory with its configuration, corpus and store: what all of its stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from rich.console import Console
+
+from metakd import __version__
+from metakd.config import RunConfig
+from metakd.data import Corpus, Split, collate, load_corpus
+from metakd.errors import ConfigError, DataError
+from metakd.method.recipe import RECIPES, Recipe
+from metakd.method.sources import load_tokenizer
+from metakd.method.student import check_models
+from metakd.tensor_cache import content_key
+from metakd.training.store import StageStore
+from metakd.training.table import ALL_DOMAINS
+from metakd.training.world import World
+
+
+@contextmanager
+def configured(block: str) -> Iterator[None]:
+    """What a wrong value makes a library raise, as an error of the configuration."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        remedy = f"correct {block} in the configuration"
+        raise ConfigError(f"{block}: {str(error).splitlines()[0]}", remedy) from error
+
+
+def _check_domains(corpus: Corpus) -> None:
+    # Each domain gets a folder of its name, and is trained, chosen and scored on its own examples.
+    problems = [
+        f"domain {name!r} cannot name a folder"
+        for name in corpus.domains
+        if name == ALL_DOMAINS  # `metakd.reading` refuses what would lead elsewhere
+    ]
+    for title in ("train", "validation", "test"):
+        split = getattr(corpus, title)
+        present = set() if split is None else set(split.domain.tolist())
+        problems += [
+            f"domain {name!r} has no {title} examples"
+            for number, name in enumerate(corpus.domains)
+            if split is not None and number not in present
+        ]
+    if problems:
+        raise DataError("; ".join(problems), "rename the domain, or give it examples")
+
+
+@dataclass
+class Context:
+    """One run directory, and what everything in it shares.
+
+    Args:
+        config: the checked configuration.
+        world: from ``join_world``.
+        console: where the first rank talks.
+        command: how the run was started; recorded with every stage.
+        resume: see ``StageStore``.
+        reshard: see ``engine.Saves``.
+    """
+
+    config: RunConfig
+    world: World = field(default_factory=World)
+    console: Console = field(default_factory=Console)
+    command: str = ""
+    resume: str = "auto"
+    reshard: bool = False
+
+    @cached_property
+    def folder(self) -> Path:
+        """The run directory."""
+        return Path(self.config.output_dir)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """Paper or released form of the method."""
+        return RECIPES[self.config.compat]
+
+    @cached_property
+    def tokenizer(self):
+        """The tokenizer of the pre-trained encoder; teacher and students share it, and cut texts
+        where they were cut in training, whoever serves them."""
+        with configured("teacher.model"):
+            tokenizer = load_tokenizer(self.config.teacher.model)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, self.config.data.max_length)
+        return tokenizer
+
+    @cached_property
+    def collate(self):
+        """Examples to a padded batch."""
+        return collate(self.tokenizer, packed=self.config.packed)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The tokenised corpus."""
+        corpus = self.world.one_by_one(
+            lambda: load_corpus(
+                self.config.data,
+                self.tokenizer,
+                seed=self.config.seed,
+                cache=self.cache_root,
+                say=self.say,
+            )
+        )
+        unknown = set(self.config.distill.domains or []) - set(corpus.domains)
+        if unknown:
+            raise ConfigError(
+                f"distill.domains: {', '.join(sorted(unknown))} not among "
+                + ", ".join(corpus.domains),
+                "correct the names",
+            )
+        if set(self.config.data.withhold) == set(corpus.domains):
+            raise ConfigError(
+                "data.withhold: names every domain, which leaves nothing to teach", "keep one"
+            )
+        _check_domains(corpus)
+        check_models(self.config, self.tokenizer, corpus.label2id, self.recipe)
+        return corpus
+
+    @cached_property
+    def student_domains(self) -> list[str]:
+        """The domains to make students for, or the one student for all."""
+        if self.config.distill.one_student_for_all:
+            return [ALL_DOMAINS]
+        return self.config.distill.domains or self.corpus.domains
+
+    @cached_property
+    def store(self) -> StageStore:
+        """The finished stages."""
+        config = self.config
+        data = config.data
+        common = {
+            "version": __version__,
+            "data": data.model_dump(mode="json"),
+            "content": self._content(data.train, data.validation, data.test, config.teacher.model),
+            "seed": config.seed,
+            "zero": config.zero,
+            "precision": config.precision,
+            "packed": config.packed,
+            "deepspeed": config.deepspeed,
+            "compat": config.compat,
+        }
+        return StageStore(
+            self.folder,
+            self.world,
+            common,
+            self.command,
+            self.say,
+            resume=self.resume,
+            reshard=self.reshard,
+            keep=config.save_total_limit,
+        )
+
+    @cached_property
+    def student_content(self) -> str:
+        """Digest of the student's pre-trained model."""
+        return self._content(self.config.student.model)
+
+    def _content(self, *sources: str | None) -> str:
+        """Digest of files and folders, which the first rank reads; a hub id names none and adds
+        nothing."""
+
+        def read() -> str:
+            try:
+                return content_key(*map(Path, filter(None, sources)))
+            except OSError as error:
+                cause = f"{error.filename}: {error.strerror}"
+                raise DataError(cause, "give back the right to read it") from error
+
+        return self.world.agree(self.world.on_first(read))
+
+    @property
+    def teacher_kind(self) -> str | None:
+        """The kind of teacher that the configured method learns from."""
+        only = {"finetune": None, "mtn_kd": "single", "meta": "meta"}
+        return only.get(self.config.distill.method, self.config.teacher.kind)
+
+    def say(self, text: str) -> None:
+        """One line on the console, from the first rank only."""
+        if self.world.is_main:
+            self.console.print(text, markup=False, highlight=False)
+
+    def settings(self, *blocks: str) -> dict:
+        """Blocks of the configuration, as inputs of a stage."""
+        return {block: self.config.model_dump(mode="json")[block] for block in blocks}
+
+    def part(self, split: Split, domain: str) -> Split:
+        """The examples of a domain, or of ``all``."""
+        return split if domain == ALL_DOMAINS else split.view(self.corpus.domains.index(domain))
+
+    @property
+    def cache_root(self) -> Path:
+        """Folder of what is kept between runs and can be made anew."""
+        return self.folder / ".cache"

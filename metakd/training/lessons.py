@@ -1,0 +1,184 @@
+"""What students learn, from whom, in which phases; and what is kept of what their teachers say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PretrainedConfig
+
+from metakd.config import DistillConfig, TrainingConfig
+from metakd.errors import ConfigError
+from metakd.method.objective import Term, build_terms
+from metakd.method.sources import load_config
+from metakd.method.student import student_shape
+from metakd.training.context import Context, configured
+from metakd.training.memory import BYTES
+from metakd.training.serving import TeacherService
+from metakd.training.teacher_cache import (
+    GIB,
+    KeptOutputs,
+    Signal,
+    bytes_of,
+    is_kept,
+    signals_of,
+)
+
+
+def method_label(distill: DistillConfig, teacher_kind: str | None) -> str:
+    """A student's row in tables and folder names: ``meta-from-meta``, ``finetune``."""
+    return distill.method if teacher_kind is None else f"{distill.method}-from-{teacher_kind}"
+
+
+class Lesson(NamedTuple):
+    """Who teaches a student what.
+
+    ``domain`` is the student's, or ``all``; ``teacher_kind`` None for fine-tuning alone.
+    """
+
+    domain: str
+    distill: DistillConfig
+    teacher_kind: str | None
+    teacher_seed: int
+
+    @property
+    def place(self) -> str:
+        """Where in the cache the outputs of its teachers are."""
+        mean = "-mean" if self.distill.method == "mtn_kd" else ""
+        return f"teachers/{self.teacher_kind}-s{self.teacher_seed}{mean}/{self.domain}"
+
+
+def phases_of(
+    distill: DistillConfig, terms: Sequence[Term]
+) -> list[tuple[list[Term], TrainingConfig]]:
+    """What is trained together, one after the other."""
+    early = [term for term in terms if term.intermediate]
+    late = [term for term in terms if not term.intermediate]
+    if distill.schedule == "joint" or not early:
+        return [(list(terms), distill.training)]
+    return [(early, distill.intermediate), *([(late, distill.training)] if late else [])]
+
+
+class TeacherOutputs:
+    """What the lessons of a run ask their teachers for, and what is kept of it.
+
+    Args:
+        run: whose lessons they are.
+    """
+
+    def __init__(self, run: Context):
+        self._run = run
+        # By place in the cache: the domain and what its students ask for; what was found or made.
+        self._asked: dict[str, tuple[str, set[Signal]]] = {}
+        self._kept: dict[str, KeptOutputs] = {}
+
+    def __bool__(self) -> bool:
+        """Is anything to be kept?"""
+        return bool(self._asked)
+
+    def forget(self) -> None:
+        """Look for everything again, after other processes have been at work."""
+        self._kept.clear()
+
+    def foresee(self, lessons: Iterable[Lesson]) -> None:
+        """Note what these lessons will ask for, so that one pass over the examples can keep it for
+        all of them.
+
+        Raises:
+            ConfigError: what is to be kept takes more room than ``distill.cache_limit_gib``, or
+                depends on the batch.
+        """
+        grown = False
+        for lesson in lessons:
+            for signals, cached in zip(self.asked_of(lesson), self.cached_phases(lesson)):
+                if cached:
+                    _, asked = self._asked.setdefault(lesson.place, (lesson.domain, set()))
+                    grown |= not signals <= asked
+                    asked |= signals
+        if grown and self._run.store.may_build:
+            self._check_cache()
+
+    def _check_cache(self) -> None:
+        run, config = self._run, self._run.config
+        if run.tokenizer.padding_side == "left":
+            raise ConfigError(
+                f"distill.cache_teacher: the tokenizer of {config.teacher.model} pads on the left, "
+                "so that a token's position, and what a teacher says of it, differs from batch to "
+                "batch",
+                "leave out distill.cache_teacher",
+            )
+        size = sum(
+            bytes_of(
+                signals,
+                run.part(run.corpus.train, domain),
+                self.shapes[0],
+                len(run.corpus.label2id),
+                BYTES[config.precision],
+            )
+            for domain, signals in self._asked.values()
+        )
+        limit = config.distill.cache_limit_gib
+        if size > limit * GIB:
+            raise ConfigError(
+                f"distill.cache_teacher: what teachers say takes about {size / GIB:.3g} GiB in "
+                f"{run.cache_root}, distill.cache_limit_gib is {limit:g}",
+                "raise the limit, or keep less: cache_teacher: logits or none, bf16: true, fewer "
+                "matched layers",
+            )
+
+    @cached_property
+    def shapes(self) -> tuple[PretrainedConfig, PretrainedConfig]:
+        """Of teacher and student."""
+        with configured("teacher.model"):
+            taught = load_config(self._run.config.teacher.model)
+        with configured("student"):
+            return taught, student_shape(self._run.config.student, taught)
+
+    def asked_of(self, lesson: Lesson) -> list[frozenset[Signal]]:
+        """What each phase asks the teacher for."""
+        taught, learning = self.shapes
+        depth = taught.num_hidden_layers
+        with configured("distill"):
+            terms = build_terms(
+                lesson.distill,
+                student_layers=learning.num_hidden_layers,
+                teacher_layers=depth,
+                recipe=self._run.recipe,
+            )
+        by_expertise = lesson.distill.method == "meta"
+        phases = phases_of(lesson.distill, terms)
+        return [signals_of(part, by_expertise, depth) for part, _ in phases]
+
+    def cached_phases(self, lesson: Lesson) -> list[bool]:
+        """Which phases learn from kept outputs."""
+        mode = lesson.distill.cache_teacher if lesson.teacher_kind else "none"
+        return [is_kept(signals, mode) for signals in self.asked_of(lesson)]
+
+    def keep(self, lesson: Lesson, teachers: list[Path]) -> KeptOutputs:
+        """What was foreseen to be asked of these teachers; what is not there is made."""
+        run, config, place = self._run, self._run.config, lesson.place
+        batch_size = config.teacher.training.per_device_eval_batch_size
+        if place not in self._kept:
+            settings = {
+                "precision": config.precision,
+                "packed": config.packed,
+                "batch_size": batch_size,
+            }
+            self._kept[place] = KeptOutputs(
+                run.cache_root,
+                place,
+                teachers,
+                settings,
+                run.part(run.corpus.train, lesson.domain),
+                self.shapes[0].num_hidden_layers,
+                run.world,
+                run.say,
+            )
+        kept = self._kept[place]
+        if missing := kept.missing(self._asked[place][1]):
+            service = TeacherService(teachers, config, run.recipe, run.world)
+            with service.showing(frozenset(signal.feature for signal in missing)) as show:
+                kept.make(missing, show, run.collate, batch_size)
+        return kept
