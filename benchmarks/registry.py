@@ -32,6 +32,7 @@ class Contest:
     contenders: dict[str, Step]
     absent: dict[str, str] = field(default_factory=dict)  # contender -> why not
     tolerance: float = 1e-3  # relative difference of losses allowed
+    rougher: dict[str, float] = field(default_factory=dict)  # contender -> what it is allowed
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,8 @@ def _head_row(N: int, H: int, C: int, dtype, devices, *, beta: float, quick=Fals
             return _step(lambda: inner(hidden, head, hidden_t, head_t, labels), hidden, head)
 
         _try(contest, "Liger chunked JSD", liger_chunked)
+        # It computes in the logits' dtype: 3.7 % off on 8 rows of 128256 classes, uncompiled.
+        contest.rougher["Liger chunked JSD"] = 0.05
 
         def trl():
             from trl.kernels.chunked_divergence import ChunkedDivergenceFunction as Chunked

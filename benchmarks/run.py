@@ -185,13 +185,18 @@ def peak_memory(step) -> int:
 
 
 def same_losses(
-    losses: dict[str, float], first: str, tolerance: float, absent: dict[str, str]
+    losses: dict[str, float],
+    first: str,
+    tolerance: float,
+    absent: dict[str, str],
+    rougher: dict[str, float] | None = None,
 ) -> list[str]:
-    """Names of those whose loss is not ``first``'s: they go among the absent, because what computes
-    something else has no speed."""
+    """Names of those whose loss is not ``first``'s, within the tolerance or their ``rougher`` own:
+    they go among the absent, because what computes something else has no speed."""
     others = []
     for name, loss in losses.items():
-        if not abs(loss - losses[first]) <= tolerance * abs(losses[first]):  # a NaN is another
+        allowed = (rougher or {}).get(name, tolerance) * abs(losses[first])
+        if not abs(loss - losses[first]) <= allowed:  # a NaN is another
             absent[name] = f"gives the loss {loss}, {first} {losses[first]}"
             others.append(name)
     return others
@@ -215,7 +220,11 @@ def measure(
     entered, absent = contest.contenders, contest.absent
     losses = of_each(entered, absent, lambda step: step().double().item())
     first = next(iter(losses), None)
-    wrong = [] if first is None else same_losses(losses, first, contest.tolerance, absent)
+    wrong = (
+        []
+        if first is None
+        else same_losses(losses, first, contest.tolerance, absent, contest.rougher)
+    )
     compared = {name: step for name, step in entered.items() if name not in absent}
     times = quantiles(compared, device, budget_s, absent)
     timed = {name: entered[name] for name in times}
