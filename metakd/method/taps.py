@@ -9,7 +9,8 @@ SDPA. Also holds ``layer_map``, which pairs student layers with teacher layers.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -105,6 +106,15 @@ AttentionInterface.register(TAPPED_SDPA, _tapped_sdpa)
 AttentionMaskInterface.register(TAPPED_SDPA, sdpa_mask)
 
 
+@contextmanager
+def _recorded_by(taps: Taps, features: Features) -> Iterator[None]:
+    token = _recording.set((taps, features))
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
 class Taps:
     """Runs an encoder and returns its ``Features``.
 
@@ -163,11 +173,8 @@ class Taps:
         """Forward the model's part of ``batch``; logits are kept if the model has any."""
         packing = Packing.of(batch) if self.packed else None
         features = Features(mask=batch["attention_mask"], packing=packing)
-        token = _recording.set((self, features))
-        try:
+        with _recorded_by(self, features), self._recomputed_packed(features):
             output = self.model(**model_inputs(batch))
-        finally:
-            _recording.reset(token)
         features.logits = getattr(output, "logits", None)
         if self.needs & ATTENTION_INPUTS and not features.query:
             raise ValueError(
@@ -187,6 +194,37 @@ class Taps:
             if not readers:
                 self.model.set_attn_implementation(own)
                 del _tapped_models[self.model]
+
+    @contextmanager
+    def _recomputed_packed(self, features: Features) -> Iterator[None]:
+        """Some transformers (5.17, not 5.23) checkpoint a layer together with its hooks, which must
+        find the packing again when the layer is recomputed."""
+        own = {
+            layer: layer._gradient_checkpointing_func
+            for layer in (encoder_layers(self.model) if self.packed else ())
+            if getattr(layer, "gradient_checkpointing", False)
+        }
+
+        def remembering(checkpoint: Callable) -> Callable:
+            def checkpointed(layer, *args):
+                def run(*args):
+                    if _recording.get() is not None:
+                        return layer(*args)
+                    nobodys = Features(mask=features.mask, packing=features.packing)
+                    with _recorded_by(self, nobodys):
+                        return layer(*args)
+
+                return checkpoint(run, *args)
+
+            return checkpointed
+
+        for layer, checkpoint in own.items():
+            layer._gradient_checkpointing_func = remembering(checkpoint)
+        try:
+            yield
+        finally:
+            for layer, checkpoint in own.items():
+                layer._gradient_checkpointing_func = checkpoint
 
     def _features(self, kind: str) -> Features | None:
         taps, features = _recording.get() or (None, None)
