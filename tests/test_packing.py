@@ -12,6 +12,7 @@ from transformers import (
     ModernBertConfig,
     ModernBertForSequenceClassification,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from metakd.config import DistillConfig, TermWeights
 from metakd.errors import UnsupportedError
@@ -247,6 +248,8 @@ def test_pack_and_unpack_are_inverse_and_differentiate_twice(make_batch):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["bert", "modernbert", "distilbert"])
 def test_checkpointed_layers_are_recomputed_packed(build, batch, name, reentrant, way):
+    if reentrant and "__call__" in vars(GradientCheckpointingLayer):
+        pytest.skip("this transformers checkpoints a layer with its hooks: see run()")
     model = build(name).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):

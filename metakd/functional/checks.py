@@ -111,10 +111,15 @@ def widest(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
 def without_autocast(device: torch.device, compute: Callable, *args, **kwargs):
     """``compute`` in the dtypes given."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return compute(*args, **kwargs)
     with torch.autocast(kind, enabled=False):
         return compute(*args, **kwargs)
