@@ -189,6 +189,18 @@ def test_every_dtype(op, backend, dtype, sizes):
     check_op(weight_cases(*sizes)[op], backend, dtype)
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype"), backend_dtypes("class_prototypes", ("triton",), (torch.float32,))
+)
+@pytest.mark.parametrize("rows", [7, 2, 50])  # a ragged last part; empty ones; one part
+def test_cells_are_summed_in_parts(backend, dtype, rows, monkeypatch):
+    from metakd.kernels import prototypes
+
+    monkeypatch.setattr(prototypes, "PART_ROWS", rows)
+    monkeypatch.setattr(prototypes, "MOST_PARTS", 20)
+    check_op(weight_cases(50, 33, 4, 3)["class_prototypes"], backend, dtype)
+
+
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_the_check_can_fail(op):
     case = weight_cases(40, 24, 4, 3)[op]

@@ -84,29 +84,29 @@ def _masked_mean_bwd_kernel(
         tl.store(dhidden + places(place, H, column, 1), share, mask=write)
 
 
-@triton.jit(do_not_specialize=["stride", "stride_domain", "stride_label", "N", "M"])
-def _class_prototypes_kernel(
-    embedding, domain, label, prototypes, counts, stride, stride_domain, stride_label, N, M,
+@triton.jit(do_not_specialize=["stride", "stride_domain", "stride_label", "N", "PART", "K", "M"])
+def _class_sums_kernel(
+    embedding, domain, label, sums, counts, stride, stride_domain, stride_label, N, PART, K, M,
     H: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A cell's mean of a block of features, and its count."""
+    """Of PART rows, a cell's sum of a block of features, and its count."""
     blocks: tl.constexpr = (H + BLOCK - 1) // BLOCK
-    cell = tl.program_id(0).to(tl.int64) // blocks
+    to = tl.program_id(0).to(tl.int64) // blocks
+    cell, begin = to % (K * M), (to // (K * M)) * PART
+    end = tl.minimum(begin + PART, N)
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     members = tl.zeros([ROWS], tl.int32)
-    for first in range(0, N, ROWS):
+    for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)
-        k = tl.load(domain + row.to(tl.int64) * stride_domain, mask=row < N, other=-1)
-        m = tl.load(label + row.to(tl.int64) * stride_label, mask=row < N, other=-1)
+        k = tl.load(domain + row * stride_domain, mask=row < end, other=-1)
+        m = tl.load(label + row * stride_label, mask=row < end, other=-1)
         member = (k == cell // M) & (m == cell % M)
         members += member.to(tl.int32)
         total += load_rows(embedding, row, stride, member, column, H, ALIGN).to(tl.float32)
-    count = tl.sum(members, 0)
-    value = tl.sum(total, 0) / tl.maximum(count, 1).to(tl.float32)
-    tl.store(prototypes + cell * H + column, value, mask=column < H)
+    tl.store(sums + to * H + column, tl.sum(total, 0), mask=column < H)
     if tl.program_id(0) % blocks == 0:
-        tl.store(counts + cell, count.to(tl.int64))
+        tl.store(counts + to, tl.sum(members, 0).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["stride", "stride_domain", "stride_label", "N", "K", "M"])
@@ -187,6 +187,10 @@ def _domain_expertise_kernel(
 
 # Tables and launchers
 
+# Rows of a program that sums up cells, and how many such parts there are at most: a few cells alone
+# would leave most of a GPU idle, and each part costs a sum.
+PART_ROWS, MOST_PARTS = 2048, 128
+
 
 def mean_shape(H: int, itemsize: int) -> dict[str, int]:
     """Rows at a time and columns of a program, 16 bytes of four rows a thread: narrow blocks, so
@@ -248,17 +252,22 @@ def class_prototypes(
     """See ``metakd.ops.SCHEMAS``."""
     refuse_doubles(embedding=embedding)
     N, H = embedding.shape
-    cells = num_domains, num_classes
-    prototypes = embedding.new_empty(*cells, H, dtype=torch.float32)  # [K, M, H]
-    counts = embedding.new_empty(cells, dtype=torch.int64)  # [K, M]
     embedding = in_rows(embedding)
     unit, shape = alignment(embedding), mean_shape(H, embedding.itemsize)
+    parts = max(1, min(N // PART_ROWS, MOST_PARTS))
+    cells = parts, num_domains, num_classes
+    sums = embedding.new_empty(*cells, H, dtype=torch.float32)
+    counts = embedding.new_empty(cells, dtype=torch.int64)
     strides = embedding.stride(0) // unit, domain.stride(0), label.stride(0)
-    args = [embedding, domain, label, prototypes, counts, *strides, N, num_classes]
+    sizes = N, triton.cdiv(N, parts), num_domains, num_classes
     grid = (counts.numel() * triton.cdiv(H, shape["BLOCK"]),)
     with torch.cuda.device_of(embedding):
-        _class_prototypes_kernel[grid](*args, H=H, ALIGN=unit, **shape, **COMPILE)
-    return prototypes, counts
+        _class_sums_kernel[grid](
+            embedding, domain, label, sums, counts, *strides, *sizes, H=H, ALIGN=unit, **shape,
+            **COMPILE,
+        )  # fmt: skip
+    counts = counts.sum(0)  # [K, M]
+    return sums.sum(0) / counts.clamp(min=1)[..., None], counts  # [K, M, H]
 
 
 def prototype_score(
