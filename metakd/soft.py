@@ -212,8 +212,12 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         head, gradients = Head(*ctx.saved_tensors[:3]), ctx.saved_tensors[3:]
-        scaled = [None if x is None else x * dloss for x in gradients]
-        return (*_like(scaled, head), *[None] * ctx.count)
+        scaled = [
+            # Rounded as it is written: a float32 product would be the largest tensor of all.
+            None if x is None else torch.mul(x, dloss, out=torch.empty_like(x, dtype=own.dtype))
+            for x, own in zip(gradients, head)
+        ]
+        return (*scaled, *[None] * ctx.count)
 
 
 def _like(gradients: Sequence[Tensor | None], head: Head) -> list[Tensor | None]:
