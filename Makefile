@@ -38,9 +38,10 @@ help:
 quickstart: $(READY)
 	$(PYTHON) -m metakd quickstart
 
-# Two processes, a file each: much of the time is one-threaded (the interpreter, compilers).
+# Two processes, a file each in the order of tests/conftest.py: much of the time is one-threaded (the interpreter,
+# compilers).
 test: $(READY)
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -21,7 +21,17 @@ if not torch.cuda.is_available():
 torch.set_num_threads(2)
 
 
+# Of two processes that take a file each, neither should be left with a long one at the end; nor
+# should both begin where DeepSpeed compiles an operator, for which one would wait.
+LONG_FILES = (
+    *("training", "compile_cuda", "contracts", "cli", "teacher_cache", "deploy"),
+    *("sharding", "reshard", "faults", "launch"),
+)
+
+
 def pytest_collection_modifyitems(items):
+    order = {f"test_{name}.py": number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if torch.cuda.is_available():
         return
     for item in items:
