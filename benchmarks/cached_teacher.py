@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks.run import environment, heading, write_report
+from benchmarks.run import environment, heading, inner_quantiles, read_options, write_report
 from benchmarks.step import training
-from benchmarks.throughput import Scene, check_same_loss, inner_quantiles, timed
+from benchmarks.throughput import Scene, check_same_loss, timed
 from metakd.config import DataConfig
 from metakd.data import StepSampler, collate, load_corpus
 from metakd.training.teacher_cache import KeptOutputs, bytes_of, signals_of
@@ -140,19 +140,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl")
     parser.add_argument("--encoder", required=True, help="folder of a BERT-like encoder")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU")
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=40, help="batches to draw texts for")
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU")
-    parser.add_argument("--seconds", type=float, default=120.0, help="per method")
-    parser.add_argument("--out", type=Path, help="results folder")
-    options = parser.parse_args()
+    options = read_options(parser, 120.0, "method")
     for needed in (options.data / "train.jsonl", Path(options.encoder) / "config.json"):
         if not needed.exists():
             raise SystemExit(f"nothing is timed: {needed} does not exist")
-    torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     usual = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, options.dtype or usual)
