@@ -2,8 +2,9 @@
 
 The module under training returns one loss per example; the reduction happens here, over the whole
 optimizer step (all micro-batches of all ranks), so that accumulation, several ranks and one big
-batch give the same gradient, ragged last step included. Nothing in the step waits for the device
-except DeepSpeed's own check of the gradient's norm, and the log every ``logging_steps``.
+batch give the same gradient, ragged last step included. Three things in a step wait for the device:
+DeepSpeed's check of the gradient's norm, transformers, which asks before each forward pass under
+SDPA whether the batch has padding, and the log every ``logging_steps``.
 
 A run can end at any step and go on later as if nothing had happened (``Saves``); a step whose
 gradient is not finite is left out on all ranks, and ten in a row end the run.
