@@ -123,7 +123,11 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name the steps and do nothing")
     options = parser.parse_args()
     out = options.out.resolve()
-    chosen = choose(steps(out, sanitize=not options.quick), options.only)
+    found = steps(out, sanitize=not options.quick)
+    for part in options.only:
+        if not any(part in name for name in found):
+            parser.error(f"--only {part}: none of {', '.join(found)}")
+    chosen = choose(found, options.only)
     if options.list:
         print("\n".join(chosen))
         return 0

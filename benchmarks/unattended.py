@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -125,14 +126,19 @@ def run_all(
     logs.mkdir(parents=True, exist_ok=True)
     runner = _Runner(logs, seconds)
     done: list[Done] = []
-    for alone, neighbours in groupby(tasks.items(), key=lambda item: item[1].alone):
-        with ThreadPoolExecutor(1 if alone else workers) as pool:
-            try:
-                done += pool.map(runner.run, neighbours)
-            except BaseException:  # Ctrl-C above all: it does not reach the tasks by itself
-                pool.shutdown(wait=False, cancel_futures=True)
-                runner.stop()
-                raise
+    # Like Ctrl-C it does not reach the tasks by itself, and would leave them running.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        for alone, neighbours in groupby(tasks.items(), key=lambda item: item[1].alone):
+            with ThreadPoolExecutor(1 if alone else workers) as pool:
+                try:
+                    done += pool.map(runner.run, neighbours)
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    runner.stop()
+                    raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return done
 
 

@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 import weakref
 from dataclasses import replace
 
@@ -389,6 +393,23 @@ def test_time_that_is_lent_ends_in_time(tmp_path, capsys):
     assert not (tmp_path / "logs" / "late.log").exists()
 
 
+def test_whoever_is_asked_to_stop_takes_the_tasks_along(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.unattended import Task, run_all\n"
+        "begin = 'import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "run_all({'long': Task([sys.executable, '-c', begin])}, Path(sys.argv[1]))"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=unattended.ROOT)
+    log = tmp_path / "long.log"
+    while not (log.exists() and log.read_text().strip()):
+        assert runner.poll() is None
+        time.sleep(0.05)
+    runner.terminate()
+    assert runner.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
 def test_only_neighbours_that_may_run_side_by_side(tmp_path):
     """Two tasks that wait for each other end; what is alone begins after both."""
     meet = (
@@ -441,6 +462,9 @@ def test_a_target_may_bound_from_above():
         targets.EAGER_LOOP: {"median_ms": 4.0, "peak_extra_bytes": 40},
     }
     assert memory.measure(contenders) == 0.25
+    # Where no kernel of ours ran, there is nothing to judge.
+    others = {targets.EAGER_LOOP: contenders[targets.EAGER_LOOP]}
+    assert [t.measure(others) for t in targets.TARGETS] == [None] * len(targets.TARGETS)
 
 
 def test_every_target_names_rows_that_the_benchmarks_have():

@@ -1,5 +1,8 @@
 """Packed batches give what padded ones give: features, losses per example and every gradient."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from encoders import BUILDERS, HEADS, HIDDEN, LAYERS, SHAPE
@@ -270,6 +273,20 @@ def test_checkpointed_layers_are_recomputed_packed(build, batch, name, reentrant
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": reentrant})
     assert_same_gradients(run(packed=True), expected)
+
+
+def test_what_recomputes_a_layer_keeps_no_step_alive(build, batch):
+    """A loss that leaves part of the graph unvisited, as one that reads a layer's queries alone."""
+    model = build("bert").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    taps = Taps(model, {"query"}, packed=True)
+    features = taps(batch)
+    features.query[-1].square().sum().backward()
+    gone = weakref.ref(features)
+    del features
+    gc.collect()
+    assert gone() is None
+    taps.remove()
 
 
 # The method

@@ -197,7 +197,7 @@ def test_cells_are_summed_in_parts(backend, dtype, rows, monkeypatch):
     from metakd.kernels import prototypes
 
     monkeypatch.setattr(prototypes, "PART_ROWS", rows)
-    monkeypatch.setattr(prototypes, "MOST_PARTS", 20)
+    monkeypatch.setattr(prototypes, "MOST_SUMS", 20 * 12)
     check_op(weight_cases(50, 33, 4, 3)["class_prototypes"], backend, dtype)
 
 

@@ -52,7 +52,10 @@ def test_files_that_were_not_kept_are_made_when_they_are_wanted(open_store, tmp_
     store, place = open_store(), tmp_path / "student"
     store.get(place, {}, write_weights, keep=False)
     assert not (place / "weights").exists()
+    assert store.has(place, {}, keep=False) and not store.has(place, {})
     assert store.get(place, {}, write_weights) == {"score": 1}
     assert (place / "weights").exists() and json.loads((place / "stage.json").read_text())["kept"]
+    for keep in (True, False):
+        assert store.has(place, {}, keep) and not store.has(place, {"other": 1}, keep)
     # And what has its files serves whoever needs none.
     store.get(place, {}, lambda *_: pytest.fail("built again"), keep=False)

@@ -573,16 +573,14 @@ def test_what_pads_on_the_left_is_not_kept(make):
 
 
 def test_the_estimate_is_the_size(make):
-    run = make("distill.cache_teacher=all", "distill.domains=[hiking,novels]")
-    places = run.cache()
+    options = ["distill.cache_teacher=all", "distill.domains=[hiking,novels]"]
+    places = make(*options).cache()
     values = [
         load_file(file)["values"].nbytes for place in places for file in place.glob("*.safetensors")
     ]
-    run.config.distill.__dict__["cache_limit_gib"] = (sum(values) - 1) / 2**30
     with pytest.raises(ConfigError):
-        run._check_cache()
-    run.config.distill.__dict__["cache_limit_gib"] = sum(values) / 2**30
-    run._check_cache()
+        make(*options, f"distill.cache_limit_gib={(sum(values) - 1) / 2**30!r}").cache()
+    assert make(*options, f"distill.cache_limit_gib={sum(values) / 2**30!r}").cache() == places
 
 
 def test_damage_between_runs_is_repaired_with_the_same_bits(make, asked):

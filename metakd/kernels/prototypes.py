@@ -187,9 +187,9 @@ def _domain_expertise_kernel(
 
 # Tables and launchers
 
-# Rows of a program that sums up cells, and how many such parts there are at most: a few cells alone
-# would leave most of a GPU idle, and each part costs a sum.
-PART_ROWS, MOST_PARTS = 2048, 128
+# Rows of a program that sums up cells, and how many sums there are at most: few cells alone would
+# leave most of a GPU idle, and each part of the rows costs a sum for each cell.
+PART_ROWS, MOST_SUMS = 2048, 2048
 
 
 def mean_shape(H: int, itemsize: int) -> dict[str, int]:
@@ -254,7 +254,7 @@ def class_prototypes(
     N, H = embedding.shape
     embedding = in_rows(embedding)
     unit, shape = alignment(embedding), mean_shape(H, embedding.itemsize)
-    parts = max(1, min(N // PART_ROWS, MOST_PARTS))
+    parts = max(1, min(N // PART_ROWS, MOST_SUMS // (num_domains * num_classes)))
     cells = parts, num_domains, num_classes
     sums = embedding.new_empty(*cells, H, dtype=torch.float32)
     counts = embedding.new_empty(cells, dtype=torch.int64)

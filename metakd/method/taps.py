@@ -199,6 +199,8 @@ class Taps:
     def _recomputed_packed(self, features: Features) -> Iterator[None]:
         """Some transformers (5.17, not 5.23) checkpoint a layer together with its hooks, which must
         find the packing again when the layer is recomputed."""
+        # Not the features: what recomputes a layer hangs in the graph that made them.
+        mask, packing = features.mask, features.packing
         own = {
             layer: layer._gradient_checkpointing_func
             for layer in (encoder_layers(self.model) if self.packed else ())
@@ -210,7 +212,7 @@ class Taps:
                 def run(*args):
                     if _recording.get() is not None:
                         return layer(*args)
-                    nobodys = Features(mask=features.mask, packing=features.packing)
+                    nobodys = Features(mask=mask, packing=packing)
                     with _recorded_by(self, nobodys):
                         return layer(*args)
 

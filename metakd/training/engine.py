@@ -545,10 +545,11 @@ class _Keeper:
                 "convert it: the same command with --reshard",
             )
         fixed = self.facts.keys() - (plan.keys() if changed else ())
+        facts = {"processes": before, **start.facts}
         wrong = [
-            f"{name} was {start.facts.get(name)}, is {self.facts[name]}"
+            f"{name} was {facts.get(name)}, is {self.facts[name]}"
             for name in sorted(fixed)
-            if start.facts.get(name) != self.facts[name]
+            if facts.get(name) != self.facts[name]
         ]
         if wrong:
             raise CheckpointError(

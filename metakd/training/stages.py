@@ -284,7 +284,8 @@ class Run(Context):
 
     def spread(self, students: Sequence[tuple[Lesson, dict]]) -> None:
         """Train students, each by one group of ``processes_per_student`` processes, the groups side
-        by side. What they share is made before, by all. Does nothing where there is one group.
+        by side. What they share is made before, by all. Does nothing where there is one group, or
+        no student is missing.
 
         Args:
             students: of each its lesson, foreseen, and the other arguments of ``student``.
@@ -301,7 +302,16 @@ class Run(Context):
                 "processes",
                 "start another number of processes, or change it",
             )
-        for lesson, _ in students:
+        # One that is left of several was begun by a group: only as many can go on with it. And what
+        # stages need from all processes they have from here on, a group without a student too.
+        left = [
+            (lesson, options)
+            for lesson, options in students
+            if not self.store.has(*self._student_stage(lesson, **options))
+        ]
+        if not left or not self.store.may_build:
+            return
+        for lesson, _ in left:
             if lesson.distill.method == "meta":
                 self.prototypes()
             teachers = self._teachers(lesson)
@@ -309,7 +319,7 @@ class Run(Context):
                 self.outputs.keep(lesson, teachers)
         with in_groups(self.world, size) as (world, group, groups):
             self._move_to(world)
-            for lesson, options in students[group::groups]:
+            for lesson, options in left[group::groups]:
                 self.student(lesson, **options)
         self._move_to(join_world())
 
@@ -379,11 +389,27 @@ class Run(Context):
         Raises:
             ConfigError: see ``foresee``.
         """
-        domain, distill, teacher_kind, teacher_seed = lesson
+        label = label or method_label(lesson.distill, lesson.teacher_kind)
         self.foresee([lesson])
         teachers = self._teachers(lesson)
+        place, inputs, keep = self._student_stage(lesson, seed, keep, label)
+        result = self.store.get(
+            place,
+            inputs,
+            lambda folder, saves: self._build_student(folder, saves, lesson, teachers, seed, label),
+            keep,
+        )
+        return place, result
+
+    def _student_stage(
+        self, lesson: Lesson, seed: int, keep: bool = True, label: str | None = None
+    ) -> tuple[Path, dict, bool]:
+        """Folder and inputs of what ``student`` makes, and whether its files are kept."""
+        domain, distill, teacher_kind, teacher_seed = lesson
         label = label or method_label(distill, teacher_kind)
-        lineage = f"s{seed}" + (f"-t{teacher_seed}" if teachers and teacher_seed != seed else "")
+        lineage = f"s{seed}"
+        if teacher_kind and teacher_seed != seed:
+            lineage += f"-t{teacher_seed}"
         place = self.folder / "students" / f"{label}-{lineage}" / domain
         inputs = {
             "stage": "student",
@@ -399,13 +425,7 @@ class Run(Context):
         cached = self.outputs.cached_phases(lesson)
         if any(cached):  # computed in other batches than the student's, and rounded otherwise
             inputs["cached_phases"] = cached
-        result = self.store.get(
-            place,
-            inputs,
-            lambda folder, saves: self._build_student(folder, saves, lesson, teachers, seed, label),
-            keep,
-        )
-        return place, result
+        return place, inputs, keep
 
     def _build_student(
         self,

@@ -83,18 +83,28 @@ class StageStore:
             CheckpointError: it would have to be built and may not, or there is nothing to go on
                 from where that was asked for.
         """
-        described = json.dumps({**self.common, **inputs}, sort_keys=True)
-        digest = hashlib.sha256(described.encode()).hexdigest()
+        digest = self._digest(inputs)
         # What was asked for without its files may have none.
         if self._asked.get(place) not in ((digest, keep), (digest, True)):
             self._finished[place] = self._look_up_or_build(place, digest, build, keep)
             self._asked[place] = digest, keep
         return self._finished[place]
 
+    def has(self, place: Path, inputs: dict, keep: bool = True) -> bool:
+        """Would ``get`` find what it is asked for?"""
+        return _serves(self._stored(place), self._digest(inputs), keep)
+
+    def _digest(self, inputs: dict) -> str:
+        described = json.dumps({**self.common, **inputs}, sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
+
+    def _stored(self, place: Path) -> dict:
+        return self.world.agree(self.world.on_first(lambda: _read(place / _RECORD)))
+
     def _look_up_or_build(self, place, digest, build, keep) -> dict:
         name = str(place.relative_to(self.folder))
-        stored = self.world.agree(self.world.on_first(lambda: _read(place / _RECORD)))
-        if stored.get("inputs") == digest and (stored["kept"] or not keep):
+        stored = self._stored(place)
+        if _serves(stored, digest, keep):
             self._on_first(lambda: self._tidy(place))
             self.say(f"{name}: inputs unchanged, skipped")
             return stored["result"]
@@ -220,6 +230,10 @@ def _read(record: Path) -> dict:
             f"{record}: is damaged: {error}", f"remove {record.parent} and build it again"
         ) from error
     return stored
+
+
+def _serves(stored: dict, digest: str, keep: bool) -> bool:
+    return stored.get("inputs") == digest and (stored["kept"] or not keep)
 
 
 def _replaced(place: Path) -> Path:

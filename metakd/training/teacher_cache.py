@@ -300,14 +300,16 @@ class KeptOutputs:
     @contextmanager
     def _together(self) -> Iterator[None]:
         """Every rank changes files; where one of them cannot, all raise."""
-        problem = None
+        problem = failed = None
         try:
             yield
         except OSError as error:
-            problem = f"{self.folder}: {error.strerror}, teacher outputs are not kept"
+            problem = f"{self.folder}: {error.strerror or error}, teacher outputs are not kept"
+            failed = error
         if told := next(filter(None, self._world.gather(problem)), None):
             remedy = "make room, or give back the rights, then give the same command again"
-            raise CheckpointError(told, f"{remedy}; or leave out distill.cache_teacher")
+            cache = "or leave out distill.cache_teacher"
+            raise CheckpointError(told, f"{remedy}; {cache}") from failed
 
 
 def _shown(signals: Iterable[Signal], features: Features, batch: Batch) -> dict[Signal, Tensor]:
