@@ -23,13 +23,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from benchmarks.run import environment, heading, inner_quantiles, read_options, write_report
+from benchmarks.reports import table
+from benchmarks.run import described, environment, heading, inner_quantiles, write_report
 from benchmarks.step import training
-from benchmarks.throughput import Scene, check_same_loss, timed
-from metakd.config import DataConfig
-from metakd.data import StepSampler, collate, load_corpus
+from benchmarks.throughput import Scene, check_same_loss, read_text_options, timed
+from metakd.data import StepSampler, collate
 from metakd.training.teacher_cache import KeptOutputs, bytes_of, signals_of
 from metakd.training.world import World
 
@@ -91,11 +90,8 @@ def measure(
         ),
         "pays_after_epochs": making_s / saved if saved > 0 else None,
         "contenders": {
-            name: {
-                "median_ms": 1e3 * medians[name],
-                **dict(zip(("p20_ms", "p80_ms"), (1e3 * s for s in inner_quantiles(values)))),
-                "seconds": values,
-            }
+            name: described(*(1e3 * s for s in (medians[name], *inner_quantiles(values))))
+            | {"seconds": values}
             for name, values in seconds.items()
         },
     }
@@ -112,6 +108,15 @@ def markdown(report: dict) -> str:
     for row in report["rows"]:
         cached = row["contenders"][CACHED]["median_ms"]
         pays = row["pays_after_epochs"]
+        cells = [
+            (
+                name,
+                f"{entry['median_ms']:.0f}",
+                f"{entry['p20_ms']:.0f}-{entry['p80_ms']:.0f}",
+                f"{entry['median_ms'] / cached:.2f}",
+            )
+            for name, entry in row["contenders"].items()
+        ]
         lines += [
             "",
             f"## {row['shape']} (mean {row['mean_length']:.0f}), {row['dtype']}",
@@ -122,47 +127,25 @@ def markdown(report: dict) -> str:
             + ("" if pays is None else f" and pays after {pays:.1f} epochs")
             + f". Collating from the cache is {1e3 * row['reading_s'] / cached:.1%} of a step.",
             "",
-            "| | median ms | 20-80 % | times cached |",
-            "|---|---:|---:|---:|",
+            table(("", "median ms", "20-80 %", "times cached"), cells),
         ]
-        for name, entry in row["contenders"].items():
-            cells = (
-                name,
-                f"{entry['median_ms']:.0f}",
-                f"{entry['p20_ms']:.0f}-{entry['p80_ms']:.0f}",
-                f"{entry['median_ms'] / cached:.2f}",
-            )
-            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl")
-    parser.add_argument("--encoder", required=True, help="folder of a BERT-like encoder")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU")
     parser.add_argument("--max-length", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=40, help="batches to draw texts for")
-    options = read_options(parser, 120.0, "method")
-    for needed in (options.data / "train.jsonl", Path(options.encoder) / "config.json"):
-        if not needed.exists():
-            raise SystemExit(f"nothing is timed: {needed} does not exist")
-    device = torch.device(options.device)
-    usual = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, options.dtype or usual)
-    tokenizer = AutoTokenizer.from_pretrained(options.encoder)
-    data = DataConfig(train=str(options.data / "train.jsonl"), max_length=options.max_length)
-    corpus = load_corpus(data, tokenizer)
+    texts = read_text_options(parser, 120.0, "method")
+    options, device, corpus = texts.options, texts.device, texts.corpus(texts.options.max_length)
     report = {"environment": environment(device.type, options.threads), "rows": []}
     for method in METHODS:
-        scene = Scene(corpus, options.encoder, device, dtype, method)
+        scene = Scene(corpus, options.encoder, device, texts.dtype, method)
         models = scene.teacher.model, scene.student
         report["layers"] = [model.config.num_hidden_layers for model in models]
         with tempfile.TemporaryDirectory() as folder:
-            row = measure(
-                scene, tokenizer, options.batch, options.steps, options.seconds, Path(folder)
-            )
+            settings = options.batch, options.steps, options.seconds, Path(folder)
+            row = measure(scene, texts.tokenizer, *settings)
         report["rows"].append(row)
     write_report("cached_teacher", report, markdown(report), device.type, options.out)
 

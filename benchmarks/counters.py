@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.registry import ROWS
+from benchmarks.registry import ROWS, rows_of
 from benchmarks.reports import table
 from benchmarks.run import RESULTS, device_folder, environment, heading
 from benchmarks.unattended import ROOT
@@ -61,7 +61,7 @@ def profiled_step(op: str, shape: str, backend: str) -> None:
     """One step between the marks that ``ncu --profile-from-start off`` waits for."""
     import torch
 
-    [row] = [row for row in _rows(op, shape) if row.shape == shape]
+    [row] = [row for row in rows_of(op, "cuda", shape) if row.shape == shape]
     step = row.build("cuda", rivals=False).contenders[backend]
     step()  # compiles
     torch.cuda.synchronize()
@@ -69,10 +69,6 @@ def profiled_step(op: str, shape: str, backend: str) -> None:
     step()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
-
-
-def _rows(op: str, shape: str):
-    return [r for r in ROWS if r.op == op and r.shape.startswith(shape) and "cuda" in r.devices]
 
 
 def _under_ncu(op: str, shape: str, backend: str) -> str:
@@ -100,7 +96,7 @@ def main() -> None:
     if options.step:
         return profiled_step(options.op, options.shape, options.step)
     lines = [f"# Counters of {options.op}", "", *heading(environment("cuda", 0))]
-    for row in _rows(options.op, options.shape):
+    for row in rows_of(options.op, "cuda", options.shape):
         for backend in ("metakd cpp", "metakd triton"):
             lines += ["", f"## {row.shape}, {backend}", ""]
             lines.append(_under_ncu(options.op, row.shape, backend))

@@ -84,9 +84,7 @@ def give_memory_back() -> None:
     """What nothing holds any more returns to the GPU, for who comes next."""
     if torch.cuda.is_available():
         gc.collect()
-        with suppress(
-            RuntimeError
-        ):  # after a kernel's fault nothing works, as the next one will say
+        with suppress(RuntimeError):  # after a kernel's fault nothing works; the next one says so
             torch.cuda.empty_cache()
 
 
@@ -219,7 +217,7 @@ def _one_read_row(N: int, C: int, dtype, devices, *, temperature=2.0, quick=Fals
         if rivals:
             own = student.clone().requires_grad_()
             for name, loss in _soft_opponents(0.0, temperature).items():
-                contest.contenders[name] = _step(lambda f=loss: f(own, teacher), own)
+                _try(contest, name, lambda f=loss: _step(lambda: f(own, teacher), own))
         return contest
 
     least = 3 * N * C * dtype.itemsize
@@ -528,3 +526,12 @@ ROWS = [
     _weights_row(6480, 384, 4, 2, FP32, CPU, quick=True),
     _weights_row(400000, 768, 5, 3, FP32, CUDA),
 ]
+
+
+def rows_of(op: str, device: str, shape: str = "") -> list[Row]:
+    """The rows of an operation on a device whose shape begins so."""
+    return [
+        row
+        for row in ROWS
+        if row.op == op and device in row.devices and row.shape.startswith(shape)
+    ]

@@ -29,7 +29,7 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks.registry import ROWS, Contest, Row, attempt, give_memory_back
+from benchmarks.registry import ROWS, Contest, Row, attempt, give_memory_back, rows_of
 from benchmarks.reports import table
 from metakd.environment import environment as describe
 from metakd.environment import installed
@@ -351,9 +351,8 @@ def main() -> None:
     }
     problems: list[str] = []
     failed: dict[str, str] = {}
-    for row in ROWS:
-        chosen = row.op == options.op and row.shape.startswith(options.shape)
-        if chosen and device in row.devices and (row.quick or not options.quick):
+    for row in rows_of(options.op, device, options.shape):
+        if row.quick or not options.quick:
             arguments = row, device, options.seconds, report["rates"], problems
             measured = attempt(f"{row.op} {row.shape}", failed, partial(measure, *arguments))
             report["rows"] += [] if measured is None else [measured]

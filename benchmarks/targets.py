@@ -7,13 +7,12 @@ or rival, not measured. Numerics have tests, not targets.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reports import table
+from benchmarks.reports import ReportError, load, table
 
 Contenders = dict[str, dict]  # name -> what run.py or step.py noted of it
 Measure = Callable[[Contenders], float | None]
@@ -169,13 +168,16 @@ def _is_cpu(report: dict) -> bool:
 
 
 def verdicts(folder: Path) -> str:
-    """The table of the targets that belong to the folder's device; empty for a folder without
-    reports of operations or steps."""
-    reports = {}
-    for name in {target.report for target in TARGETS}:
+    """The table of the targets that belong to the folder's device, and files that cannot be read;
+    empty for a folder without reports of operations or steps."""
+    reports, problems = {}, []
+    for name in dict.fromkeys(target.report for target in TARGETS):
         path = folder / f"{name}.json"
         if path.exists():
-            reports[name] = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                reports[name] = load(path).data
+            except ReportError as error:
+                problems.append(str(error))
     devices = {"cpu" if _is_cpu(report) else "cuda" for report in reports.values()}
     lines = []
     for target in TARGETS:
@@ -194,9 +196,9 @@ def verdicts(folder: Path) -> str:
             )
             for where, figure in figures
         ]
-    return (
-        table(("target", "row", "figure", "wanted", "measured", ""), lines, left=3) if lines else ""
-    )
+    header = ("target", "row", "figure", "wanted", "measured", "")
+    tables = [table(header, lines, left=3)] if lines else []
+    return "\n".join([*tables, *problems])
 
 
 def main() -> None:

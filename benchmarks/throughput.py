@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.reports import table
 from benchmarks.run import (
@@ -257,28 +257,55 @@ def markdown(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+@dataclass(frozen=True)
+class Texts:
+    """What benchmarks on texts are asked, see ``read_text_options``.
+
+    Args:
+        options: the whole command line.
+        device: to run on.
+        dtype: of the models.
+        tokenizer: of the encoder.
+    """
+
+    options: argparse.Namespace
+    device: torch.device
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerBase
+
+    def corpus(self, max_length: int) -> Corpus:
+        """The texts, cut at so many tokens."""
+        data = DataConfig(train=str(self.options.data / "train.jsonl"), max_length=max_length)
+        return load_corpus(data, self.tokenizer)
+
+
+def read_text_options(parser: argparse.ArgumentParser, seconds: float, per: str) -> Texts:
+    """``read_options`` of a benchmark that reads texts and an encoder."""
     parser.add_argument("--data", type=Path, required=True, help="folder with train.jsonl")
     parser.add_argument("--encoder", required=True, help="folder of a BERT-like encoder")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on a CPU")
-    parser.add_argument("--max-length", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--batch", type=int, default=16)
-    options = read_options(parser, 130.0, "length")
+    options = read_options(parser, seconds, per)
     for needed in (options.data / "train.jsonl", Path(options.encoder) / "config.json"):
         if not needed.exists():
             raise SystemExit(f"nothing is timed: {needed} does not exist")
     device = torch.device(options.device)
     usual = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, options.dtype or usual)
-    tokenizer = AutoTokenizer.from_pretrained(options.encoder)
+    return Texts(options, device, dtype, AutoTokenizer.from_pretrained(options.encoder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--max-length", type=int, nargs="+", default=[128, 256])
+    texts = read_text_options(parser, 130.0, "length")
+    options, device = texts.options, texts.device
     report = {"environment": environment(device.type, options.threads), "rows": []}
     for max_length in options.max_length:
-        data = DataConfig(train=str(options.data / "train.jsonl"), max_length=max_length)
-        scene = Scene(load_corpus(data, tokenizer), options.encoder, device, dtype)
+        scene = Scene(texts.corpus(max_length), options.encoder, device, texts.dtype)
         models = scene.teacher.model, scene.student
         report["layers"] = [len(encoder_layers(model)) for model in models]
-        report["rows"].append(measure(scene, tokenizer, options.batch, options.seconds))
+        report["rows"].append(measure(scene, texts.tokenizer, options.batch, options.seconds))
     write_report("throughput", report, markdown(report), device.type, options.out)
 
 

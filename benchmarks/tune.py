@@ -19,12 +19,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 import metakd.kernels
-from benchmarks.registry import ROWS, Step, attempt
+from benchmarks.registry import ROWS, Step, attempt, give_memory_back, rows_of
 from benchmarks.reports import table
-from benchmarks.run import RESULTS, device_folder, environment, heading, write_report
+from benchmarks.run import (
+    RESULTS,
+    device_folder,
+    environment,
+    heading,
+    quantiles_on_gpu,
+    write_report,
+)
 
 GAIN = 1.02  # less is noise
 STAGES = (1, 2, 3, 4)
@@ -177,25 +182,21 @@ def markdown(report: dict) -> str:
 
 
 def main() -> None:
-    from triton.testing import do_bench
-
-    rows = [row for row in ROWS if "cuda" in row.devices]
+    ops = {row.op for row in ROWS if "cuda" in row.devices}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", required=True, choices=sorted({row.op for row in rows}))
+    parser.add_argument("--op", required=True, choices=sorted(ops))
     parser.add_argument("--shape", default="", help="only rows whose shape begins so")
     parser.add_argument("--rounds", type=int, default=2, help="most changes of one shape")
     parser.add_argument("--out", type=Path, help="results folder")
     options = parser.parse_args()
     folder = (options.out or RESULTS / device_folder("cuda")) / "tune"
     report = {"op": options.op, "environment": environment("cuda", 0), "rows": []}
-    for row in rows:
-        if row.op != options.op or not row.shape.startswith(options.shape):
-            continue
+    for row in rows_of(options.op, "cuda", options.shape):
         step = row.build("cuda", rivals=False).contenders["metakd triton"]
-        calls = search(step, lambda step: do_bench(step, return_mode="median"), options.rounds)
+        calls = search(step, lambda step: quantiles_on_gpu(step)[0], options.rounds)
         dtype = str(row.dtype).removeprefix("torch.")
         report["rows"].append({"shape": row.shape, "dtype": dtype, "calls": calls})
-        torch.cuda.empty_cache()
+        give_memory_back()
         # After each row: time may run out.
         write_report(options.op, report, markdown(report), "cuda", folder)
 

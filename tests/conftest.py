@@ -104,3 +104,48 @@ def make_batch():
         }
 
     return build
+
+
+# Of training: imported when they are asked for, as DeepSpeed takes seconds.
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A world of this process alone."""
+    from metakd.training.world import join_world
+
+    return join_world()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A corpus of 4 x 12 examples and encoders, see ``tiny_runs.make_source``."""
+    from tiny_runs import make_source
+
+    folder = tmp_path_factory.mktemp("source")
+    make_source(folder)
+    return folder
+
+
+@pytest.fixture
+def make(source, tmp_path, world):
+    """``make("key=value", ...)``: a run on the tiny corpus; ``said`` of it lists what it says."""
+    from rich.console import Console
+    from tiny_runs import write_config
+
+    from metakd.config import load_config
+    from metakd.training.stages import Run
+
+    def build(*overrides: str, output: str = "run") -> Run:
+        path = write_config(source, tmp_path, output)
+        run = Run(
+            load_config(str(path), list(overrides)),
+            world,
+            Console(quiet=True),
+            command="metakd test",
+        )
+        run.said = []
+        run.say = run.said.append
+        return run
+
+    return build

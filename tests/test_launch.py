@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import unjoined
-from test_training import launched, losses, make_source, write_config
+from tiny_runs import launched, losses, make_source, write_config
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 STEPS = [

@@ -9,7 +9,7 @@ import torch
 from processes import run_ranks
 from rich.console import Console
 from safetensors.torch import load_file
-from test_training import SETTINGS, make_source, rows_of, write_config
+from tiny_runs import SETTINGS, make_source, rows_of, write_config
 
 from metakd.config import load_config
 from metakd.method.taps import model_inputs

@@ -15,7 +15,7 @@ import torch
 from processes import run_ranks
 from rich.console import Console
 from safetensors.torch import load_file
-from test_training import losses, make_source, rows_of, write_config
+from tiny_runs import losses, rows_of, write_config
 
 from metakd.config import DistillConfig, load_config
 from metakd.data import Split, Tokens
@@ -382,37 +382,6 @@ def test_what_each_mode_keeps():
 
 
 # Runs
-
-
-@pytest.fixture(scope="module")
-def world():
-    return join_world()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source")
-    make_source(folder)
-    return folder
-
-
-@pytest.fixture
-def make(source, tmp_path, world):
-    """``make("key=value", ...)``: a run on the tiny corpus; ``said`` of it lists what it says."""
-
-    def build(*overrides: str, output: str = "run") -> Run:
-        path = write_config(source, tmp_path, output)
-        run = Run(
-            load_config(str(path), list(overrides)),
-            world,
-            Console(quiet=True),
-            command="metakd test",
-        )
-        run.said = []
-        run.say = run.said.append
-        return run
-
-    return build
 
 
 @pytest.fixture

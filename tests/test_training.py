@@ -6,17 +6,14 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from oracle import backend_dtypes
-from processes import unjoined
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny_runs import launched, losses, rows_of, write_config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from metakd import demo
@@ -37,79 +34,6 @@ from metakd.training.engine import Saves, compute_dtype, fit, predict
 from metakd.training.log import Meter, RunLog
 from metakd.training.stages import Run
 from metakd.training.world import World, join_world
-
-SETTINGS = {
-    "data": {"max_length": 24},
-    "teacher": {"training": {"num_train_epochs": 1, "learning_rate": 1e-3}},
-    "student": {"layers": [1]},
-    "distill": {"training": {"num_train_epochs": 1, "learning_rate": 1e-3}},
-    "report_to": ["jsonl"],
-    "logging_steps": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def world():
-    return join_world()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """A corpus of 4 x 12 examples and an encoder, see ``make_source``."""
-    folder = tmp_path_factory.mktemp("source")
-    make_source(folder)
-    return folder
-
-
-def make_source(folder: Path) -> None:
-    """Write a corpus of 4 x 12 examples, an encoder of two layers, and a smaller one of the same
-    vocabulary, both without dropout, so that runs can be compared."""
-    demo.write_corpus(folder / "corpus", train=12, validation=4, test=6)
-    texts = [row["text"] for row in rows_of(folder / "corpus" / "train.jsonl")]
-    for name, hidden in {"encoder": 32, "small": 24}.items():
-        demo.scratch_encoder(
-            folder / name, texts, hidden_size=hidden, layers=2, heads=2, vocab_size=300, mlm_steps=0
-        )
-        config = folder / name / "config.json"
-        shape = json.loads(config.read_text())
-        config.write_text(
-            json.dumps(shape | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
-        )
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture
-def make(source, tmp_path, world):
-    """``make("key=value", ...)``: a run on the tiny corpus."""
-
-    def build(*overrides: str, output: str = "run") -> Run:
-        path = write_config(source, tmp_path, output)
-        return Run(
-            load_config(str(path), list(overrides)),
-            world,
-            Console(quiet=True),
-            command="metakd test",
-        )
-
-    return build
-
-
-def write_config(source: Path, folder: Path, output: str) -> Path:
-    corpus = {
-        name: str(source / "corpus" / f"{name}.jsonl") for name in ("train", "validation", "test")
-    }
-    settings = {
-        **SETTINGS,
-        "output_dir": str(folder / output),
-        "data": {**SETTINGS["data"], **corpus},
-        "teacher": {**SETTINGS["teacher"], "model": str(source / "encoder")},
-    }
-    path = folder / f"{output}.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
 
 
 class Regression(torch.nn.Module):
@@ -669,45 +593,6 @@ def test_two_sentence_students(source, tmp_path, world, shared_data):
     assert set(scores["students"]) == {"fiction", "travel"} and scores["split"] == "validation"
     student = AutoModelForSequenceClassification.from_pretrained(run.distill()[0])
     assert set(student.config.label2id) == {"entailment", "neutral", "contradiction"}
-
-
-LAUNCHERS = {
-    "plain": [sys.executable, "-m", "metakd"],
-    "torchrun": [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "metakd",
-    ],
-    "deepspeed": [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--num_gpus",
-        "2",
-        "--module",
-        "metakd",
-    ],
-}
-
-
-def launched(
-    launcher: str, config: Path, *overrides: str, stage: str = "distill", processes: int = 2
-) -> None:
-    start = [str(processes) if word == "2" else word for word in LAUNCHERS[launcher]]
-    command = [*start, stage, str(config), "distill.domains=[hiking]", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=unjoined())
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def losses(folder: Path) -> dict[str, list[float]]:
-    return {
-        str(log.parent.relative_to(folder)): [
-            r["loss"] for r in rows_of(log) if r["split"] == "train"
-        ]
-        for log in sorted(folder.rglob("log.jsonl"))
-    }
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
     places: dict[str, list[Path]] = {}
 
     planned = list(_students(run, gamma2, teacher_seeds))
-    run.foresee(lesson for _, lesson, _ in planned)
+    run.foresee(lesson for lesson, _ in planned)
     for kind in dict.fromkeys(row.teacher for row in config.rows if row.teacher):
         for seed in teacher_seeds:
             scores = {}
@@ -53,12 +53,9 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
                 for domain in run.corpus.domains
                 if f"accuracy/{domain}" in scores
             ]
-    wanted = [
-        (lesson, {"seed": seed, "keep": config.keep_students, "label": label})
-        for label, lesson, seed in planned
-    ]
-    run.spread(wanted)
-    for (label, lesson, seed), (_, options) in zip(planned, wanted):
+    run.spread(planned)
+    for lesson, options in planned:
+        label, seed = options["label"], options["seed"]
         place, result = run.student(lesson, **options)
         places.setdefault(label, []).append(place)
         scored = run.corpus.domains if lesson.domain == ALL_DOMAINS else [lesson.domain]
@@ -82,8 +79,8 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
 
 def _students(
     run: Run, gamma2: Sequence[float], teacher_seeds: Sequence[int]
-) -> Iterator[tuple[str, Lesson, int]]:
-    """Row, lesson and seed of every student of the table."""
+) -> Iterator[tuple[Lesson, dict]]:
+    """Lesson of every student of the table, and the other arguments of ``Run.student``."""
     config = run.config.compare
     for row in _expand(config.rows, gamma2):
         distill = run.config.distill.model_copy(
@@ -97,7 +94,8 @@ def _students(
             teacher_seed = teacher_seeds[number % len(teacher_seeds)]
             for domain in run.student_domains:
                 if run.has_teacher(row.teacher, row.method, domain):
-                    yield label, Lesson(domain, distill, row.teacher, teacher_seed), seed
+                    options = {"seed": seed, "keep": config.keep_students, "label": label}
+                    yield Lesson(domain, distill, row.teacher, teacher_seed), options
 
 
 def _expand(rows: Sequence[CompareRow], gamma2: Sequence[float]) -> list[CompareRow]:

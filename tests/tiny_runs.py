@@ -1,0 +1,94 @@
+"""Runs on a corpus and encoders of the tiniest size, for the tests of training."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from processes import unjoined
+
+from metakd import demo
+
+SETTINGS = {
+    "data": {"max_length": 24},
+    "teacher": {"training": {"num_train_epochs": 1, "learning_rate": 1e-3}},
+    "student": {"layers": [1]},
+    "distill": {"training": {"num_train_epochs": 1, "learning_rate": 1e-3}},
+    "report_to": ["jsonl"],
+    "logging_steps": 1,
+}
+
+
+def make_source(folder: Path) -> None:
+    """Write a corpus of 4 x 12 examples, an encoder of two layers, and a smaller one of the same
+    vocabulary, both without dropout, so that runs can be compared."""
+    demo.write_corpus(folder / "corpus", train=12, validation=4, test=6)
+    texts = [row["text"] for row in rows_of(folder / "corpus" / "train.jsonl")]
+    for name, hidden in {"encoder": 32, "small": 24}.items():
+        demo.scratch_encoder(
+            folder / name, texts, hidden_size=hidden, layers=2, heads=2, vocab_size=300, mlm_steps=0
+        )
+        config = folder / name / "config.json"
+        shape = json.loads(config.read_text())
+        config.write_text(
+            json.dumps(shape | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+        )
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_config(source: Path, folder: Path, output: str) -> Path:
+    corpus = {
+        name: str(source / "corpus" / f"{name}.jsonl") for name in ("train", "validation", "test")
+    }
+    settings = {
+        **SETTINGS,
+        "output_dir": str(folder / output),
+        "data": {**SETTINGS["data"], **corpus},
+        "teacher": {**SETTINGS["teacher"], "model": str(source / "encoder")},
+    }
+    path = folder / f"{output}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+LAUNCHERS = {
+    "plain": [sys.executable, "-m", "metakd"],
+    "torchrun": [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "metakd",
+    ],
+    "deepspeed": [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_gpus",
+        "2",
+        "--module",
+        "metakd",
+    ],
+}
+
+
+def launched(
+    launcher: str, config: Path, *overrides: str, stage: str = "distill", processes: int = 2
+) -> None:
+    start = [str(processes) if word == "2" else word for word in LAUNCHERS[launcher]]
+    command = [*start, stage, str(config), "distill.domains=[hiking]", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=unjoined())
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(folder: Path) -> dict[str, list[float]]:
+    return {
+        str(log.parent.relative_to(folder)): [
+            r["loss"] for r in rows_of(log) if r["split"] == "train"
+        ]
+        for log in sorted(folder.rglob("log.jsonl"))
+    }
