@@ -28,8 +28,8 @@ from benchmarks.reports import table
 from benchmarks.run import described, environment, heading, inner_quantiles, write_report
 from benchmarks.step import training
 from benchmarks.throughput import Scene, check_same_loss, read_text_options, timed
-from metakd.data import StepSampler, collate
-from metakd.training.teacher_cache import KeptOutputs, bytes_of, signals_of
+from metakd.data.batches import StepSampler, collate
+from metakd.pipeline.teacher_cache import KeptOutputs, bytes_of, signals_of
 from metakd.training.world import World
 
 METHODS = ("logits_kd", "meta")

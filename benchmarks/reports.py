@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metakd.deploy.formats import INT8_ENGINE, TOKENISING
-from metakd.training.table import markdown_table
+from metakd.pipeline.table import markdown_table
 
 
 class ReportError(Exception):

@@ -25,12 +25,12 @@ from benchmarks.run import (
     read_options,
     write_report,
 )
+from metakd.data.reading import read_texts
 from metakd.deploy import Predictor
 from metakd.deploy.engines import why_not
 from metakd.deploy.formats import ENGINES
 from metakd.errors import MetakdError
-from metakd.method.sources import load_config
-from metakd.reading import read_texts
+from metakd.models.sources import load_config
 
 RIVAL_BATCHES = (1, 8)
 

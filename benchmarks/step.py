@@ -46,9 +46,10 @@ from benchmarks.run import (
     write_report,
 )
 from metakd.config import DistillConfig
-from metakd.method.objective import Distillation, build_terms
-from metakd.method.taps import layer_map
-from metakd.method.teacher import FrozenTeacher, Teacher
+from metakd.method.methods import build_terms
+from metakd.method.objective import Distillation
+from metakd.method.teachers import FrozenTeacher, Teacher
+from metakd.method.terms import layer_map
 
 DOMAINS = ["books", "dvd", "electronics", "kitchen"]
 CLASSES = 2

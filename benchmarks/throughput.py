@@ -3,7 +3,7 @@
 
 A step is collating, the meta-teacher's forward pass, the student's forward and backward pass with
 all terms of the method, and the optimizer, on the texts of ``FOLDER/train.jsonl``. The student is
-every second layer of the encoder. Batches are padded or packed (``metakd.method.packing``), their
+every second layer of the encoder. Batches are padded or packed (``metakd.models.packing``), their
 examples drawn at random or grouped by length (``metakd.data.StepSampler``). Packed and padded steps
 see the same batches and must give the same loss (those with next to no padding run alike, which
 shows the noise); all four and a large matrix product take turns, so
@@ -48,11 +48,13 @@ from benchmarks.run import (
 )
 from benchmarks.step import training
 from metakd.config import DataConfig, DistillConfig
-from metakd.data import Corpus, Split, StepSampler, collate, load_corpus
-from metakd.method.objective import Distillation, build_terms
-from metakd.method.student import keep_layers, load_classifier
-from metakd.method.taps import encoder_layers
-from metakd.method.teacher import FrozenTeacher, Teacher
+from metakd.data.batches import StepSampler, collate
+from metakd.data.corpus import Corpus, Split, load_corpus
+from metakd.method.methods import build_terms
+from metakd.method.objective import Distillation
+from metakd.method.teachers import FrozenTeacher, Teacher
+from metakd.models.student import keep_layers, load_classifier
+from metakd.models.taps import encoder_layers
 
 LAYOUTS = {  # name -> packed, grouped by length
     "padded, random": (False, False),

@@ -13,16 +13,22 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from metakd.config import RunConfig, load_config
+from metakd import front
+from metakd.config import load_config
 from metakd.errors import ConfigError, DataError, MetakdError, UnsupportedError
+from metakd.front import Result
+
+if TYPE_CHECKING:
+    from metakd.pipeline.stages import Run
 
 app = typer.Typer(
     add_completion=False,
@@ -53,70 +59,58 @@ Reshard = Annotated[
 ]
 
 
-def _open(config: RunConfig, resume: str = "auto", reshard: bool = False):
-    """A run with its world; here and not above, since torch and DeepSpeed take seconds to
-    import."""
-    from metakd.training.stages import Run
-    from metakd.training.world import join_world
-
-    _quiet_transformers()
-    return Run(config, join_world(), console, command=_command(), resume=resume, reshard=reshard)
-
-
-def _quiet_transformers() -> None:
-    """One bar per stage is enough, and a fresh classification head is no news here."""
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    disable_progress_bar()
-    set_verbosity_error()
-
-
 def _command() -> str:
     return shlex.join(["metakd", *sys.argv[1:]])
+
+
+def _open(
+    config: str, overrides: list[str] | None, resume: str = "auto", reshard: bool = False
+) -> Run:
+    checked = load_config(config, overrides or [])
+    return front.open_run(checked, (), console, resume, reshard, _command())
+
+
+def _stage(name: str | None = None) -> Callable[[Callable[[Run], None]], None]:
+    """Makes a command of what is done with an opened run."""
+
+    def register(do: Callable[[Run], None]) -> None:
+        def command(
+            config: ConfigPath,
+            overrides: Overrides = None,
+            resume: Resume = "auto",
+            reshard: Reshard = False,
+        ):
+            do(_open(config, overrides, resume, reshard))
+
+        app.command(name=name or do.__name__, help=do.__doc__)(command)
+
+    return register
 
 
 @app.command()
 def prototypes(config: ConfigPath, overrides: Overrides = None):
     """Score every training example against class x domain prototypes."""
-    run = _open(load_config(config, overrides or []))
+    run = _open(config, overrides)
     run.say(f"prototypes are in {run.prototypes()}")
 
 
-@app.command()
-def teach(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    resume: Resume = "auto",
-    reshard: Reshard = False,
-):
+@_stage()
+def teach(run: Run):
     """Train the teacher (teacher.kind: meta, mix, mtl or single)."""
-    run = _open(load_config(config, overrides or []), resume, reshard)
     for place in run.teach():
         run.say(f"teacher is in {place}")
 
 
-@app.command()
-def cache(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    resume: Resume = "auto",
-    reshard: Reshard = False,
-):
+@_stage()
+def cache(run: Run):
     """Keep what the students' teachers say of the training examples (distill.cache_teacher)."""
-    run = _open(load_config(config, overrides or []), resume, reshard)
     for place in run.cache():
         run.say(f"teacher outputs are in {place}")
 
 
-@app.command()
-def distill(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    resume: Resume = "auto",
-    reshard: Reshard = False,
-):
+@_stage()
+def distill(run: Run):
     """Train one student per domain (or one for all) from the teacher."""
-    run = _open(load_config(config, overrides or []), resume, reshard)
     for place in run.distill():
         run.say(f"student is in {place}")
 
@@ -124,21 +118,15 @@ def distill(
 @app.command()
 def evaluate(config: ConfigPath, overrides: Overrides = None):
     """Score the saved teacher and students on the test split; trains nothing."""
-    run = _open(load_config(config, overrides or []))
+    run = _open(config, overrides)
     run.store.may_build = False
-    _show_evaluation(run, run.evaluate())
+    _show_evaluation(run)
 
 
-@app.command(name="run")
-def run_all(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    resume: Resume = "auto",
-    reshard: Reshard = False,
-):
+@_stage("run")
+def run_all(run: Run):
     """All stages in order; what is done already is skipped."""
-    run = _open(load_config(config, overrides or []), resume, reshard)
-    _show_evaluation(run, run.evaluate())
+    _show_evaluation(run)
 
 
 @app.command()
@@ -158,23 +146,18 @@ def compare(
     reshard: Reshard = False,
 ):
     """Compare methods x domains over several seeds; print and write the table."""
-    weights = _weights(gamma2)
-    changes = list(overrides or [])
-    suffix = ""
-    if withhold:
-        changes.append(f"data.withhold={json.dumps(withhold, ensure_ascii=False)}")
-        suffix += "-withhold-" + "-".join(withhold)
-    if data_fraction is not None:
-        changes.append(f"data.data_fraction={data_fraction}")
-        suffix += f"-fraction-{data_fraction:g}"
-    checked = load_config(config, changes)
-    # Another question, another answer: variants never overwrite the plain comparison.
-    folder = f"{Path(checked.output_dir)}{suffix}"
-    checked = checked.model_copy(update={"output_dir": folder})
-    from metakd.training.compare import compare as run_compare
-
-    run = _open(checked, resume, reshard)
-    _show_comparison(run, run_compare(run, weights))
+    result = front.compare(
+        config,
+        overrides or [],
+        withhold=withhold or [],
+        data_fraction=data_fraction,
+        gamma2=_weights(gamma2),
+        console=console,
+        resume=resume,
+        reshard=reshard,
+        command=_command(),
+    )
+    _show_comparison(result)
 
 
 def _weights(text: str | None) -> list[float]:
@@ -198,14 +181,13 @@ def quickstart(
 ):
     """The whole method on a small synthetic corpus: teacher, students without and with Meta-KD."""
     from metakd.demo import prepare
-    from metakd.training.compare import compare as run_compare
 
     # Several ranks would race for the same files.
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("quickstart runs as one process", "start it plainly: metakd quickstart")
-    run = _open(load_config(str(prepare(folder)), overrides or []))
+    run = _open(str(prepare(folder)), overrides)
     run.evaluate()
-    _show_comparison(run, run_compare(run))
+    _show_comparison(front.compare_rows(run))
     for place in run.distill():
         run.say(f"student is in {place}")
 
@@ -237,13 +219,13 @@ def export(
     out: Annotated[str | None, typer.Option(help="by default STUDENT/onnx")] = None,
 ):
     """Export a student to ONNX; files that do not answer as PyTorch does are refused."""
+    from metakd.data.reading import read_texts
     from metakd.demo import made_up_texts
     from metakd.deploy import export_onnx
-    from metakd.reading import read_texts
 
     if to != "onnx":
         raise ConfigError(f"--to: {to!r} is not known", "the only format is onnx")
-    _quiet_transformers()
+    front.quiet_transformers()
     texts, labels, described = made_up_texts(400), None, "made-up reviews"
     if data is not None:
         rows = read_texts(data, text=text, text_pair=text_pair, label=label)
@@ -269,6 +251,10 @@ def _texts(rows: list) -> list:
     return [row.text if row.pair is None else (row.text, row.pair) for row in rows]
 
 
+def _share(value: float | None) -> str:
+    return _percent(None if value is None else 100 * value)
+
+
 def _show_export(report: dict, place: str) -> None:
     checked = report["checked"]
     table = Table(
@@ -285,9 +271,9 @@ def _show_export(report: dict, place: str) -> None:
             f"{parity['max_logit_error']:.1e}",
             f"{parity['mean_logit_error']:.1e}",
             f"{parity['label_agreement']:.2%}",
-            _percent(parity["accuracy"]),
+            _share(parity["accuracy"]),
         )
-    table.add_row("PyTorch", "", "", "", "", _percent(checked["accuracy"]))
+    table.add_row("PyTorch", "", "", "", "", _share(checked["accuracy"]))
     console.print(table)
     console.print(f"written to {place}", markup=False, highlight=False)
 
@@ -311,14 +297,14 @@ def predict(
     threads: Threads = None,
 ):
     """Label texts: a JSON line each, with the label and its probability."""
+    from metakd.data.reading import Row, read_texts
     from metakd.deploy import Predictor
-    from metakd.reading import Row, read_texts
 
     if bool(texts) == bool(input):
         raise ConfigError("give either TEXT or --input FILE", "as in: metakd predict STUDENT TEXT")
     if output and not Path(output).parent.is_dir():
         raise ConfigError(f"{output}: there is no such folder", "give another --output")
-    _quiet_transformers()
+    front.quiet_transformers()
     rows = [Row("", number, text=given) for number, given in enumerate(texts or [])]
     if input:
         rows = read_texts(input, text=text, text_pair=text_pair)
@@ -381,7 +367,7 @@ def latency(
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{place}: {error.strerror}", "give another --out") from error
-    _quiet_transformers()
+    front.quiet_transformers()
     result = measure_latency(
         models,
         engines=engine or ENGINES,
@@ -479,7 +465,7 @@ def doctor(
     if checked is not None:
         import torch
 
-        from metakd.training.memory import memory_table
+        from metakd.pipeline.memory import memory_table
 
         # Not yet started as a world, one process per GPU is what it will be.
         processes = int(os.environ.get("WORLD_SIZE") or max(1, torch.cuda.device_count()))
@@ -547,34 +533,39 @@ def _build_locks() -> dict[str, str]:
     }
 
 
-def _show_evaluation(run, scores: dict) -> None:
-    places = run.students()  # on every rank, or one would wait for the others
-    if not run.world.is_main:
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _show_evaluation(run: Run) -> None:
+    result = front.evaluate(run)  # on every rank, or one would wait for the others
+    if not _is_main():
         return
-    table = Table(title=f"accuracy in percent on the {scores['split']} split", title_justify="left")
+    *teacher, student = result.scores.values()
+    title = f"accuracy in percent on the {result.split} split"
+    table = Table(title=title, title_justify="left")
     table.add_column("domain")
     table.add_column("teacher", justify="right")
     table.add_column("student", justify="right")
     for domain in run.corpus.domains:
-        key = f"accuracy/{domain}"
-        student = next((s[key] for s in scores["students"].values() if key in s), None)
-        table.add_row(domain, _percent(scores["teacher"].get(key)), _percent(student))
-    run.console.print(table)
-    for place in places:
-        run.say(f"student is in {place}")
+        taught = (scores.get(domain) for scores in (dict(*teacher), student))
+        table.add_row(domain, *map(_percent, taught))
+    console.print(table)
+    for places in result.students.values():
+        for place in places:
+            run.say(f"student is in {place}")
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
-def _show_comparison(run, result: dict) -> None:
-    from metakd.training.compare import markdown
-
-    if run.world.is_main:
-        # Not through rich: it would wrap a wide table.
-        print(markdown(result))
-        run.say(f"written to {run.folder}/compare.md, .json and .csv")
+def _show_comparison(result: Result) -> None:
+    if _is_main():
+        print(result)  # not through rich, which would wrap a wide table
+        console.print(
+            f"written to {result.folder}/compare.md, .json and .csv", markup=False, highlight=False
+        )
 
 
 def main() -> None:
@@ -598,8 +589,7 @@ def main() -> None:
     except MetakdError as error:
         if debug:
             traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f"rank {rank}: "
+        where = "" if _is_main() else f"rank {os.environ['RANK']}: "
         print(f"metakd: {where}{error.cause}", file=sys.stderr)
         if error.remedy:
             print(f"remedy: {error.remedy}", file=sys.stderr)

@@ -34,13 +34,16 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from metakd.config import RunConfig, Sharding, TrainingConfig
-from metakd.data import Split, StepSampler, Tokens
+from metakd.data.batches import StepSampler
+from metakd.data.corpus import Split, Tokens
 from metakd.errors import MetakdError
-from metakd.method.teacher import StepOutput
+from metakd.method.teachers import StepOutput
+from metakd.pipeline.store import StageStore
 from metakd.training import engine
 from metakd.training.checkpoint import Checkpoints, Disk, safe_load
 from metakd.training.log import RunLog
-from metakd.training.store import StageStore
+from metakd.training.saves import Saves
+from metakd.training.scoring import evaluate
 from metakd.training.world import World, join_world
 
 EXAMPLES, STEP_SIZE, EPOCHS, ACCUMULATION, SEED = 22, 8, 4, 2, 5
@@ -291,7 +294,7 @@ def train(cell: Cell, folder: Path, fault: Fault | None = None) -> None:
         disk=FaultyDisk(fault),
     )
 
-    def build(place: Path, saves: engine.Saves) -> dict:
+    def build(place: Path, saves: Saves) -> dict:
         start = saves.start.facts["step"] if saves.start else 0
         told = (folder / f"trace-{world.rank}.jsonl").open("a", buffering=1)
         told.write(json.dumps({"start": start}) + "\n")
@@ -320,7 +323,7 @@ def train(cell: Cell, folder: Path, fault: Fault | None = None) -> None:
                 title="cell",
                 seed=SEED,
                 columns=lambda epoch: {"poison": poison_of(cell, epoch)},
-                score=lambda: engine.evaluate(
+                score=lambda: evaluate(
                     module.classify,
                     split,
                     collate,

@@ -134,7 +134,7 @@ def make(source, tmp_path, world):
     from tiny_runs import write_config
 
     from metakd.config import load_config
-    from metakd.training.stages import Run
+    from metakd.pipeline.stages import Run
 
     def build(*overrides: str, output: str = "run") -> Run:
         path = write_config(source, tmp_path, output)

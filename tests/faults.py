@@ -41,7 +41,7 @@ from crash_model import Change, Model, Recorder, interleave, materialise
 
 from metakd import demo
 from metakd.errors import CheckpointError, DivergedError
-from metakd.training import store
+from metakd.pipeline import store
 from metakd.training.checkpoint import (
     MANIFEST,
     POINTER,

@@ -42,7 +42,7 @@ class Mutant:
         return self.file.startswith("csrc/")
 
 
-REFERENCE, SOFT = "metakd/reference.py", "metakd/soft.py"
+REFERENCE, SOFT = "metakd/reference.py", "metakd/functional/soft.py"
 CHECKS, LOGITS = "metakd/functional/checks.py", "metakd/functional/logits.py"
 TRITON, ROWS, CPP = (
     "metakd/kernels/soft_kl.py",

@@ -11,9 +11,9 @@ from broken_data import CASES
 from test_config import CONTRADICTIONS, GENERATED, UNREADABLE, VALID, WRONG, with_fault
 from test_data import BROKEN, TEST, put
 
-from metakd import cli, demo, ops
+from metakd import cli, demo, front, ops
 from metakd.errors import ConfigError
-from metakd.method.student import PRESETS
+from metakd.models.student import PRESETS
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_comparison_s_variants_lie_beside_it(call, monkeypatch, tmp_path):
         seen.append(config)
         raise ConfigError("enough", "nothing")
 
-    monkeypatch.setattr(cli, "_open", note)
+    monkeypatch.setattr(front, "open_run", note)
     put(tmp_path / "config.yaml", VALID)
     words = ["--withhold", "B\u00fccher \U0001f4da", "output_dir=runs/shop/"]
     refused(call("compare", tmp_path / "config.yaml", *words), 2)

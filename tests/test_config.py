@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from metakd.config import DistillConfig, RunConfig, check_contradictions, load_config
+from metakd.config import DistillConfig, RunConfig, load_config
+from metakd.config.checks import check_contradictions
 from metakd.errors import ConfigError
 
 VALID = """\

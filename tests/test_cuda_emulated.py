@@ -20,7 +20,8 @@ import torch
 from oracle import SABOTAGES
 from torch import Tensor
 
-from metakd import ops, soft
+from metakd import ops
+from metakd.functional import soft
 from metakd.verify import Finding, judge, logit_case
 
 FOLDER = Path(__file__).with_name("emulator")

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from metakd.config import DataConfig
-from metakd.data import Split, StepSampler, collate, load_corpus
+from metakd.data.batches import StepSampler, collate
+from metakd.data.corpus import Split, load_corpus
+from metakd.data.reading import read_corpus, read_texts
 from metakd.demo import train_tokenizer
 from metakd.errors import ConfigError, DataError
-from metakd.reading import read_corpus, read_texts
 
 ROWS = [
     {"text": f"number {i} is {label}", "label": label, "domain": domain}

@@ -12,13 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import metakd.data
 from metakd.config import DataConfig
-from metakd.data import Tokens, collate, load_corpus, prefetch
+from metakd.data import corpus
+from metakd.data.batches import collate, prefetch
+from metakd.data.cache import TensorCache, content_key
+from metakd.data.corpus import Tokens, load_corpus
 from metakd.demo import train_tokenizer
 from metakd.errors import DataError
-from metakd.method.packing import real_tokens
-from metakd.tensor_cache import TensorCache, content_key
+from metakd.models.packing import real_tokens
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -46,13 +47,13 @@ class Place:
         self.train = folder / "train.jsonl"
         write(self.train, ROWS)
         self.said, self.reads = [], 0
-        read = metakd.data.read_corpus
+        read = corpus.read_corpus
 
         def counted(config):
             self.reads += 1
             return read(config)
 
-        monkeypatch.setattr(metakd.data, "read_corpus", counted)
+        monkeypatch.setattr(corpus, "read_corpus", counted)
 
     def load(self, cache=True, tokenizer=None, **keys):
         config = DataConfig(**{"train": str(self.train), "max_length": 16} | keys)
@@ -90,7 +91,7 @@ def test_the_second_run_neither_reads_nor_tokenises(place, monkeypatch):
     plain = place.load(cache=False)
     assert_same_corpus(place.load(), plain)
     assert place.reads == 2
-    monkeypatch.setattr(metakd.data, "_tokenise", None)
+    monkeypatch.setattr(corpus, "_tokenise", None)
     assert_same_corpus(place.load(), plain)
     assert (place.reads, place.said) == (2, [])
 
@@ -135,7 +136,7 @@ CHANGES = {
     "max_length": lambda *_: {"max_length": 12},
     "a column": lambda *_: {"domain": "label"},
     "the tokenizer": lambda *_: {"tokenizer": train_tokenizer(["other words"] * 9, vocab_size=90)},
-    "the version": lambda _, patch: patch.setattr(metakd.data, "__version__", "0.0.0"),
+    "the version": lambda _, patch: patch.setattr(corpus, "__version__", "0.0.0"),
 }
 
 

@@ -13,14 +13,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from metakd.deepspeed_schema import (
-    AUTO,
-    SCHEMA,
-    Refused,
-    Value,
-    check_deepspeed,
-    resolve_deepspeed,
-)
+from metakd.config.deepspeed import AUTO, SCHEMA, Refused, Value, check_deepspeed, resolve_deepspeed
 from metakd.errors import ConfigError
 
 # As people copy it from Hugging Face's documentation: every key that may be "auto" there.
@@ -201,7 +194,7 @@ def test_what_people_write_is_right():
 
 def test_refused_without_importing_anything_heavy():
     code = (
-        "import sys; from metakd.deepspeed_schema import check_deepspeed\n"
+        "import sys; from metakd.config.deepspeed import check_deepspeed\n"
         "assert check_deepspeed({'zero_optimisation': {}})\n"
         "sys.exit(bool({'torch', 'deepspeed', 'transformers', 'pydantic'} & set(sys.modules)))\n"
     )

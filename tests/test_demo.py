@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from metakd import demo
 from metakd.config import DataConfig, load_config
-from metakd.data import load_corpus
+from metakd.data.corpus import load_corpus
 from metakd.errors import DataError
 
 

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_the_readme_example_learns(capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
+    example = re.search(r"```python\n(import torch\n.*?)```", readme, re.DOTALL).group(1)
     assert len(example.splitlines()) == 15
     exec(compile(example, "README.md", "exec"), {})
     assert float(capsys.readouterr().out) < 1e-3

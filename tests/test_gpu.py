@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from metakd import functional, ops
-from metakd.method.objective import AttentionTerm, Distillation, HiddenTerm, PredictionTerm
-from metakd.method.teacher import FrozenTeacher, Teacher
+from metakd.method.objective import Distillation
+from metakd.method.teachers import FrozenTeacher, Teacher
+from metakd.method.terms import AttentionTerm, HiddenTerm, PredictionTerm
 
 pytestmark = pytest.mark.gpu
 

@@ -8,8 +8,8 @@ from oracle import DEVICE, assert_sensitive, backend_dtypes, check_op
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import metakd
-from metakd import soft
 from metakd.errors import UnsupportedError
+from metakd.functional import soft
 from metakd.verify import head_case
 
 DIVERGENCES = {

@@ -10,6 +10,7 @@ from losses import CASES, LENGTH, ROWS, leaves, like, with_grad
 from torch.nn import functional as F
 
 import metakd
+import metakd.functional
 from metakd import ops
 from metakd.errors import UnsupportedError
 
@@ -249,7 +250,8 @@ def test_backend_table():
         assert "up to 128 wide" in ops.why_not("attention_kl", "triton", "cpu", head=129)
     with pytest.raises(ValueError, match="'soft_k'"):
         ops.why_not("soft_k", "reference", "cpu")
-    assert {*ops.OPS, "attention_score_norm", "__version__"} == set(metakd.__all__)
+    assert {*ops.OPS, "attention_score_norm"} == set(metakd.functional.__all__)
+    assert set(metakd.functional.__all__) < set(metakd.__all__)
 
 
 @every_case

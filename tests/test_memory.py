@@ -7,7 +7,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from metakd.config import RunConfig
 from metakd.errors import ConfigError
-from metakd.training.memory import (
+from metakd.pipeline.memory import (
     BYTES,
     STAGES,
     count_parameters,

@@ -7,19 +7,19 @@ import torch
 from torch.nn import functional as F
 
 from metakd.config import DistillConfig, TermWeights
-from metakd.method.objective import (
+from metakd.method.methods import build_terms
+from metakd.method.objective import Distillation
+from metakd.method.teachers import FrozenTeacher, Teacher
+from metakd.method.terms import (
     AttentionTerm,
-    Distillation,
     EmbeddingTerm,
     HardLabelTerm,
     HiddenTerm,
     PredictionTerm,
     RelationTerm,
     TransferTerm,
-    build_terms,
 )
-from metakd.method.taps import Taps
-from metakd.method.teacher import FrozenTeacher, Teacher
+from metakd.models.taps import Taps
 
 STUDENT_LAYERS, TEACHER_LAYERS = 2, 4
 MAP = (1, 3)

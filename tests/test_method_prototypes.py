@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metakd.method.prototypes import FLAT_SCORES, Prototypes, describe_scores, embed
-from metakd.method.taps import model_inputs
+from metakd.models.taps import model_inputs
 
 # Two domains x two classes in the plane, small enough for pencil and paper.
 EMBEDDING = torch.tensor(

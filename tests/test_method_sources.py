@@ -16,9 +16,15 @@ from transformers import (
 from metakd.config import RunConfig, StudentConfig
 from metakd.demo import train_tokenizer
 from metakd.errors import CheckpointError, ConfigError
-from metakd.method.sources import load_classifier, load_encoder, load_trained_classifier
-from metakd.method.student import _check_positions, build_student, check_models
-from metakd.method.teacher import Teacher
+from metakd.method.fit import check_models
+from metakd.method.teachers import Teacher
+from metakd.models.sources import (
+    check_positions,
+    load_classifier,
+    load_encoder,
+    load_trained_classifier,
+)
+from metakd.models.student import build_student
 
 LABELS = {"bad": 0, "good": 1}
 WORDS = [f"word{i} other{i}" for i in range(40)]
@@ -344,9 +350,9 @@ def test_a_method_without_a_term_is_refused(saved, tokenizer):
 
 def test_relative_positions_have_no_end():
     shape = DebertaV2Config(max_position_embeddings=32, position_biased_input=False)
-    _check_positions("model", shape, 64)
+    check_positions("model", shape, 64)
     with pytest.raises(ValueError, match="takes 32 tokens"):
-        _check_positions("model", DebertaV2Config(max_position_embeddings=32), 64)
+        check_positions("model", DebertaV2Config(max_position_embeddings=32), 64)
 
 
 def test_models_that_are_not_there(tmp_path, tokenizer):

@@ -10,10 +10,11 @@ from transformers import (
 )
 
 from metakd.config import DistillConfig, StudentConfig, TermWeights
-from metakd.method.objective import Distillation, build_terms
-from metakd.method.student import PRESETS, build_student, keep_layers, load_classifier
-from metakd.method.taps import encoder_layers, model_inputs
-from metakd.method.teacher import FrozenTeacher, Teacher
+from metakd.method.methods import build_terms
+from metakd.method.objective import Distillation
+from metakd.method.teachers import FrozenTeacher, Teacher
+from metakd.models.student import PRESETS, build_student, keep_layers, load_classifier
+from metakd.models.taps import encoder_layers, model_inputs
 
 LABELS = {"negative": 0, "neutral": 1, "positive": 2}
 

@@ -17,7 +17,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from metakd.method.taps import Features, Taps, encoder_layers, layer_map, model_inputs, pool
+from metakd.method.terms import layer_map
+from metakd.models.taps import Features, Taps, encoder_layers, model_inputs, pool
 
 EVERYTHING = {"embedding", "hidden", "last_hidden", "query", "key", "value"}
 

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 from metakd.errors import CheckpointError, UnsupportedError
-from metakd.method.taps import model_inputs
-from metakd.method.teacher import FrozenTeacher, Teacher, domain_loss_floor, false_domains
+from metakd.method.domains import domain_loss_floor, false_domains
+from metakd.method.teachers import FrozenTeacher, Teacher
+from metakd.models.taps import model_inputs
 
 DOMAINS = ["books", "dvd", "kitchen"]
 
@@ -122,7 +123,7 @@ def test_gamma1_of_zero_needs_no_false_domain(teacher, make_batch):
     meta, batch = teacher(gamma1=0.0), make_batch()
     del batch["false_domain"]
     output = meta(batch)
-    assert not meta.trains_domain_loss
+    assert not meta.kind.corrupts(meta)
     assert "domain_loss" not in output.terms
 
 
@@ -145,7 +146,8 @@ def test_other_teachers_train_on_plain_cross_entropy(teacher, make_batch, kind):
     expected = F.cross_entropy(logits, batch["labels"], reduction="none")
     torch.testing.assert_close(output.rows, expected)
     assert set(output.terms) == {"ce"}
-    assert not built.trains_domain_loss
+    kind = built.kind
+    assert kind.columns(built, batch["domain"], seed=1, epoch=0) == kind.marks(built) == {}
     assert built.features(batch).domain is None
 
 
@@ -222,7 +224,7 @@ def test_an_ensemble_refuses_features(teacher):
 
 
 def test_only_a_meta_teacher_has_a_domain_representation(teacher):
-    with pytest.raises(ValueError, match="a mix teacher has no domain representation"):
+    with pytest.raises(ValueError, match=r"a mix teacher does not show .* use one of kind meta"):
         FrozenTeacher([teacher("mix")], frozenset({"logits", "domain"}))
 
 
@@ -234,7 +236,7 @@ def test_a_saved_teacher_says_the_same(teacher, make_batch, tmp_path, kind):
     built, batch = teacher(kind, gamma1=0.35, withheld=["dvd"]), make_batch()
     built.save(tmp_path, NoTokenizer())
     loaded = Teacher.load(tmp_path).eval()
-    kept = (loaded.kind, loaded.domains, loaded.gamma1, loaded.withheld)
+    kept = (loaded.kind.name, loaded.domains, loaded.gamma1, loaded.withheld)
     assert kept == (kind, DOMAINS, 0.35, ["dvd"])
     assert loaded.model.config._attn_implementation == "sdpa"
     ours, theirs = built.features(batch), loaded.features(batch)

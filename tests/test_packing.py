@@ -19,11 +19,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from metakd.config import DistillConfig, TermWeights
 from metakd.errors import UnsupportedError
-from metakd.method.objective import Distillation, RelationTerm, build_terms
-from metakd.method.packing import Packing, real_tokens
+from metakd.method.methods import build_terms
+from metakd.method.objective import Distillation
 from metakd.method.recipe import EASYTRANSFER
-from metakd.method.taps import Features, Taps
-from metakd.method.teacher import FrozenTeacher, Teacher
+from metakd.method.teachers import FrozenTeacher, Teacher
+from metakd.method.terms import RelationTerm
+from metakd.models.packing import Packing, real_tokens
+from metakd.models.taps import Features, Taps
 
 EVERYTHING = frozenset({"embedding", "hidden", "last_hidden", "query", "key", "value"})
 DOMAINS = ["a", "b", "c"]
@@ -202,7 +204,7 @@ def test_real_tokens_found_beforehand_serve_as_well(build, batch, monkeypatch):
     taps = Taps(model, {"query"}, packed=True)
     expected = taps(batch)
     found = real_tokens(batch["attention_mask"])
-    monkeypatch.setattr("metakd.method.packing.real_tokens", None)  # not to be asked again
+    monkeypatch.setattr("metakd.models.packing.real_tokens", None)  # not to be asked again
     given = taps(batch | {"real_tokens": found})
     assert torch.equal(given.logits, expected.logits)
     assert torch.equal(given.query[-1], expected.query[-1])

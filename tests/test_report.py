@@ -24,8 +24,8 @@ from metakd.deploy import facts as found
 from metakd.deploy import plots, report, sections, speedup
 from metakd.deploy.run_folder import read_run
 from metakd.errors import CheckpointError, ConfigError, UnsupportedError
-from metakd.training.card import origin
-from metakd.training.table import Cell, summarise
+from metakd.pipeline.card import origin
+from metakd.pipeline.table import Cell, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 DOMAINS = ("books", "kitchen")

@@ -13,10 +13,11 @@ from processes import run_ranks
 from rich.console import Console
 
 from metakd.config import RunConfig, Sharding, TrainingConfig
-from metakd.data import Split, Tokens
+from metakd.data.corpus import Split, Tokens
 from metakd.errors import CheckpointError
-from metakd.method.teacher import StepOutput
+from metakd.method.teachers import StepOutput
 from metakd.training import engine
+from metakd.training import saves as saving
 from metakd.training.checkpoint import Checkpoints
 from metakd.training.log import RunLog
 from metakd.training.world import join_world
@@ -69,7 +70,7 @@ def train(world, folder: Path, zero: int, precision: str, max_steps: int, reshar
         per_device_train_batch_size=8 // world.size, num_train_epochs=9, max_steps=max_steps
     )
     checkpoints = Checkpoints(folder, world, say=lambda text: None)
-    saves = engine.Saves(checkpoints, checkpoints.find("auto"), reshard=reshard)
+    saves = saving.Saves(checkpoints, checkpoints.find("auto"), reshard=reshard)
     engine.fit(
         Classifier(),
         split,
@@ -108,7 +109,7 @@ def states(ds_engine) -> dict[str, str]:
 def worker(folder: Path, reading: str) -> None:
     """Take up the checkpoints under ``folder/reading``, if any, and write those of this world."""
     world = join_world()
-    keep = engine._Keeper.restore
+    keep = saving.Keeper.restore
     seen = {}
     for zero, precision in CELLS:
         cell = f"{zero}-{precision}"
@@ -118,22 +119,22 @@ def worker(folder: Path, reading: str) -> None:
             if keeper.saves.start is not None:
                 seen[cell] = states(keeper.engine)
 
-        engine._Keeper.restore = restore
+        saving.Keeper.restore = restore
         if reading:
             if zero and precision == "fp32":
                 with pytest.raises(CheckpointError, match="processes, this run has"):
                     train(world, folder / reading / cell, zero, precision, STEPS + 1)
             train(world, folder / reading / cell, zero, precision, STEPS + 1, reshard=True)
             continue
-        save = engine._Keeper.save
+        save = saving.Keeper.save
 
         def note(keeper, cell=cell, save=save):
             save(keeper)
             seen[cell] = states(keeper.engine)
 
-        engine._Keeper.save = note
+        saving.Keeper.save = note
         train(world, folder / str(world.size) / cell, zero, precision, STEPS + 1)
-        engine._Keeper.save = save
+        saving.Keeper.save = save
     if world.is_main:
         name = f"{world.size}-from-{reading}" if reading else f"{world.size}"
         (folder / f"{name}.json").write_text(json.dumps(seen))

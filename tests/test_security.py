@@ -19,13 +19,13 @@ from test_data import ROWS, jsonl, put
 
 from metakd import demo
 from metakd.config import DataConfig, StudentConfig, load_config
+from metakd.data.reading import read_corpus
 from metakd.errors import CheckpointError, ConfigError, DataError
-from metakd.method.sources import load_classifier, load_encoder, load_tokenizer
-from metakd.method.sources import load_config as load_shape
-from metakd.method.student import build_student
-from metakd.method.teacher import Teacher
-from metakd.reading import read_corpus
-from metakd.training.store import StageStore
+from metakd.method.teachers import Teacher
+from metakd.models.sources import load_classifier, load_encoder, load_tokenizer
+from metakd.models.sources import load_config as load_shape
+from metakd.models.student import build_student
+from metakd.pipeline.store import StageStore
 from metakd.training.world import World
 
 __all__ = ["call", "encoder"]  # fixtures
@@ -334,7 +334,7 @@ def test_no_source_runs_or_unpickles_what_it_reads():
         assert name not in forbidden, f"{place}: {name}"
         assert owner != "pickle", f"{place}: pickle.{name}"
         if name == "from_pretrained":
-            assert place.startswith("sources.py:"), f"{place}: load through metakd.method.sources"
+            assert place.startswith("sources.py:"), f"{place}: load through metakd.models.sources"
         options = {keyword.arg: keyword.value for keyword in node.keywords}
         if owner == "torch" and name == "load":
             assert ast.unparse(options["weights_only"]) == "True", place

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from tiny_runs import SETTINGS, make_source, rows_of, write_config
 
 from metakd.config import load_config
-from metakd.method.taps import model_inputs
-from metakd.training.serving import TeacherService
-from metakd.training.stages import Run
+from metakd.models.taps import model_inputs
+from metakd.pipeline.serving import TeacherService
+from metakd.pipeline.stages import Run
 from metakd.training.world import join_world
 
 # DeepSpeed keeps small weights whole; with these settings every weight of a tiny model is sharded.

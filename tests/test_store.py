@@ -5,7 +5,7 @@ import json
 import pytest
 
 from metakd.errors import CheckpointError
-from metakd.training.store import CHECKPOINTS, StageStore
+from metakd.pipeline.store import CHECKPOINTS, StageStore
 from metakd.training.world import World
 
 

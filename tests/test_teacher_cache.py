@@ -18,23 +18,18 @@ from safetensors.torch import load_file
 from tiny_runs import losses, rows_of, write_config
 
 from metakd.config import DistillConfig, load_config
-from metakd.data import Split, Tokens
+from metakd.data.cache import Draft, TensorCache
+from metakd.data.corpus import Split, Tokens
 from metakd.errors import CheckpointError, ConfigError, StoppedError
-from metakd.method.objective import build_terms
-from metakd.method.packing import real_tokens
-from metakd.method.taps import Features
-from metakd.method.teacher import FrozenTeacher, Teacher
-from metakd.tensor_cache import Draft, TensorCache
-from metakd.training import compare as comparison
-from metakd.training import engine, lessons, stages
-from metakd.training.stages import Run
-from metakd.training.teacher_cache import (
-    KeptOutputs,
-    Signal,
-    bytes_of,
-    is_kept,
-    signals_of,
-)
+from metakd.method.methods import build_terms
+from metakd.method.teachers import FrozenTeacher, Teacher
+from metakd.models.packing import real_tokens
+from metakd.models.taps import Features
+from metakd.pipeline import compare as comparison
+from metakd.pipeline import lessons, stages
+from metakd.pipeline.stages import Run
+from metakd.pipeline.teacher_cache import KeptOutputs, Signal, bytes_of, is_kept, signals_of
+from metakd.training import engine
 from metakd.training.world import World, join_world
 
 DOMAINS = ["a", "b", "c"]

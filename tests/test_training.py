@@ -26,13 +26,15 @@ from metakd.errors import (
     StoppedError,
     UnsupportedError,
 )
-from metakd.method.teacher import StepOutput
-from metakd.training import compare as comparison
+from metakd.method.teachers import StepOutput
+from metakd.pipeline import compare as comparison
+from metakd.pipeline.stages import Run
 from metakd.training import engine
 from metakd.training.checkpoint import Checkpoints, Tag
-from metakd.training.engine import Saves, compute_dtype, fit, predict
+from metakd.training.engine import compute_dtype, fit
 from metakd.training.log import Meter, RunLog
-from metakd.training.stages import Run
+from metakd.training.saves import Saves
+from metakd.training.scoring import predict
 from metakd.training.world import World, join_world
 
 

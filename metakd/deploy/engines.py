@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from metakd.deploy.extra import INSTALL, absent
 from metakd.deploy.formats import ONNX_FILES, ONNX_FOLDER
 from metakd.errors import CheckpointError, ConfigError, UnsupportedError
-from metakd.method.sources import load_trained_classifier
+from metakd.models.sources import load_trained_classifier
 
 Inputs = dict[str, np.ndarray]
 

@@ -18,8 +18,9 @@ from metakd.deploy.formats import INT8_ENGINE, ONNX_FILES
 from metakd.deploy.run_folder import RunFolder, Stage
 from metakd.deploy.speedup import headline_ratio, ratios
 from metakd.environment import versions
+from metakd.method.methods import METHODS
 from metakd.method.recipe import FLAT_SCORES
-from metakd.training.table import ALL_DOMAINS, AVERAGE, TEACHER, Cell, summarise
+from metakd.pipeline.table import ALL_DOMAINS, AVERAGE, TEACHER, Cell, summarise
 
 _CURVE_POINTS = 60
 _SCORE_BINS = 40
@@ -329,7 +330,10 @@ def _warnings(facts: dict) -> list[dict]:
     found = []
     comparison = facts["comparison"]
     summary = comparison["summary"] if comparison else {}
-    for row, (domain, tuned) in itertools.product(summary, summary.get("finetune", {}).items()):
+    untaught = {}
+    for name, method in METHODS.items():
+        untaught |= {} if method.possible_teachers else summary.get(name, {})
+    for row, (domain, tuned) in itertools.product(summary, untaught.items()):
         taught = summary[row].get(domain)
         if row.startswith(TEACHER) and taught and taught["mean"] < tuned["mean"]:
             where = "on average" if domain == AVERAGE else f"on {domain}"

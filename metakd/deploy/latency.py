@@ -45,9 +45,9 @@ from metakd.deploy.sections import latency_section
 from metakd.deploy.speedup import ratios
 from metakd.environment import environment, installed
 from metakd.errors import ConfigError, MetakdError, ParityError, UnsupportedError
-from metakd.method.sources import load_config, load_tokenizer, load_trained_classifier
-from metakd.method.student import PRESETS as STUDENTS
-from metakd.method.student import bert_shape
+from metakd.models.sources import load_config, load_tokenizer, load_trained_classifier
+from metakd.models.student import PRESETS as STUDENTS
+from metakd.models.student import bert_shape
 
 BATCHES = (1, 8, 32, 128)
 LENGTHS = (32, 128, 512)

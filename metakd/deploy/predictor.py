@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from metakd.deploy.engines import Engine, Inputs, open_engine, positions, why_not
 from metakd.deploy.formats import ENGINES
 from metakd.errors import CheckpointError, DataError
-from metakd.method.sources import knows_words, load_config, load_tokenizer
+from metakd.models.sources import knows_words, load_config, load_tokenizer
 
 Text = str | tuple[str, str]
 

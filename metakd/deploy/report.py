@@ -16,8 +16,8 @@ from metakd.deploy.run_folder import RunFolder, read_run
 from metakd.deploy.sections import Section, headline, sections
 from metakd.environment import machine
 from metakd.errors import ConfigError
-from metakd.training.card import Measured, write_card
-from metakd.training.table import ALL_DOMAINS, AVERAGE, plain
+from metakd.pipeline.card import Measured, write_card
+from metakd.pipeline.table import ALL_DOMAINS, AVERAGE, plain
 
 _TEMPLATE = "report.html.jinja"
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from metakd.deploy.formats import EXPORT_REPORT, ONNX_FOLDER
 from metakd.errors import CheckpointError, ConfigError
-from metakd.training.table import ALL_DOMAINS, TEACHER, training_steps
+from metakd.pipeline.table import ALL_DOMAINS, TEACHER, training_steps
 
 _PLACES = ("prototypes", "teachers/*", "teachers/*/*", "students/*", "students/*/*")
 _LINEAGE = re.compile(r"(?P<label>.+)-s(?P<seed>\d+)(?:-t\d+)?")

@@ -13,7 +13,7 @@ from metakd.deploy import plots
 from metakd.deploy.formats import INT8_ENGINE
 from metakd.deploy.speedup import compared_models, headline_ratio
 from metakd.environment import flat, machine
-from metakd.training.table import AVERAGE, markdown_table, plain, show
+from metakd.pipeline.table import AVERAGE, markdown_table, plain, show
 
 _MISSING = "—"
 _MOST_CLASSES = 20  # of which every pair is shown

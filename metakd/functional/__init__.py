@@ -16,10 +16,10 @@ example reaches every term. Common to all:
 - Nothing synchronises with the host: indices out of range raise for CPU tensors only, where looking
   is free.
 
-One module per family: ``logits``, ``hidden``, ``attention``, ``prototypes``; what they share is in
-``checks``. They import torch, ``metakd.ops``, ``metakd.soft`` and ``metakd.reference``. Sizes: N
-rows, C classes, B batch, L length, H hidden size, A heads, D head size, K domains, M classes of the
-task.
+One module per family: ``logits`` (whose way to the backends is ``soft``), ``hidden``,
+``attention``, ``prototypes``; what they share is in ``checks``. They import torch, ``metakd.ops``
+and ``metakd.reference``. Sizes: N rows, C classes, B batch, L length, H hidden size, A heads, D
+head size, K domains, M classes of the task.
 """
 
 from metakd.functional.attention import (

@@ -7,7 +7,8 @@ Every loss takes one layer or a list of them, and a list is one call of a kernel
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,51 +94,57 @@ def _kind(value: object) -> str:
     return f"{len(value)} of them" if isinstance(value, (tuple, list)) else type(value).__name__
 
 
+class _View(NamedTuple):
+    """Which pairs of positions are compared, and how their number is counted."""
+
+    query_mask: Tensor | None
+    key_mask: Tensor | None
+    causal: bool
+    scale: float | None
+    mean_over: str
+
+    @property
+    def masks(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.query_mask, self.key_mask
+
+
 def _attention(
     op: str,
     student: Pair | Sequence[Pair],
     teacher: Pair | Sequence[Pair],
-    query_mask: Tensor | None,
-    key_mask: Tensor | None,
-    causal: bool,
-    scale: float | None,
-    mean_over: str,
+    view: _View,
     weight: Tensor | None,
     reduction: str,
     backend: str,
-    rows_of,
+    rows_of: Callable[..., Tensor],
     **options,
 ) -> Tensor:
     own, taught = _as_layers("student", student), _as_layers("teacher", teacher)
     _check_sides({" query": own[0], " key": own[1]}, {" query": taught[0], " key": taught[1]})
-    check_choice("mean_over", mean_over, ("real", "all"))
-    if scale is not None:
-        check_positive("scale", scale)
-    first = own[0][0]
-    batch, _, length, _ = first.shape
-    query_mask = as_mask("query_mask", query_mask, (batch, length), first.device)
-    key_mask = as_mask("key_mask", key_mask, (batch, length), first.device)
-    rows = without_autocast(
-        first.device,
-        rows_of,
-        op,
-        backend,
-        own,
-        taught,
-        (query_mask, key_mask),
-        causal,
-        scale,
-        mean_over,
-        **options,
-    )
-    real = [mask.any(1) for mask in (query_mask, key_mask) if mask is not None]
+    check_choice("mean_over", view.mean_over, ("real", "all"))
+    view = _checked(view, own[0][0])
+    device = own[0][0].device
+    rows = without_autocast(device, rows_of, op, backend, own, taught, view, **options)
+    real = [mask.any(1) for mask in view.masks if mask is not None]
     return reduce_rows(rows, weight, torch.stack(real).all(0) if real else None, reduction)
 
 
-def _by_reference(op: str, student: Layers, teacher: Layers, masks, *rest, **options) -> Tensor:
+def _checked(view: _View, states: Tensor) -> _View:
+    """With boolean masks that fit these states."""
+    if view.scale is not None:
+        check_positive("scale", view.scale)
+    batch, _, length, _ = states.shape
+    masks = [
+        as_mask(name, mask, (batch, length), states.device)
+        for name, mask in zip(("query_mask", "key_mask"), view.masks)
+    ]
+    return _View(*masks, view.causal, view.scale, view.mean_over)
+
+
+def _by_reference(op: str, student: Layers, teacher: Layers, *rest) -> Tensor:
     layers = zip(zip(*student), zip(*teacher))
     compute = getattr(reference, op)
-    return sum(compute(own, taught, *masks, *rest, **options) for own, taught in layers)
+    return sum(compute(own, taught, *rest) for own, taught in layers)
 
 
 def _select(op: str, backend: str, student: Layers, teacher: Layers) -> str:
@@ -155,14 +162,11 @@ def _score_rows(
     backend: str,
     student: Layers,
     teacher: Layers,
-    masks: tuple[Tensor | None, Tensor | None],
-    causal: bool,
-    scale: float | None,
-    mean_over: str,
+    view: _View,
     form: str,
     teacher_norm: Tensor | None,
 ) -> Tensor:
-    factors = [_factor(scale, side[0][0]) for side in (student, teacher)]
+    factors = [_factor(view.scale, side[0][0]) for side in (student, teacher)]
     sides = [student, teacher]
     heads = [side[0][0].shape[1] for side in sides]
     own = student[0][0]
@@ -180,17 +184,16 @@ def _score_rows(
         factors = [factor / count for factor, count in zip(factors, heads)]
     backend = _select(op, backend, *sides)
     if backend == "reference":
-        rest = (causal, scale, mean_over, form)
-        return _by_reference(op, student, teacher, masks, *rest)
+        return _by_reference(op, student, teacher, *view, form)
     own, taught = sides[0][0][0], sides[1][0][0]
-    guard = _gram_guard(form, causal, own.shape[2], own.shape[3] + taught.shape[3])
+    guard = _gram_guard(form, view.causal, own.shape[2], own.shape[3] + taught.shape[3])
     if teacher_norm is not None:
         dtype = torch.promote_types(widest(own, taught), torch.float32)
         teacher_norm = teacher_norm.to(dtype).expand(len(student[0]), -1, -1)
     found, *_ = ops.compiled(backend, "attention_score_mse_fwd")(
-        *sides[0], *sides[1], *masks, causal, *factors, teacher_norm, guard
+        *sides[0], *sides[1], *view.masks, view.causal, *factors, teacher_norm, guard
     )
-    count = reference.count_pairs(own.shape[2], *masks, causal, mean_over)
+    count = reference.count_pairs(own.shape[2], *view.masks, view.causal, view.mean_over)
     return found.sum((0, 2)) / (own.shape[1] * count)
 
 
@@ -217,10 +220,7 @@ def _map_rows(
     backend: str,
     student: Layers,
     teacher: Layers,
-    masks: tuple[Tensor | None, Tensor | None],
-    causal: bool,
-    scale: float | None,
-    mean_over: str,
+    view: _View,
     same: bool = False,
 ) -> Tensor:
     own, taught = student[0][0], teacher[0][0]
@@ -235,13 +235,14 @@ def _map_rows(
         chosen = "reference"
     squared = op == "attention_prob_mse"
     if chosen == "reference":
-        return _by_reference(op, student, teacher, masks, causal, scale, mean_over)
-    factors = [_factor(scale, states) for states in (own, taught)]
+        return _by_reference(op, student, teacher, *view)
+    factors = [_factor(view.scale, states) for states in (own, taught)]
     found, _ = ops.compiled(chosen, "attention_map_fwd")(
-        *student, *teacher, *masks, causal, *factors, squared, same
+        *student, *teacher, *view.masks, view.causal, *factors, squared, same
     )
     counter = reference.count_pairs if squared else reference.count_queries
-    return found.sum((0, 2)) / (heads[0] * counter(own.shape[2], *masks, causal, mean_over))
+    count = counter(own.shape[2], *view.masks, view.causal, view.mean_over)
+    return found.sum((0, 2)) / (heads[0] * count)
 
 
 def attention_score_mse(
@@ -307,22 +308,9 @@ def attention_score_mse(
         not (causal and form == "gram"),
         lambda: "form must be auto or tiled with causal=True, got 'gram'",
     )
-    return _attention(
-        "attention_score_mse",
-        student,
-        teacher,
-        query_mask,
-        key_mask,
-        causal,
-        scale,
-        mean_over,
-        weight,
-        reduction,
-        backend,
-        _score_rows,
-        form=form,
-        teacher_norm=teacher_norm,
-    )
+    view = _View(query_mask, key_mask, causal, scale, mean_over)
+    asked = (student, teacher, view, weight, reduction, backend, _score_rows)
+    return _attention("attention_score_mse", *asked, form=form, teacher_norm=teacher_norm)
 
 
 def attention_score_norm(
@@ -353,14 +341,8 @@ def attention_score_norm(
     """
     check_tensor("query", query, ("B", "A", "L", "D"))
     check_tensor("key", key, query.shape, query.device)
-    if scale is not None:
-        check_positive("scale", scale)
-    batch, _, length, _ = query.shape
-    query_mask = as_mask("query_mask", query_mask, (batch, length), query.device)
-    key_mask = as_mask("key_mask", key_mask, (batch, length), query.device)
-    return without_autocast(
-        query.device, reference.score_norm, query, key, query_mask, key_mask, scale
-    )
+    view = _checked(_View(query_mask, key_mask, False, scale, "real"), query)
+    return without_autocast(query.device, reference.score_norm, query, key, *view.masks, view.scale)
 
 
 def attention_kl(
@@ -406,20 +388,9 @@ def attention_kl(
 
     Source: Wang et al. 2020, *MiniLM* (arXiv 2002.10957), equation 6.
     """
-    return _attention(
-        "attention_kl",
-        student,
-        teacher,
-        query_mask,
-        key_mask,
-        causal,
-        scale,
-        mean_over,
-        weight,
-        reduction,
-        backend,
-        _map_rows,
-    )
+    view = _View(query_mask, key_mask, causal, scale, mean_over)
+    asked = (student, teacher, view, weight, reduction, backend, _map_rows)
+    return _attention("attention_kl", *asked)
 
 
 def attention_prob_mse(
@@ -464,19 +435,9 @@ def attention_prob_mse(
 
     Source: the post-softmax variant of *TinyBERT* (arXiv 1909.10351), equation 7.
     """
+    view = _View(query_mask, key_mask, causal, scale, mean_over)
     return _attention(
-        "attention_prob_mse",
-        student,
-        teacher,
-        query_mask,
-        key_mask,
-        causal,
-        scale,
-        mean_over,
-        weight,
-        reduction,
-        backend,
-        _map_rows,
+        "attention_prob_mse", student, teacher, view, weight, reduction, backend, _map_rows
     )
 
 
@@ -544,5 +505,5 @@ def _relation_rows(
     if backend == "reference":
         layers = zip(student, teacher)
         return sum(reference.relation_kl(own, taught, heads, mask) for own, taught in layers)
-    rest = ((mask, mask), False, None, "real")
-    return _map_rows("relation_kl", backend, *pairs, *rest, same=True)
+    view = _View(mask, mask, False, None, "real")
+    return _map_rows("relation_kl", backend, *pairs, view, same=True)

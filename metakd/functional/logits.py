@@ -4,11 +4,13 @@ language model's head."""
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metakd import ops, soft
+from metakd import ops
+from metakd.functional import soft
 from metakd.functional.checks import (
     REDUCTIONS,
     as_mask,
@@ -25,22 +27,27 @@ from metakd.functional.checks import (
 )
 
 
+class _Options(NamedTuple):
+    """What the logit losses share, see ``soft_kl``; ``beta`` 0 is the forward and 1 the reverse
+    divergence."""
+
+    beta: float
+    temperature: float
+    scale_by_temperature: bool
+    label: Tensor | None
+    hard_weight: float
+    ignore_index: int
+    vocab_size: int | None
+    mask: Tensor | None
+
+
 def _soft_problem(
-    tokens: torch.Size,
-    widths: tuple[int, int],
-    device: torch.device,
-    *,
-    beta: float,
-    temperature: float,
-    scale_by_temperature: bool,
-    label: Tensor | None,
-    hard_weight: float,
-    ignore_index: int,
-    vocab_size: int | None,
-    mask: Tensor | None,
+    tokens: torch.Size, widths: tuple[int, int], device: torch.device, options: _Options
 ) -> tuple[Tensor | None, Tensor | None, soft.Settings]:
-    """Checks what the logit losses share; gives the mask [...] with ignored labels in it, the
-    labels [...] and the settings."""
+    """Checks the options; gives the mask [...] with ignored labels in it, the labels [...] and the
+    settings."""
+    beta, temperature, scale_by_temperature, label, hard_weight, *rest = options
+    ignore_index, vocab_size, mask = rest
     check_positive("temperature", temperature)
     check_fraction("beta", beta)
     if vocab_size is None:
@@ -82,10 +89,10 @@ def _soft(
     op: str,
     student: Tensor,
     teacher: Tensor,
+    options: _Options,
     weight: Tensor | None,
     reduction: str,
     backend: str,
-    **options,
 ) -> Tensor:
     require(
         isinstance(student, Tensor) and student.dim() >= 2 and student.shape[-1] >= 1,
@@ -97,7 +104,7 @@ def _soft(
     tokens, device = student.shape[:-1], student.device
     check_teacher("teacher", teacher, (*tokens, "C"), device)
     widths = student.shape[-1], teacher.shape[-1]
-    mask, label, settings = _soft_problem(tokens, widths, device, **options)
+    mask, label, settings = _soft_problem(tokens, widths, device, options)
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     rows = without_autocast(
         device,
@@ -163,22 +170,9 @@ def soft_kl(
 
     Source: Hinton, Vinyals, Dean 2015 (arXiv 1503.02531), section 2; L_pred of Meta-KD.
     """
-    return _soft(
-        "soft_kl",
-        student,
-        teacher,
-        weight,
-        reduction,
-        backend,
-        beta=0.0,
-        temperature=temperature,
-        scale_by_temperature=scale_by_temperature,
-        label=label,
-        hard_weight=hard_weight,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        mask=mask,
-    )
+    how = (0.0, temperature, scale_by_temperature, label, hard_weight, ignore_index)
+    options = _Options(*how, vocab_size, mask)
+    return _soft("soft_kl", student, teacher, options, weight, reduction, backend)
 
 
 def soft_reverse_kl(
@@ -203,22 +197,9 @@ def soft_reverse_kl(
 
     Source: Gu, Dong, Wei, Huang 2024, *MiniLLM* (arXiv 2306.08543), equation 1, on given logits.
     """
-    return _soft(
-        "soft_reverse_kl",
-        student,
-        teacher,
-        weight,
-        reduction,
-        backend,
-        beta=1.0,
-        temperature=temperature,
-        scale_by_temperature=scale_by_temperature,
-        label=label,
-        hard_weight=hard_weight,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        mask=mask,
-    )
+    how = (1.0, temperature, scale_by_temperature, label, hard_weight, ignore_index)
+    options = _Options(*how, vocab_size, mask)
+    return _soft("soft_reverse_kl", student, teacher, options, weight, reduction, backend)
 
 
 def soft_jsd(
@@ -251,22 +232,9 @@ def soft_jsd(
     Source: Agarwal et al. 2024, *On-Policy Distillation of Language Models* (arXiv 2306.13649),
     equation 1.
     """
-    return _soft(
-        "soft_jsd",
-        student,
-        teacher,
-        weight,
-        reduction,
-        backend,
-        beta=beta,
-        temperature=temperature,
-        scale_by_temperature=scale_by_temperature,
-        label=label,
-        hard_weight=hard_weight,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        mask=mask,
-    )
+    how = (beta, temperature, scale_by_temperature, label, hard_weight, ignore_index)
+    options = _Options(*how, vocab_size, mask)
+    return _soft("soft_jsd", student, teacher, options, weight, reduction, backend)
 
 
 def linear_soft_kl(
@@ -349,19 +317,10 @@ def linear_soft_kl(
         isinstance(chunk_bytes, int) and chunk_bytes >= 1,
         lambda: f"chunk_bytes must be an integer of at least 1, got {chunk_bytes!r}",
     )
-    mask, label, settings = _soft_problem(
-        tokens,
-        (len(head), classes_t),
-        device,
-        beta={"kl": 0.0, "reverse_kl": 1.0, "jsd": beta}[divergence],
-        temperature=temperature,
-        scale_by_temperature=scale_by_temperature,
-        label=label,
-        hard_weight=hard_weight,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        mask=mask,
-    )
+    beta = {"kl": 0.0, "reverse_kl": 1.0, "jsd": beta}[divergence]
+    how = (beta, temperature, scale_by_temperature, label, hard_weight, ignore_index)
+    options = _Options(*how, vocab_size, mask)
+    mask, label, settings = _soft_problem(tokens, (len(head), classes_t), device, options)
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     own = soft.Head(student.flatten(0, -2), head, bias)
     rest = (

@@ -52,13 +52,13 @@ from metakd.kernels.shared import (
     SIZES,
     Pairs,
     hand_over,
+    launches_in_parts,
     like,
     probability,
     query_block,
     score_block,
     score_gradient,
     score_shape,
-    sum_parts,
 )
 
 LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
@@ -188,12 +188,8 @@ def attention_map_fwd(
     pairs = Pairs(query_s, key_s, query_t, key_t, query_mask, key_mask, scale_s, scale_t)
     heads, stats = pairs.per_head(), pairs.per_head(3, pairs.shape[3])
     shape = map_shape(*pairs.sizes, squared)
-    for run, count, args in pairs.launches():
-        blocks = triton.cdiv(args["L"], shape["OWN"])
-        # One block is the whole sum.
-        parts = heads[run] if blocks == 1 else heads.new_empty(blocks, *heads[run].shape)
-        _attention_map_kernel[(count * blocks,)](
-            parts=parts,
+    for run, grid, args in launches_in_parts(pairs, shape["OWN"], heads):
+        _attention_map_kernel[grid](
             stats=stats[run],
             maxima=None,
             SQUARED=squared,
@@ -202,8 +198,6 @@ def attention_map_fwd(
             **args,
             **shape,
         )
-        if blocks > 1:
-            sum_parts(parts, None, heads[run])
     return heads, stats
 
 

@@ -47,6 +47,7 @@ from metakd.kernels.shared import (
     head_of,
     head_width,
     is_real,
+    launches_in_parts,
     like,
     load_rows,
     narrow,
@@ -55,7 +56,6 @@ from metakd.kernels.shared import (
     score_block,
     score_gradient,
     score_shape,
-    sum_parts,
     wide_dot,
 )
 
@@ -336,16 +336,9 @@ def attention_score_mse_fwd(
     if guard > 0:
         shape = score_shape(*pairs.sizes)
         only = None if by_tiles_alone else tiled
-        for run, count, args in pairs.launches():
-            blocks = triton.cdiv(args["L"], shape["OWN"])
-            # One block is the whole sum.
-            parts = heads[run] if blocks == 1 else heads.new_empty(blocks, *heads[run].shape)
+        for run, grid, args in launches_in_parts(pairs, shape["OWN"], heads, only):
             of_run = None if only is None else only[run]
-            _tile_kernel[(count * blocks,)](
-                tiled=of_run, parts=parts, CAUSAL=causal, **args, **shape
-            )
-            if blocks > 1:
-                sum_parts(parts, of_run, heads[run])
+            _tile_kernel[grid](tiled=of_run, CAUSAL=causal, **args, **shape)
     return heads, gram, tiled
 
 

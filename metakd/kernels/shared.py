@@ -533,6 +533,21 @@ class Pairs:
                 yield run, len(of_run[0]) * B * A, self.common | args | COMPILE
 
 
+def launches_in_parts(
+    pairs: Pairs, own: int, heads: Tensor, only: Tensor | None = None
+) -> Iterator[tuple[slice, tuple[int], dict]]:
+    """As ``pairs.launches`` for kernels whose programs see ``own`` queries each: which layers, the
+    grid, and the arguments, with ``parts`` to write sums of a block to. They are added up into
+    ``heads`` afterwards, where ``only`` is not False."""
+    for run, count, args in pairs.launches():
+        blocks = triton.cdiv(args["L"], own)
+        # One block is the whole sum.
+        parts = heads[run] if blocks == 1 else heads.new_empty(blocks, *heads[run].shape)
+        yield run, (count * blocks,), {"parts": parts, **args}
+        if blocks > 1:
+            sum_parts(parts, None if only is None else only[run], heads[run])
+
+
 # Blocks of the kernels that walk score maps, by head sizes and bytes of the wider dtype; and bounds
 # on registers where ptxas, left alone, would rather spill than take more. Nothing spills on sm_80,
 # sm_90 and sm_100 (python tests/compile_triton.py --all), except that the backward of float32 heads

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from metakd.functional import class_prototypes, prototype_score
 from metakd.method.recipe import FLAT_SCORES, PAPER, Recipe
-from metakd.method.taps import Taps, pool
+from metakd.models.taps import Taps, pool
 
 
 @torch.no_grad()

@@ -1,2 +1,3 @@
-"""Training: the DeepSpeed loop (``engine``), its schedule, the log, and the stages that a run is
-made of."""
+"""One training run on one process or many: the DeepSpeed loop (``engine``), what it is told
+(``settings``), where it is saved (``saves``, ``checkpoint``, ``reshard``), how models are scored
+(``scoring``), and what may go wrong (``faults``)."""

@@ -1,10 +1,7 @@
-"""Teachers: single-domain, mixed, multi-task and the meta-teacher, one class for all four.
+"""Teachers: an encoder classifier with what its kind (``method.kinds``) adds, and what a student
+is shown of it.
 
-The meta-teacher minimises ``L_MT = mean_i(t_i CE_i + gamma1 L_DA_i)``: prototype scores weight the
-classification loss, and a K-way domain head on the corrupted representation ``h_d(X) = tanh((E(X) +
-DomEmb[k]) W + b)`` is taught *false* domain labels, so that its features carry no domain. A
-multi-task teacher is the same encoder with K x M outputs, of which an example sees its own domain's
-M. Sizes: B batch, H hidden width, K domains, M classes.
+Sizes: B batch, H hidden width, K domains, M classes.
 
 Source: Meta-KD section 3.2, equations 3-5.
 """
@@ -12,22 +9,21 @@ Source: Meta-KD section 3.2, equations 3-5.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metakd.errors import CheckpointError, UnsupportedError
+from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.recipe import PAPER, Recipe
-from metakd.method.sources import check_finite, damaged, load_trained_classifier
-from metakd.method.taps import Features, Taps, pool
+from metakd.models.sources import check_finite, damaged, load_trained_classifier
+from metakd.models.taps import TAPPED, Features, Taps
 
 
 class StepOutput(NamedTuple):
@@ -47,59 +43,14 @@ def check_packed(packed: bool, recipe: Recipe) -> None:
         )
 
 
-class DomainLayer(nn.Module):
-    """``h_d = tanh((E + DomEmb[k]) W + b)`` [B, H]: the domain-corrupted representation.
-
-    Args:
-        hidden: H.
-        num_domains: K.
-        tanh: False gives h_d before its tanh, which the release compares in L_TKD.
-    """
-
-    def __init__(self, hidden: int, num_domains: int, tanh: bool = True):
-        super().__init__()
-        self.tanh = tanh
-        self.embedding = nn.Embedding(num_domains, hidden)
-        self.dense = nn.Linear(hidden, hidden)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-
-    def forward(self, embedding: Tensor, domain: Tensor) -> Tensor:
-        """E(X) [B, H] and domain [B] to h_d [B, H]."""
-        corrupted = self.dense(embedding.to(self.dense.weight.dtype) + self.embedding(domain))
-        return torch.tanh(corrupted) if self.tanh else corrupted
-
-
-def false_domains(
-    domain: Tensor, num_domains: int, *, seed: int, always_false: bool = True
-) -> Tensor:
-    """A wrong domain for every example [N], uniform over the others and the same for the same seed.
-
-    Args:
-        domain: true domains [N].
-        num_domains: K >= 2.
-        seed: of the draw; use another one each epoch.
-        always_false: False gives EasyTransfer's permutation of the true labels, which hits the
-            truth by chance.
-
-    Raises:
-        ValueError: only one domain exists, so no label can be false.
-    """
-    if num_domains < 2:
-        raise ValueError(f"num_domains: {num_domains}; domain corruption needs at least 2")
-    generator = torch.Generator().manual_seed(seed)
-    if not always_false:
-        return domain[torch.randperm(len(domain), generator=generator)]
-    return (domain + torch.randint(1, num_domains, domain.shape, generator=generator)) % num_domains
-
-
 class Teacher(nn.Module):
     """An encoder classifier with what its kind adds, for training and, frozen, for teaching.
 
     Args:
-        model: sequence classifier with M outputs (K x M for ``mtl``).
-        kind: single, mix, mtl or meta.
+        model: sequence classifier with M outputs (K x M where the kind has a head per domain).
+        kind: a name in ``TEACHER_KINDS``.
         domains: names of the K domains.
-        gamma1: weight of L_DA (meta only).
+        gamma1: weight of L_DA, where the kind has it.
         recipe: paper or released form.
         withheld: domains it never sees; a multi-task teacher answers for them with the mean of its
             other heads.
@@ -122,48 +73,27 @@ class Teacher(nn.Module):
         super().__init__()
         check_packed(packed, recipe)
         self.model = model
-        self.kind = kind
+        self.kind = TEACHER_KINDS[kind]
         self.domains = domains
         self.gamma1 = gamma1
         self.recipe = recipe
         self.withheld = list(withheld)
-        seen = torch.tensor([name not in self.withheld for name in domains])  # [K]
-        # Row k mixes the K heads into the answer for domain k.
-        heads = torch.where(seen[:, None], torch.eye(len(domains)), seen / seen.sum())  # [K, K]
-        self.register_buffer("head_mix", heads, persistent=False)
-        self.num_classes = model.config.num_labels // (len(domains) if kind == "mtl" else 1)
-        if kind == "meta":
-            self.domain_layer = DomainLayer(
-                model.config.hidden_size, len(domains), recipe.tanh_on_transfer
-            )
-            self.domain_classifier = nn.Linear(model.config.hidden_size, len(domains))
-        self._taps = Taps(model, {"last_hidden"} if kind == "meta" else set(), packed)
+        heads = len(domains) if self.kind.head_per_domain else 1
+        self.num_classes = model.config.num_labels // heads
+        for name, part in self.kind.parts(self).items():
+            self.add_module(name, part)
+        self._taps = Taps(model, self.kind.needs, packed)
 
     @property
-    def trains_domain_loss(self) -> bool:
-        """Is L_DA part of the loss?"""
-        return (
-            self.kind == "meta"
-            and self.recipe.domain_loss
-            and self.gamma1 > 0
-            and len(self.domains) - len(self.withheld) > 1
-        )
+    def num_taught(self) -> int:
+        """How many of the domains it sees in training."""
+        return len(self.domains) - len(self.withheld)
 
     def features(self, batch: dict[str, Tensor], taps: Taps | None = None) -> Features:
-        """One forward pass: logits [B, M] of each example's own domain, h_d for a meta-teacher, and
-        what ``taps`` adds."""
+        """One forward pass: logits [B, M] of each example's own domain, what else its kind shows,
+        and what ``taps`` adds."""
         features = (taps or self._taps)(batch)
-        if self.kind == "mtl":
-            logits = features.logits.unflatten(
-                -1, (len(self.domains), self.num_classes)
-            )  # [B, K, M]
-            features.logits = torch.einsum(
-                "bk,bkm->bm", self.head_mix[batch["domain"]].to(logits.dtype), logits
-            )
-        if self.kind == "meta" and features.last_hidden is not None:
-            features.domain = self.domain_layer(
-                pool(features, self.recipe.pooling), batch["domain"]
-            )
+        self.kind.answer(self, features, batch)
         return features
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
@@ -171,28 +101,9 @@ class Teacher(nn.Module):
         return self.features(batch).logits
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """L_MT per example; ``batch`` carries labels [B], domain [B], and for meta t [B] and
-        false_domain [B]."""
-        features = self.features(batch)
-        cross_entropy = F.cross_entropy(features.logits.float(), batch["labels"], reduction="none")
-        terms = {"ce": cross_entropy}
-        rows = cross_entropy
-        if self.kind == "meta":
-            # A cosine can fall below 0; a negative weight would teach the opposite of the label.
-            score = batch["t"].clamp(min=0.0)
-            rows = terms["ce_weighted"] = score * cross_entropy
-            if self.trains_domain_loss:
-                # The release's domain classifier has the tanh that its L_TKD lacks.
-                corrupted = (
-                    features.domain if self.domain_layer.tanh else torch.tanh(features.domain)
-                )
-                domain_logits = self.domain_classifier(corrupted).float()
-                domain_loss = F.cross_entropy(
-                    domain_logits, batch["false_domain"], reduction="none"
-                )
-                terms["domain_loss"] = domain_loss
-                weight = score if self.recipe.score_weighs_domain_loss else 1.0
-                rows = rows + self.gamma1 * weight * domain_loss
+        """The loss of its kind per example; ``batch`` carries labels [B], domain [B], t [B] where
+        the kind reads scores, and the kind's own columns."""
+        rows, terms = self.kind.loss(self, self.features(batch), batch)
         return StepOutput(rows, {name: value.detach().mean() for name, value in terms.items()})
 
     def _domain_parts(self) -> dict[str, Tensor]:
@@ -213,7 +124,7 @@ class Teacher(nn.Module):
                 folder / "domain.safetensors",
             )
         described = {
-            "kind": self.kind,
+            "kind": self.kind.name,
             "domains": self.domains,
             "gamma1": self.gamma1,
             "withheld": self.withheld,
@@ -230,6 +141,11 @@ class Teacher(nn.Module):
         """
         try:
             described = json.loads((folder / "metakd.json").read_text())
+            if described["kind"] not in TEACHER_KINDS:
+                raise CheckpointError(
+                    f"{folder}: there is no kind of teacher called {described['kind']!r} here",
+                    f"known are {', '.join(TEACHER_KINDS)}; import what adds it first",
+                )
             model = load_trained_classifier(folder)
             teacher = cls(
                 model,
@@ -277,8 +193,8 @@ class FrozenTeacher:
         packed: run the encoders' layers on real tokens only.
 
     Raises:
-        ValueError: an ensemble is asked for more than logits, or a teacher without domain layer for
-            h_d.
+        ValueError: an ensemble is asked for more than logits, or a teacher for what its kind does
+            not show.
         UnsupportedError: a stream of its own without CUDA; packed, in a recipe that counts padding.
     """
 
@@ -294,18 +210,20 @@ class FrozenTeacher:
                 "needs: an ensemble of teachers gives logits only, "
                 f"not {sorted(needs - {'logits'})}"
             )
-        if "domain" in needs and any(teacher.kind != "meta" for teacher in teachers):
+        own = needs - TAPPED - {"logits"}
+        if lacking := own - frozenset.intersection(*(teacher.kind.shows for teacher in teachers)):
+            able = [name for name, kind in TEACHER_KINDS.items() if lacking <= kind.shows]
             raise ValueError(
-                f"needs: a {teachers[0].kind} teacher has no domain representation; "
-                "use a meta-teacher"
+                f"needs: a {teachers[0].kind.name} teacher does not show {sorted(lacking)}; "
+                f"use one of kind {' or '.join(able)}"
             )
         self.teachers = teachers
-        tapped = set(needs) - {"logits", "domain"} | (
-            {"last_hidden"} if "domain" in needs else set()
-        )
         for teacher in teachers:
             check_packed(packed, teacher.recipe)
-        self._taps = [Taps(teacher.model, tapped, packed) for teacher in teachers]
+        self._taps = [
+            Taps(teacher.model, needs & TAPPED | (teacher.kind.needs if own else set()), packed)
+            for teacher in teachers
+        ]
         for teacher in teachers:
             teacher.requires_grad_(False)
             # The release taught with dropout on; reproduced only when asked for by its recipe.
@@ -352,9 +270,3 @@ class FrozenTeacher:
         """Take the hooks out of the teachers."""
         for taps in self._taps:
             taps.remove()
-
-
-def domain_loss_floor(num_domains: int) -> tuple[float, float]:
-    """(ln K, ln (K - 1)): L_DA settles near the first; well below the second the domain leaks
-    through."""
-    return math.log(num_domains), math.log(max(num_domains - 1, 1))

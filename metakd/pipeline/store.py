@@ -17,7 +17,7 @@ from pathlib import Path
 
 from metakd.errors import CheckpointError
 from metakd.training.checkpoint import Checkpoints, Disk, HashedFiles
-from metakd.training.engine import Saves
+from metakd.training.saves import Saves
 from metakd.training.world import World
 
 CHECKPOINTS = "checkpoints"

@@ -11,20 +11,15 @@ from transformers import PretrainedConfig
 
 from metakd.config import DistillConfig, TrainingConfig
 from metakd.errors import ConfigError
-from metakd.method.objective import Term, build_terms
-from metakd.method.sources import load_config
-from metakd.method.student import student_shape
-from metakd.training.context import Context, configured
-from metakd.training.memory import BYTES
-from metakd.training.serving import TeacherService
-from metakd.training.teacher_cache import (
-    GIB,
-    KeptOutputs,
-    Signal,
-    bytes_of,
-    is_kept,
-    signals_of,
-)
+from metakd.method.kinds import TEACHER_KINDS
+from metakd.method.methods import METHODS, Method, build_terms
+from metakd.method.terms import Term
+from metakd.models.sources import load_config
+from metakd.models.student import student_shape
+from metakd.pipeline.context import Context, configured
+from metakd.pipeline.memory import BYTES
+from metakd.pipeline.serving import TeacherService
+from metakd.pipeline.teacher_cache import GIB, KeptOutputs, Signal, bytes_of, is_kept, signals_of
 
 
 def method_label(distill: DistillConfig, teacher_kind: str | None) -> str:
@@ -44,10 +39,20 @@ class Lesson(NamedTuple):
     teacher_seed: int
 
     @property
+    def method(self) -> Method:
+        """The row of the table that it follows."""
+        return METHODS[self.distill.method]
+
+    @property
     def place(self) -> str:
         """Where in the cache the outputs of its teachers are."""
-        mean = "-mean" if self.distill.method == "mtn_kd" else ""
-        return f"teachers/{self.teacher_kind}-s{self.teacher_seed}{mean}/{self.domain}"
+        mixed = f"-{self.method.combine}" if self.method.mixes(self.teacher_kind) else ""
+        return f"teachers/{self.teacher_kind}-s{self.teacher_seed}{mixed}/{self.domain}"
+
+    def is_of_one_domain(self) -> bool:
+        """Does the teacher of its domain teach it, and no other?"""
+        kind = self.teacher_kind
+        return kind is not None and TEACHER_KINDS[kind].per_domain and not self.method.mixes(kind)
 
 
 def phases_of(
@@ -147,9 +152,8 @@ class TeacherOutputs:
                 teacher_layers=depth,
                 recipe=self._run.recipe,
             )
-        by_expertise = lesson.distill.method == "meta"
         phases = phases_of(lesson.distill, terms)
-        return [signals_of(part, by_expertise, depth) for part, _ in phases]
+        return [signals_of(part, lesson.method.by_expertise, depth) for part, _ in phases]
 
     def cached_phases(self, lesson: Lesson) -> list[bool]:
         """Which phases learn from kept outputs."""

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from metakd.config import CompareRow
-from metakd.training.lessons import Lesson, method_label
-from metakd.training.stages import Run
-from metakd.training.table import (
+from metakd.method.methods import METHODS
+from metakd.pipeline.lessons import Lesson, method_label
+from metakd.pipeline.stages import Run
+from metakd.pipeline.table import (
     ALL_DOMAINS,
     TEACHER,
     Cell,
@@ -30,7 +31,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
 
     Args:
         run: the run directory and configuration; ``config.compare`` holds rows and seeds.
-        gamma2: replaces each meta-distillation row by one row for each of these weights of L_TKD.
+        gamma2: replaces each row whose method has L_TKD by one row for each of these weights of it.
 
     Returns:
         The content of ``compare.json``.
@@ -70,6 +71,10 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
         "teacher_seeds": teacher_seeds,
         "summary": summarise(cells),
         "terms": {row: term_values(students) for row, students in places.items()},
+        "students": {
+            row: [str(place.relative_to(run.folder)) for place in students]
+            for row, students in places.items()
+        },
         "cells": [vars(cell) for cell in cells],
     }
     if run.world.is_main:
@@ -93,18 +98,16 @@ def _students(
         for number, seed in enumerate(config.seeds):
             teacher_seed = teacher_seeds[number % len(teacher_seeds)]
             for domain in run.student_domains:
-                if run.has_teacher(row.teacher, row.method, domain):
-                    options = {"seed": seed, "keep": config.keep_students, "label": label}
-                    yield Lesson(domain, distill, row.teacher, teacher_seed), options
+                lesson = Lesson(domain, distill, row.teacher, teacher_seed)
+                if run.has_teacher(lesson):
+                    yield lesson, {"seed": seed, "keep": config.keep_students, "label": label}
 
 
 def _expand(rows: Sequence[CompareRow], gamma2: Sequence[float]) -> list[CompareRow]:
     expanded = []
     for row in rows:
-        if row.method == "meta" and gamma2:
-            expanded += [
-                CompareRow(method="meta", teacher="meta", gamma2=value) for value in gamma2
-            ]
+        if gamma2 and "gamma2" in METHODS[row.method].keys:
+            expanded += [row.model_copy(update={"gamma2": value}) for value in gamma2]
         else:
             expanded.append(row)
     return list(dict.fromkeys(expanded))

@@ -3,7 +3,7 @@
 Works for every encoder that goes through transformers' attention interface, under SDPA. Nothing is
 asked of the model (no ``output_attentions``, which would force eager attention and [B, A, L, L]
 maps): layers are hooked, and an attention function of our own notes its inputs and hands them on to
-SDPA. Also holds ``layer_map``, which pairs student layers with teacher layers.
+SDPA.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from metakd.functional import masked_mean
-from metakd.method.packing import PACKING_KEYWORD, Packing, Unpacked, check_packable
+from metakd.models.packing import PACKING_KEYWORD, Packing, Unpacked, check_packable
 
 TAPPED_SDPA = "metakd_sdpa"
 ATTENTION_INPUTS = frozenset({"query", "key", "value"})
+TAPPED = ATTENTION_INPUTS | {"embedding", "hidden", "last_hidden"}
 
 # Who records what during the forward pass in hand. A model may carry hooks of several Taps; only
 # the one that called it records, and a recomputed forward (activation checkpointing) records
@@ -120,7 +121,7 @@ class Taps:
 
     Args:
         model: any transformers encoder, bare or with a classification head.
-        needs: the ``Features`` to collect, of embedding, hidden, last_hidden, query, key, value.
+        needs: the ``Features`` to collect, of ``TAPPED``.
         packed: run the layers on real tokens only. Features keep their shapes and, at real tokens,
             their values; at padding ``hidden``, queries, keys and values are zero.
 
@@ -132,8 +133,7 @@ class Taps:
     def __init__(
         self, model: PreTrainedModel, needs: frozenset[str] | set[str], packed: bool = False
     ):
-        unknown = set(needs) - ATTENTION_INPUTS - {"embedding", "hidden", "last_hidden"}
-        if unknown:
+        if unknown := set(needs) - TAPPED:
             raise ValueError(f"needs: {sorted(unknown)} cannot be tapped")
         self.model = model
         self.needs = frozenset(needs)
@@ -273,44 +273,6 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ValueError(f"model {type(model).__name__} has no list of {depth} layers to tap")
-
-
-def layer_map(rule: str | Sequence[int], student_layers: int, teacher_layers: int) -> list[int]:
-    """Teacher layer (0-based) for each student layer.
-
-    Args:
-        rule: ``uniform`` (12 -> 4 gives the 3rd, 6th, 9th and 12th), ``last`` (the top layers), or
-            the list itself.
-        student_layers: depth of the student.
-        teacher_layers: depth of the teacher.
-
-    Raises:
-        ValueError: a list of the wrong length or out of range, or a student deeper than the
-            teacher.
-
-    Source: TinyBERT's g(l) (Jiao et al. 2020, section 3.1), used by Meta-KD section 3.3.
-    """
-    if not isinstance(rule, str):
-        if len(rule) != student_layers:
-            raise ValueError(
-                f"layer_map: {len(rule)} entries for a student of {student_layers} layers"
-            )
-        if any(not 0 <= layer < teacher_layers for layer in rule):
-            raise ValueError(
-                f"layer_map: {list(rule)} names a layer outside 0..{teacher_layers - 1}"
-            )
-        return list(rule)
-    if student_layers > teacher_layers:
-        raise ValueError(
-            f"layer_map: student has {student_layers} layers, teacher only {teacher_layers}"
-        )
-    if rule == "last":
-        return list(range(teacher_layers - student_layers, teacher_layers))
-    if rule == "uniform":
-        return [
-            (layer + 1) * teacher_layers // student_layers - 1 for layer in range(student_layers)
-        ]
-    raise ValueError(f"layer_map: {rule!r} is neither uniform, last nor a list")
 
 
 def pool(features: Features, rule: str) -> Tensor:

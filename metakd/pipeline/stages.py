@@ -24,30 +24,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metakd.config import TrainingConfig
-from metakd.data import Split, prefetch
+from metakd.data.batches import prefetch
+from metakd.data.corpus import Split
 from metakd.errors import ConfigError, DataError
-from metakd.method.objective import Distillation, build_terms
+from metakd.method.kinds import TEACHER_KINDS
+from metakd.method.methods import build_terms
+from metakd.method.objective import Distillation
 from metakd.method.prototypes import Prototypes, describe_scores, embed
-from metakd.method.sources import (
-    load_classifier,
-    load_encoder,
-    load_trained_classifier,
-)
-from metakd.method.student import build_student
-from metakd.method.taps import model_inputs
-from metakd.method.teacher import Teacher, domain_loss_floor, false_domains
-from metakd.training.card import origin, write_card
-from metakd.training.context import Context, configured
-from metakd.training.engine import (
-    Saves,
-    evaluate,
-    fit,
-    seed_everything,
-)
-from metakd.training.lessons import Lesson, TeacherOutputs, method_label, phases_of
+from metakd.method.teachers import Teacher
+from metakd.models.sources import load_classifier, load_encoder, load_trained_classifier
+from metakd.models.student import build_student
+from metakd.models.taps import model_inputs
+from metakd.pipeline.card import origin, write_card
+from metakd.pipeline.context import Context, configured
+from metakd.pipeline.lessons import Lesson, TeacherOutputs, method_label, phases_of
+from metakd.pipeline.serving import TeacherService
+from metakd.pipeline.table import ALL_DOMAINS
+from metakd.training.engine import fit, seed_everything
 from metakd.training.log import RunLog
-from metakd.training.serving import TeacherService
-from metakd.training.table import ALL_DOMAINS
+from metakd.training.saves import Saves
+from metakd.training.scoring import evaluate
 from metakd.training.world import World, in_groups, join_world
 
 # Say which students are made, by whom, and what is kept on the way. That a teacher's outputs come
@@ -166,9 +162,8 @@ class Run(Context):
         kind = kind or self.config.teacher.kind
         seed = self.config.seed if seed is None else seed
         place = self.folder / "teachers" / f"{kind}-s{seed}"
-        if kind != "single":
-            places = {place: ALL_DOMAINS}
-        else:
+        places = {place: ALL_DOMAINS}
+        if TEACHER_KINDS[kind].per_domain:
             places = {
                 place / name: name
                 for name in self.corpus.domains
@@ -183,7 +178,7 @@ class Run(Context):
                 "teacher_seed": seed,
                 "domain": domain,
             }
-            if kind == "meta":
+            if TEACHER_KINDS[kind].by_score:
                 inputs |= self.settings("prototypes")
             self.store.get(
                 place,
@@ -195,9 +190,9 @@ class Run(Context):
         return list(places)
 
     def _build_teacher(self, folder: Path, saves: Saves, kind: str, domain: str, seed: int) -> dict:
-        config, corpus = self.config.teacher, self.corpus
+        config, corpus, rules = self.config.teacher, self.corpus, TEACHER_KINDS[kind]
         seed_everything(seed)
-        outputs = len(corpus.label2id) * len(corpus.domains) if kind == "mtl" else None
+        outputs = len(corpus.label2id) * len(corpus.domains) if rules.head_per_domain else None
         with configured("teacher.model"):
             model = load_classifier(config.model, corpus.label2id, outputs)
         teacher = Teacher(
@@ -210,20 +205,8 @@ class Run(Context):
             self.config.packed,
         )
         _recompute_activations(model, [config.training])
-        train = self._taught_part(self._scored_train() if kind == "meta" else corpus.train, domain)
+        train = self._taught_part(self._scored_train() if rules.by_score else corpus.train, domain)
         validation = self._taught_part(corpus.validation, domain)
-
-        def corrupt(epoch: int) -> dict[str, Tensor]:
-            # Among the domains that are taught: a withheld one would be a label never true.
-            taught, position = train.domain.unique(return_inverse=True)
-            drawn = false_domains(
-                position,
-                len(taught),
-                seed=seed * 1000 + epoch,
-                always_false=self.recipe.false_label_always_false,
-            )
-            return {"false_domain": taught[drawn]}
-
         result = {}
 
         def conclude() -> None:
@@ -243,16 +226,12 @@ class Run(Context):
                 log=log,
                 title=f"teacher {kind}",
                 seed=seed,
-                columns=corrupt if teacher.trains_domain_loss else None,
+                columns=lambda epoch: rules.columns(teacher, train.domain, seed=seed, epoch=epoch),
                 score=lambda: self._score(teacher.logits, validation, config.training),
                 conclude=conclude,
                 saves=saves,
             )
-        result["validation"] = best
-        if teacher.trains_domain_loss:
-            result["domain_loss_ln_k"], result["domain_loss_ln_k_minus_1"] = domain_loss_floor(
-                len(corpus.domains) - len(self.config.data.withhold)
-            )
+        result |= {"validation": best, **rules.marks(teacher)}
         if self.world.is_main:
             teacher.float().save(folder, self.tokenizer)
         return result
@@ -312,7 +291,7 @@ class Run(Context):
         if not left or not self.store.may_build:
             return
         for lesson, _ in left:
-            if lesson.distill.method == "meta":
+            if lesson.method.by_expertise:
                 self.prototypes()
             teachers = self._teachers(lesson)
             if any(self.outputs.cached_phases(lesson)):
@@ -342,30 +321,30 @@ class Run(Context):
         self.outputs.foresee(lessons)
 
     def _check_lesson(self, lesson: Lesson) -> None:
-        domain, distill, kind, _ = lesson
+        domain = lesson.domain
         if domain not in (ALL_DOMAINS, *self.corpus.domains):
             raise ConfigError(
                 f"domain: {domain} is not among {', '.join(self.corpus.domains)}",
                 "correct the name",
             )
-        if not self.has_teacher(kind, distill.method, domain):
+        if not self.has_teacher(lesson):
             raise ConfigError(
-                f"{distill.method}: there is no single teacher of {domain}",
+                f"{lesson.distill.method}: there is no {lesson.teacher_kind} teacher of {domain}",
                 "name another teacher: the domain is withheld, or the student serves them all",
             )
 
-    def has_teacher(self, teacher_kind: str | None, method: str, domain: str) -> bool:
-        """Is there a teacher for this domain's student? Single teachers know one domain each."""
-        if teacher_kind != "single" or method == "mtn_kd":
+    def has_teacher(self, lesson: Lesson) -> bool:
+        """Is there a teacher for this student, if it needs that of its own domain?"""
+        if not lesson.is_of_one_domain():
             return True
-        return domain != ALL_DOMAINS and domain not in self.config.data.withhold
+        return lesson.domain not in (ALL_DOMAINS, *self.config.data.withhold)
 
     def _teachers(self, lesson: Lesson) -> list[Path]:
         """The folders of those who teach it, trained if they are not there."""
-        domain, distill, kind, seed = lesson
-        teachers = self.teach(kind, seed) if kind else []
-        if kind == "single" and distill.method != "mtn_kd":
-            teachers = [place for place in teachers if place.name == domain]
+        kind = lesson.teacher_kind
+        teachers = self.teach(kind, lesson.teacher_seed) if kind else []
+        if lesson.is_of_one_domain():
+            teachers = [place for place in teachers if place.name == lesson.domain]
         return teachers
 
     def student(
@@ -438,7 +417,7 @@ class Run(Context):
     ) -> dict:
         domain, distill, *_ = lesson
         corpus = self.corpus
-        weighted = distill.method == "meta"
+        weighted = lesson.method.by_expertise
         train = self.part(self._scored_train() if weighted else corpus.train, domain)
         validation = self.part(corpus.validation, domain)
         if not len(train) or not len(validation):
@@ -580,7 +559,7 @@ class Run(Context):
         for place in self.teach(self.teacher_kind) if self.teacher_kind else []:
             service = TeacherService([place], exact, self.recipe, self.world)
             [teacher] = service.teachers
-            domain = place.name if teacher.kind == "single" else ALL_DOMAINS
+            domain = place.name if teacher.kind.per_domain else ALL_DOMAINS
             part = self.part(split, domain)
             with service.showing(frozenset({"logits"})) as show:
                 teacher.eval()  # the release teaches with dropout

@@ -1,5 +1,5 @@
 """Students: small encoders made from a preset, from a teacher's own layers, or loaded from a
-directory or the hub; and whether teacher, student and data fit together.
+directory or the hub.
 
 A student is a plain ``AutoModelForSequenceClassification``; everything that only distillation needs
 (projections, the domain layer) lives in ``objective.Distillation`` and is never saved with it.
@@ -8,7 +8,6 @@ A student is a plain ``AutoModelForSequenceClassification``; everything that onl
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 from transformers import (
     BertConfig,
@@ -18,18 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from metakd.config import RunConfig, StudentConfig
-from metakd.errors import ConfigError
-from metakd.method.objective import build_terms, check_widths
-from metakd.method.recipe import PAPER, Recipe
-from metakd.method.sources import (
-    check_embeddings,
-    check_labels,
-    check_vocabulary,
-    load_classifier,
-    load_config,
-)
-from metakd.method.taps import encoder_layers
+from metakd.config import StudentConfig
+from metakd.models.sources import check_positions, check_vocabulary, load_classifier, load_config
+from metakd.models.taps import encoder_layers
 
 # Layers, hidden width, heads, feed-forward width. The first is TinyBERT-4 (Jiao et al. 2020), the
 # others BERT-mini and BERT-tiny (Turc et al. 2019), the first of them renamed after its shape.
@@ -38,68 +28,6 @@ PRESETS = {
     "mini-4l-256": (4, 256, 4, 1024),
     "tiny-2l-128": (2, 128, 2, 512),
 }
-
-
-def check_models(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    label2id: dict[str, int],
-    recipe: Recipe = PAPER,
-) -> None:
-    """Do teacher, student, objective and data fit together? Reads configurations and tokenizers,
-    no weights, so that a run can ask before it trains anything.
-
-    Args:
-        config: the whole configuration.
-        tokenizer: the teacher's.
-        label2id: of the data.
-        recipe: form of the method.
-
-    Raises:
-        ConfigError: every pair that does not fit, with both values: number of tokens and token
-            numbers, labels, positions, layers, widths.
-    """
-    problems: list[str] = []
-
-    def note(key: str, check: Callable, *arguments, **options):
-        try:
-            return check(*arguments, **options)
-        except (OSError, ValueError) as error:
-            problems.append(f"{key}: {str(error).splitlines()[0]}")
-            return None
-
-    source, student = config.teacher.model, config.student
-    taught = note("teacher.model", load_config, source)
-    length = config.data.max_length
-    if taught is not None:
-        note("teacher.model", check_embeddings, source, taught, tokenizer)
-        note("teacher.model", _check_positions, source, taught, length)
-        if config.teacher.kind != "mtl":  # whose head is always fresh
-            note("teacher.model", check_labels, source, taught, label2id)
-    if student.model is not None:
-        shape = note("student.model", load_config, student.model)
-        if shape is not None:
-            note("student.model", check_vocabulary, student.model, shape, tokenizer)
-            note("student.model", check_labels, student.model, shape, label2id)
-            note("student.model", _check_positions, student.model, shape, length)
-    else:
-        shape = None if taught is None else note("student", student_shape, student, taught)
-    if taught is not None and shape is not None:
-        terms = note(
-            "distill",
-            build_terms,
-            config.distill,
-            student_layers=shape.num_hidden_layers,
-            teacher_layers=taught.num_hidden_layers,
-            recipe=recipe,
-        )
-        note("distill", check_widths, terms or [], shape.hidden_size, taught.hidden_size)
-    if problems:
-        listed = "\n  ".join([f"{len(problems)} problems:", *problems])
-        raise ConfigError(
-            problems[0] if len(problems) == 1 else listed,
-            "Choose models that fit each other and the data; nothing was trained.",
-        )
 
 
 def student_shape(student: StudentConfig, taught: PretrainedConfig) -> PretrainedConfig:
@@ -157,7 +85,7 @@ def build_student(
     if config.model is not None:
         shape = load_config(config.model)
         check_vocabulary(config.model, shape, tokenizer)
-        _check_positions(config.model, shape, max_length)
+        check_positions(config.model, shape, max_length)
         return load_classifier(config.model, label2id)
     if config.layers is not None:
         return keep_layers(load_classifier(source, label2id), config.layers)
@@ -171,13 +99,6 @@ def build_student(
         attn_implementation="sdpa",
     )
     return BertForSequenceClassification(shape)
-
-
-def _check_positions(model: str, shape: PretrainedConfig, max_length: int) -> None:
-    positions = getattr(shape, "max_position_embeddings", max_length)
-    # DeBERTa's are relative; some of its kind have no others.
-    if positions < max_length and getattr(shape, "position_biased_input", True):
-        raise ValueError(f"{model} takes {positions} tokens, max_length is {max_length}")
 
 
 def _shortened(taught: PretrainedConfig, layers: list[int]) -> PretrainedConfig:

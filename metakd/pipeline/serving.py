@@ -19,11 +19,12 @@ from transformers.integrations.deepspeed import (
 )
 
 from metakd.config import RunConfig
+from metakd.data.batches import Batch
 from metakd.method.recipe import Recipe
-from metakd.method.sources import load_config
-from metakd.method.taps import Features
-from metakd.method.teacher import FrozenTeacher, Teacher
-from metakd.training.engine import Batch, compute_dtype, deepspeed_config
+from metakd.method.teachers import FrozenTeacher, Teacher
+from metakd.models.sources import load_config
+from metakd.models.taps import Features
+from metakd.training.engine import compute_dtype, deepspeed_config
 from metakd.training.world import World
 
 

@@ -10,17 +10,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from metakd import __version__
 from metakd.config import RunConfig
-from metakd.data import Corpus, Split, collate, load_corpus
+from metakd.data.batches import collate
+from metakd.data.cache import content_key
+from metakd.data.corpus import Corpus, Split, load_corpus
 from metakd.errors import ConfigError, DataError
+from metakd.method.fit import check_models
+from metakd.method.methods import METHODS
 from metakd.method.recipe import RECIPES, Recipe
-from metakd.method.sources import load_tokenizer
-from metakd.method.student import check_models
-from metakd.tensor_cache import content_key
-from metakd.training.store import StageStore
-from metakd.training.table import ALL_DOMAINS
+from metakd.models.sources import load_tokenizer
+from metakd.pipeline.store import StageStore
+from metakd.pipeline.table import ALL_DOMAINS
 from metakd.training.world import World
+
+RESULTS = "0.1.0"
+"""The first version whose stages came out as these do: raised where the same inputs give another
+result, so that what an earlier version has finished is not built again for nothing."""
 
 
 @contextmanager
@@ -38,7 +43,7 @@ def _check_domains(corpus: Corpus) -> None:
     problems = [
         f"domain {name!r} cannot name a folder"
         for name in corpus.domains
-        if name == ALL_DOMAINS  # `metakd.reading` refuses what would lead elsewhere
+        if name == ALL_DOMAINS  # `metakd.data.reading` refuses what would lead elsewhere
     ]
     for title in ("train", "validation", "test"):
         split = getattr(corpus, title)
@@ -136,7 +141,7 @@ class Context:
         config = self.config
         data = config.data
         common = {
-            "version": __version__,
+            "version": RESULTS,
             "data": data.model_dump(mode="json"),
             "content": self._content(data.train, data.validation, data.test, config.teacher.model),
             "seed": config.seed,
@@ -178,8 +183,7 @@ class Context:
     @property
     def teacher_kind(self) -> str | None:
         """The kind of teacher that the configured method learns from."""
-        only = {"finetune": None, "mtn_kd": "single", "meta": "meta"}
-        return only.get(self.config.distill.method, self.config.teacher.kind)
+        return METHODS[self.config.distill.method].teacher(self.config.teacher.kind)
 
     def say(self, text: str) -> None:
         """One line on the console, from the first rank only."""

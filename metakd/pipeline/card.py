@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from metakd.config import RunConfig
-from metakd.training.table import markdown_table, plain, show
+from metakd.pipeline.table import markdown_table, plain, show
 
 _BODY = """---
 {front}

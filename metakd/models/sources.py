@@ -173,6 +173,18 @@ def check_embeddings(
         )
 
 
+def check_positions(model: str, shape: PretrainedConfig, max_length: int) -> None:
+    """Has the model a position for every token of the longest text?
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    positions = getattr(shape, "max_position_embeddings", max_length)
+    # DeBERTa's are relative; some of its kind have no others.
+    if positions < max_length and getattr(shape, "position_biased_input", True):
+        raise ValueError(f"{model} takes {positions} tokens, max_length is {max_length}")
+
+
 def check_finite(source: str | Path, tensors: dict[str, torch.Tensor]) -> None:
     """One NaN among the weights of a teacher makes every loss NaN, many steps later.
 

@@ -9,7 +9,7 @@ anew each epoch as well, for the training of teachers only.)
 
 One file per signal, unpadded: a row per real token or per example, of all examples one after the
 other, so that a batch is a few slices. Files are keyed by all that decides their content and
-verified as a whole before use (``metakd.tensor_cache``). Slices are taken with the batch, ahead of
+verified as a whole before use (``metakd.data.cache``). Slices are taken with the batch, ahead of
 the loop, so that they travel to the device as the batch does.
 
 Sizes: N examples, T their real tokens, B and L of a batch, H hidden width, A heads, D head width,
@@ -30,13 +30,14 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from metakd.data import Split
+from metakd.data.batches import Batch, Collate
+from metakd.data.cache import Draft, TensorCache, content_key, private_folder
+from metakd.data.corpus import Split
 from metakd.errors import CheckpointError
-from metakd.method.objective import Term
-from metakd.method.packing import Packing, real_tokens
-from metakd.method.taps import ATTENTION_INPUTS, Features
-from metakd.tensor_cache import Draft, TensorCache, content_key, private_folder
-from metakd.training.engine import Batch, Collate, in_turns
+from metakd.method.terms import Term
+from metakd.models.packing import Packing, real_tokens
+from metakd.models.taps import ATTENTION_INPUTS, Features
+from metakd.training.scoring import in_turns
 from metakd.training.world import World
 
 FORMAT = 1  # of the files: a change makes all of them anew

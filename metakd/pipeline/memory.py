@@ -37,8 +37,8 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from metakd.config import RunConfig
 from metakd.errors import ConfigError
-from metakd.method.sources import load_config
-from metakd.method.student import student_shape
+from metakd.models.sources import load_config
+from metakd.models.student import student_shape
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STAGES = (0, 1, 2, 3)

@@ -1,0 +1,34 @@
+"""The configuration of a run: its blocks, how it is read and checked, what DeepSpeed is told.
+
+Imports no torch.
+"""
+
+from metakd.config.blocks import (
+    CompareConfig,
+    CompareRow,
+    DataConfig,
+    DistillConfig,
+    PrototypeConfig,
+    RunConfig,
+    Sharding,
+    StudentConfig,
+    TeacherConfig,
+    TermWeights,
+    TrainingConfig,
+)
+from metakd.config.loading import load_config
+
+__all__ = [
+    "CompareConfig",
+    "CompareRow",
+    "DataConfig",
+    "DistillConfig",
+    "PrototypeConfig",
+    "RunConfig",
+    "Sharding",
+    "StudentConfig",
+    "TeacherConfig",
+    "TermWeights",
+    "TrainingConfig",
+    "load_config",
+]

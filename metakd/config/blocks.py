@@ -1,0 +1,285 @@
+"""The blocks of the YAML file: one pydantic model each.
+
+Every key is known (``extra="forbid"``), and key names follow ``transformers.TrainingArguments``
+where they mean the same thing. Imports pydantic and the table of methods, and no torch, so that a
+wrong configuration is refused in well under a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from metakd.config.deepspeed import AUTO
+from metakd.method.kinds import DEFAULT_KIND, TEACHER_KINDS
+from metakd.method.methods import DEFAULT_METHOD, DEFAULT_ROWS, METHODS
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+ZeroStage = Literal[0, 1, 2, 3]
+
+
+def _one_of(table: Mapping[str, Any]) -> BeforeValidator:
+    """A name in a table, which may grow after this module was read."""
+
+    def check(name: Any) -> Any:
+        if not isinstance(name, str) or name not in table:
+            *names, last = map(repr, table)
+            raise ValueError(f"must be {', '.join(names)} or {last}")
+        return name
+
+    return BeforeValidator(check)
+
+
+TeacherKind = Annotated[str, _one_of(TEACHER_KINDS)]
+MethodName = Annotated[str, _one_of(METHODS)]
+
+
+class Block(BaseModel):
+    """A block of the YAML file: unknown keys are errors, values are immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class DataConfig(Block):
+    """Where the examples are and which columns hold what.
+
+    ``train``, ``validation`` and ``test`` are each a CSV, TSV, JSONL or Parquet file, a folder with
+    one file per domain (the file's stem is the domain), or a hub id. Without ``validation``,
+    ``validation_fraction`` of the training split is held out, stratified by domain and label.
+    """
+
+    train: str
+    validation: str | None = None
+    test: str | None = None
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    domain: str = "domain"
+    max_length: Annotated[int, Field(ge=4, le=8192)] = 128
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    data_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    withhold: list[str] = []
+
+
+class PrototypeConfig(Block):
+    """Prototype scores t (Meta-KD section 3.1): weight alpha of the own domain, and how t is
+    rescaled."""
+
+    alpha: Fraction = 0.5
+    rescale: Literal["none", "center", "minmax", "zscore"] = "none"
+
+
+class TrainingConfig(Block):
+    """One optimisation run. ``warmup_steps`` below 1 is a share of all steps, as in
+    ``TrainingArguments``."""
+
+    learning_rate: Positive = 2e-5
+    num_train_epochs: Count = 3
+    max_steps: Annotated[int, Field(ge=-1)] = -1
+    per_device_train_batch_size: Count = 32
+    per_device_eval_batch_size: Count = 64
+    gradient_accumulation_steps: Count = 1
+    warmup_steps: Annotated[float, Field(ge=0.0)] = 0.1
+    lr_scheduler_type: Literal["linear", "constant"] = "linear"
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    max_grad_norm: Positive = 1.0
+    group_by_length: bool = True
+    gradient_checkpointing: bool = False
+
+
+class TeacherConfig(Block):
+    """The teacher: a pre-trained encoder (directory or hub id), and how it is trained on the
+    domains.
+
+    ``zero`` and ``offload`` shard its training; at ``zero: 3`` it stays sharded while it teaches,
+    with its weights in host memory under ``offload``. Below that every process holds a copy.
+    """
+
+    model: str
+    kind: TeacherKind = DEFAULT_KIND
+    gamma1: Annotated[float, Field(ge=0.0)] = 0.2
+    zero: ZeroStage | None = None
+    offload: bool = False
+    training: TrainingConfig = TrainingConfig()
+
+
+class StudentConfig(Block):
+    """The student: exactly one of a preset, teacher layers to copy (0-based), or a directory / hub
+    id. ``zero`` and ``offload`` shard its training."""
+
+    preset: Literal["tinybert-4l-312", "mini-4l-256", "tiny-2l-128"] | None = None
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    copy_from: Literal["teacher", "encoder"] = "teacher"
+    model: str | None = None
+    zero: ZeroStage | None = None
+    offload: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        given = [name for name in ("preset", "layers", "model") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of preset, layers, model (given: {', '.join(given) or 'none'})"
+            )
+        return self
+
+
+class TermWeights(Block):
+    """Weight of each distillation term; 0 switches a term off and its features are not even
+    collected."""
+
+    embedding: Annotated[float, Field(ge=0.0)] = 1.0
+    hidden: Annotated[float, Field(ge=0.0)] = 1.0
+    attention: Annotated[float, Field(ge=0.0)] = 1.0
+    prediction: Annotated[float, Field(ge=0.0)] = 1.0
+    hard_label: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class DistillConfig(Block):
+    """How a student is taught. ``gamma2`` weights the transferable-knowledge term L_TKD.
+
+    ``schedule: joint`` trains all terms at once (the paper's equation); ``two_stage`` trains the
+    intermediate terms first (``intermediate``), then the prediction terms (``training``).
+    ``backend`` computes the losses; ``teacher_stream`` runs the teacher on a CUDA stream of its
+    own, beside the student's forward pass. ``processes_per_student`` spreads the students of
+    several domains over the processes, so many for each, instead of training each with all.
+
+    ``cache_teacher`` keeps what the frozen teacher says of each training example on the disk, and
+    runs it no more: ``all`` keeps every signal that the terms ask for; ``logits`` keeps logits
+    alone, a few bytes an example, and serves the methods and stages that ask for nothing else,
+    while the teacher runs for the others as it does under ``none``. (A word where a switch might
+    be: what is kept differs a thousandfold in size, so that nobody should have to guess it.) It is
+    an error, before anything is computed, if all that a command's students ask for takes more than
+    ``cache_limit_gib``.
+    """
+
+    method: MethodName = DEFAULT_METHOD
+    schedule: Literal["joint", "two_stage"] = "joint"
+    temperature: Positive = 1.0
+    scale_by_temperature: bool = True
+    gamma2: Annotated[float, Field(ge=0.0)] = 0.2
+    terms: TermWeights = TermWeights()
+    attention: Literal["scores", "probabilities", "kl"] = "scores"
+    layer_map: Literal["uniform", "last"] | list[Annotated[int, Field(ge=0)]] = "uniform"
+    relation_heads: Count = 12
+    backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
+    teacher_stream: bool = False
+    cache_teacher: Literal["none", "logits", "all"] = "none"
+    cache_limit_gib: Positive = 20.0
+    domains: list[str] | None = None
+    one_student_for_all: bool = False
+    processes_per_student: Count | None = None
+    training: TrainingConfig = TrainingConfig(learning_rate=5e-5)
+    intermediate: TrainingConfig = TrainingConfig(
+        learning_rate=5e-5, num_train_epochs=10, lr_scheduler_type="constant"
+    )
+
+
+class CompareRow(Block):
+    """One row of the comparison: a method and the teacher it learns from (``finetune`` has
+    none)."""
+
+    method: MethodName
+    teacher: TeacherKind | None = None
+    gamma2: Annotated[float, Field(ge=0.0)] | None = None
+
+    @model_validator(mode="after")
+    def _teacher_fits(self):
+        if reason := METHODS[self.method].why_not(self.teacher):
+            raise ValueError(reason)
+        return self
+
+
+class CompareConfig(Block):
+    """Rows x domains x seeds. ``teacher_seeds`` fixes how many teachers are trained: with fewer
+    teachers than ``seeds`` they are reused in turn, and the spread then misses part of the
+    teacher's share. ``keep_students`` keeps the weights of every cell, not only its scores."""
+
+    rows: Annotated[list[CompareRow], Field(min_length=1)] = [
+        CompareRow(method=method, teacher=teacher) for method, teacher in DEFAULT_ROWS
+    ]
+    seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3, 4, 5]
+    teacher_seeds: Count | None = None
+    keep_students: bool = False
+
+
+class Sharding(NamedTuple):
+    """How the state of a training run is spread: ZeRO stage, and optimizer states (at stage 3
+    weights as well) in host memory."""
+
+    zero: int = 0
+    offload: bool = False
+
+
+class RunConfig(Block):
+    """The whole YAML file.
+
+    ``zero`` holds for every training run unless ``teacher.zero`` or ``student.zero`` says
+    otherwise. ``deepspeed`` is a DeepSpeed configuration, written out or the path of a JSON file;
+    what it leaves out or calls ``auto`` comes from the other keys. ``packed`` runs the layers of
+    teacher and student on real tokens only, which pays where batches hold much padding. A
+    checkpoint is written every ``save_steps`` optimizer steps, and the newest
+    ``save_total_limit`` are kept. Processes that train together end when one of them has made no
+    progress for ``step_timeout`` seconds.
+    """
+
+    output_dir: str
+    data: DataConfig
+    teacher: TeacherConfig
+    student: StudentConfig
+    prototypes: PrototypeConfig = PrototypeConfig()
+    distill: DistillConfig = DistillConfig()
+    compare: CompareConfig = CompareConfig()
+    compat: Literal["paper", "easytransfer"] = "paper"
+    seed: int = 42
+    bf16: bool = False
+    fp16: bool = False
+    zero: ZeroStage = 0
+    logging_steps: Count = 20
+    packed: bool = False
+    deepspeed: dict[str, Any] | None = None
+    save_steps: Count = 500
+    save_total_limit: Count = 2
+    step_timeout: Positive = 45.0
+    report_to: list[Literal["tensorboard", "jsonl"]] = ["jsonl", "tensorboard"]
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16 or fp16."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    def sharding(self, block: TeacherConfig | StudentConfig) -> Sharding:
+        """How the training of the teacher or of a student is spread."""
+        zero = self.zero if block.zero is None else block.zero
+        if block.zero is None and "zero" not in self.model_fields_set and self.deepspeed:
+            stage = self.deepspeed.get("zero_optimization", {}).get("stage", AUTO)
+            zero = zero if stage == AUTO else stage
+        return Sharding(zero, block.offload)
+
+    def deepspeed_values(self, training: TrainingConfig, sharding: Sharding) -> dict[str, Any]:
+        """What one training run says by the dotted names of DeepSpeed, see
+        ``resolve_deepspeed``."""
+        linear = training.lr_scheduler_type == "linear"
+        return {
+            "train_micro_batch_size_per_gpu": training.per_device_train_batch_size,
+            "gradient_accumulation_steps": training.gradient_accumulation_steps,
+            "gradient_clipping": training.max_grad_norm,
+            "zero_optimization.stage": sharding.zero,
+            "bf16.enabled": self.bf16,
+            "fp16.enabled": self.fp16,
+            "optimizer.type": "AdamW",
+            "optimizer.params.lr": training.learning_rate,
+            "optimizer.params.weight_decay": training.weight_decay,
+            "scheduler.type": "WarmupDecayLR" if linear else "WarmupLR",
+        }
+
+    @model_validator(mode="after")
+    def _one_precision(self):
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both true: give one")
+        return self

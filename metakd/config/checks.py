@@ -1,0 +1,94 @@
+"""What no single block of a configuration can know: keys that exclude each other."""
+
+from __future__ import annotations
+
+import re
+
+from metakd.config.blocks import CompareRow, RunConfig
+from metakd.config.deepspeed import check_deepspeed, contradictions
+from metakd.method.methods import METHODS
+
+
+def check_contradictions(config: RunConfig) -> list[str]:
+    """What no single block can know, keys that exclude each other: ``key: reason`` each."""
+    found = []
+    distill, student = config.distill, config.student
+
+    if distill.teacher_stream and config.sharding(config.teacher).zero == 3:
+        found.append("distill.teacher_stream: excluded by teacher.zero: 3, which needs all streams")
+    if distill.teacher_stream and distill.cache_teacher == "all":
+        found.append("distill.teacher_stream: excluded by distill.cache_teacher: all")
+    if config.compat == "easytransfer" and distill.cache_teacher != "none":
+        found.append(
+            "distill.cache_teacher: excluded by compat: easytransfer, whose teacher keeps its "
+            "dropout and answers otherwise each time"
+        )
+    if distill.domains is not None and distill.one_student_for_all:
+        found.append("distill.domains: excluded by distill.one_student_for_all: true, give one")
+    if config.compat == "easytransfer" and config.packed:
+        found.append("packed: excluded by compat: easytransfer, which averages over padding too")
+    if config.compat == "easytransfer" and distill.schedule == "joint":
+        found.append("compat: easytransfer trains in two stages, set distill.schedule: two_stage")
+    method = METHODS[distill.method]
+    # Left out, the kind follows from the method.
+    given = "kind" in config.teacher.model_fields_set and method.possible_teachers
+    if given and (reason := method.why_not(config.teacher.kind)):
+        found.append(f"teacher.kind: against distill.method: {reason}")
+    if method.weights and not any(term.weight(distill) for term in method.terms):
+        names = ", ".join(key.removeprefix("terms.") for key in method.weights)
+        found.append(
+            f"distill.terms: every weight is 0 that {distill.method} has ({names}), so the student "
+            "would learn nothing"
+        )
+
+    preset = re.search(r"-(\d+)l-", student.preset or "")
+    depth = len(student.layers) if student.layers else int(preset[1]) if preset else None
+    if isinstance(distill.layer_map, list) and depth not in (None, len(distill.layer_map)):
+        given = len(distill.layer_map)
+        found.append(f"distill.layer_map: has {given} teacher layers for {depth} of the student")
+
+    declared = config.deepspeed or {}
+    if check_deepspeed(declared):
+        declared = {}  # wrong by itself, and said to be
+    runs = {
+        "teacher.training": (config.teacher.training, config.teacher),
+        "distill.training": (distill.training, student),
+    }
+    if distill.schedule == "two_stage":
+        runs["distill.intermediate"] = (distill.intermediate, student)
+    for key, (training, block) in runs.items():
+        if training.warmup_steps >= 1 and 0 < training.max_steps < training.warmup_steps:
+            warmup, limit = f"{training.warmup_steps:g}", training.max_steps
+            found.append(f"{key}.warmup_steps: {warmup} is more than {key}.max_steps {limit}")
+        values = config.deepspeed_values(training, config.sharding(block))
+        found += [f"deepspeed.{text} ({key})" for text in contradictions(declared, values)]
+
+    if distill.domains == []:
+        found.append("distill.domains: is empty, leave it out to train a student for every domain")
+    if (config.compare.teacher_seeds or 0) > len(config.compare.seeds):
+        found.append(
+            f"compare.teacher_seeds: {config.compare.teacher_seeds} is more than the "
+            f"{len(config.compare.seeds)} of compare.seeds"
+        )
+    for key, block in {"teacher": config.teacher, "student": config.student}.items():
+        if block.offload and config.sharding(block).zero == 0:
+            found.append(f"{key}.offload: needs {key}.zero of 1 to 3")
+    for key, values in {
+        "data.withhold": config.data.withhold,
+        "distill.domains": distill.domains or [],
+        "compare.seeds": config.compare.seeds,
+        "compare.rows": [_row_name(row) for row in config.compare.rows],
+        "report_to": config.report_to,
+    }.items():
+        twice = sorted({str(value) for value in values if values.count(value) > 1})
+        if twice:
+            found.append(f"{key}: given more than once: {', '.join(twice)}")
+    for key, seed in [("seed", config.seed), *(("compare.seeds", s) for s in config.compare.seeds)]:
+        if not 0 <= seed < 2**32:  # what numpy's generator takes
+            found.append(f"{key}: must be from 0 to 2^32 - 1 (got {seed})")
+    return found
+
+
+def _row_name(row: CompareRow) -> str:
+    gamma2 = "" if row.gamma2 is None else f" with gamma2 {row.gamma2:g}"
+    return f"{row.method} from {row.teacher}{gamma2}"

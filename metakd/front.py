@@ -1,0 +1,234 @@
+"""The Python front: what the command line does, in a script or a notebook.
+
+``metakd.run`` and ``metakd.compare`` take a configuration as a YAML file, a dictionary or what
+``metakd.load_config`` returns, do the work, and give a ``Result``. Started plainly they are one
+process; in a script under ``deepspeed`` or ``torchrun`` every process calls them and every one gets
+the result. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metakd.config import RunConfig, load_config
+from metakd.pipeline.table import TEACHER, Cell, markdown, summarise
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.console import Console
+
+    from metakd.pipeline.stages import Run
+
+Configuration = RunConfig | Mapping[str, Any] | str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run or a comparison.
+
+    Args:
+        folder: the run directory.
+        split: that the scores are of, test or validation.
+        summary: row -> domain (or ``average``) -> ``mean``, ``std`` over seeds (None for one seed)
+            and ``n``; accuracy in percent. Rows of teachers begin with ``teacher: ``.
+        students: row -> folders of the students whose weights were kept, by domain and seed; each
+            loads with plain ``AutoModelForSequenceClassification``.
+        details: all of it, as ``evaluation.json`` or ``compare.json`` holds it.
+    """
+
+    folder: Path
+    split: str
+    summary: dict[str, dict[str, dict[str, float]]]
+    students: dict[str, list[Path]]
+    details: dict[str, Any]
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Row -> domain (or ``average``) -> accuracy in percent, the mean over seeds."""
+        return {
+            row: {domain: score["mean"] for domain, score in scores.items()}
+            for row, scores in self.summary.items()
+        }
+
+    def frame(self) -> pandas.DataFrame:
+        """``scores`` as a data frame: a row a method, a column a domain."""
+        import pandas
+
+        return pandas.DataFrame.from_dict(self.scores, orient="index")
+
+    def report(self, out: str | PathLike[str] | None = None) -> list[Path]:
+        """Write all that is known of the run as one HTML page, as Markdown and as JSON.
+
+        Args:
+            out: folder to write to; the run directory by default.
+
+        Returns:
+            The files.
+
+        Raises:
+            UnsupportedError: a package is missing that the page needs (``metakd[deploy]``).
+        """
+        from metakd.deploy.report import write_report
+
+        return write_report(self.folder, None if out is None else Path(out), "metakd.Result.report")
+
+    def __str__(self) -> str:
+        return markdown({"summary": self.summary})
+
+    _repr_markdown_ = __str__
+
+
+def run(
+    config: Configuration,
+    overrides: Sequence[str] = (),
+    *,
+    console: Console | None = None,
+    resume: str = "auto",
+    reshard: bool = False,
+    command: str = "metakd.run",
+) -> Result:
+    """Prototypes, teacher, students and their scores; what is done already is skipped.
+
+    Args:
+        config: a YAML file, a dictionary, or from ``load_config``.
+        overrides: ``key.sub=value`` each, as on the command line.
+        console: where progress is shown; the terminal by default.
+        resume: ``auto`` goes on from the newest valid checkpoint, a tag from that one, ``never``
+            starts afresh.
+        reshard: go on from a checkpoint of another number of processes.
+        command: recorded with what is made.
+
+    Returns:
+        Scores of the teacher and of the students of the configured method.
+
+    Raises:
+        MetakdError: one of ``metakd.errors``, with a line of cause and one of remedy.
+    """
+    result = evaluate(open_run(config, overrides, console, resume, reshard, command))
+    _leave_in_order()
+    return result
+
+
+def evaluate(opened: Run) -> Result:
+    """Scores of the teacher and students of a run; what it may build and lacks is built."""
+    from metakd.pipeline.lessons import method_label
+
+    found, kind = opened.evaluate(), opened.teacher_kind
+    label = method_label(opened.config.distill, kind)
+    rows = [] if kind is None else [(TEACHER + kind, found["teacher"])]
+    rows += [(label, scores) for scores in found["students"].values()]
+    cells = [
+        Cell(row, domain, opened.config.seed, 100 * scores[f"accuracy/{domain}"])
+        for row, scores in rows
+        for domain in opened.corpus.domains
+        if f"accuracy/{domain}" in scores
+    ]
+    students = {label: opened.students()}
+    return Result(opened.folder, found["split"], summarise(cells), students, found)
+
+
+def compare(
+    config: Configuration,
+    overrides: Sequence[str] = (),
+    *,
+    withhold: Sequence[str] = (),
+    data_fraction: float | None = None,
+    gamma2: Sequence[float] = (),
+    console: Console | None = None,
+    resume: str = "auto",
+    reshard: bool = False,
+    command: str = "metakd.compare",
+) -> Result:
+    """Methods x domains x seeds, see the ``compare`` block; writes ``compare.md``, ``.json`` and
+    ``.csv``.
+
+    Args:
+        config: a YAML file, a dictionary, or from ``load_config``.
+        overrides: ``key.sub=value`` each, as on the command line.
+        withhold: domains to keep from teacher and prototypes.
+        data_fraction: share of the training examples to use.
+        gamma2: weights of L_TKD to sweep.
+        console, resume, reshard, command: as for ``run``.
+
+    Returns:
+        Scores of every row. With ``withhold`` or ``data_fraction`` it has a run directory of its
+        own, beside that of the plain comparison.
+
+    Raises:
+        MetakdError: one of ``metakd.errors``, with a line of cause and one of remedy.
+    """
+    changes, suffix = list(overrides), ""
+    if withhold:
+        changes.append(f"data.withhold={json.dumps(list(withhold), ensure_ascii=False)}")
+        suffix += "-withhold-" + "-".join(withhold)
+    if data_fraction is not None:
+        changes.append(f"data.data_fraction={data_fraction}")
+        suffix += f"-fraction-{data_fraction:g}"
+    checked = _checked(config, changes)
+    # Another question, another answer: variants never overwrite the plain comparison.
+    folder = f"{Path(checked.output_dir)}{suffix}"
+    checked = checked.model_copy(update={"output_dir": folder})
+    result = compare_rows(open_run(checked, (), console, resume, reshard, command), gamma2)
+    _leave_in_order()
+    return result
+
+
+def compare_rows(opened: Run, gamma2: Sequence[float] = ()) -> Result:
+    """The comparison of an opened run, see ``compare``."""
+    from metakd.pipeline.compare import compare as compare_methods
+
+    found = compare_methods(opened, gamma2)
+    students = found["students"] if opened.config.compare.keep_students else {}
+    kept = {row: [opened.folder / place for place in places] for row, places in students.items()}
+    return Result(opened.folder, found["split"], found["summary"], kept, found)
+
+
+def open_run(
+    config: Configuration,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+    resume: str = "auto",
+    reshard: bool = False,
+    command: str = "",
+) -> Run:
+    """A run with its world, before anything of it is read; arguments as for ``run``."""
+    checked = _checked(config, overrides)
+    # Here and not above, since torch and DeepSpeed take seconds to import.
+    from rich.console import Console
+
+    from metakd.pipeline.stages import Run
+    from metakd.training.world import join_world
+
+    quiet_transformers()
+    # Names come from the data: no bracket or colon of theirs is an instruction.
+    console = console or Console(markup=False, emoji=False)
+    return Run(checked, join_world(), console, command=command, resume=resume, reshard=reshard)
+
+
+def quiet_transformers() -> None:
+    """One bar per stage is enough, and a fresh classification head is no news here."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()
+
+
+def _leave_in_order() -> None:
+    """All went well: the processes part before the interpreters end."""
+    from metakd.training.world import leave_world
+
+    atexit.register(leave_world)
+
+
+def _checked(config: Configuration, overrides: Sequence[str]) -> RunConfig:
+    if not isinstance(config, RunConfig):
+        return load_config(config, overrides)
+    if not overrides:
+        return config
+    return load_config(config.model_dump(mode="json", exclude_unset=True), overrides)

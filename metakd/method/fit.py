@@ -1,0 +1,84 @@
+"""Whether teacher, student, objective and data fit together, asked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import PreTrainedTokenizerBase
+
+from metakd.config import RunConfig
+from metakd.errors import ConfigError
+from metakd.method.kinds import TEACHER_KINDS
+from metakd.method.methods import build_terms
+from metakd.method.recipe import PAPER, Recipe
+from metakd.models.sources import (
+    check_embeddings,
+    check_labels,
+    check_positions,
+    check_vocabulary,
+    load_config,
+)
+from metakd.models.student import student_shape
+
+
+def check_models(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    label2id: dict[str, int],
+    recipe: Recipe = PAPER,
+) -> None:
+    """Do teacher, student, objective and data fit together? Reads configurations and tokenizers,
+    no weights, so that a run can ask before it trains anything.
+
+    Args:
+        config: the whole configuration.
+        tokenizer: the teacher's.
+        label2id: of the data.
+        recipe: form of the method.
+
+    Raises:
+        ConfigError: every pair that does not fit, with both values: number of tokens and token
+            numbers, labels, positions, layers, widths.
+    """
+    problems: list[str] = []
+
+    def note(key: str, check: Callable, *arguments, **options):
+        try:
+            return check(*arguments, **options)
+        except (OSError, ValueError) as error:
+            problems.append(f"{key}: {str(error).splitlines()[0]}")
+            return None
+
+    source, student = config.teacher.model, config.student
+    taught = note("teacher.model", load_config, source)
+    length = config.data.max_length
+    if taught is not None:
+        note("teacher.model", check_embeddings, source, taught, tokenizer)
+        note("teacher.model", check_positions, source, taught, length)
+        if not TEACHER_KINDS[config.teacher.kind].head_per_domain:  # such a head is always fresh
+            note("teacher.model", check_labels, source, taught, label2id)
+    if student.model is not None:
+        shape = note("student.model", load_config, student.model)
+        if shape is not None:
+            note("student.model", check_vocabulary, student.model, shape, tokenizer)
+            note("student.model", check_labels, student.model, shape, label2id)
+            note("student.model", check_positions, student.model, shape, length)
+    else:
+        shape = None if taught is None else note("student", student_shape, student, taught)
+    if taught is not None and shape is not None:
+        terms = note(
+            "distill",
+            build_terms,
+            config.distill,
+            student_layers=shape.num_hidden_layers,
+            teacher_layers=taught.num_hidden_layers,
+            recipe=recipe,
+        )
+        for term in terms or []:
+            note("distill", term.check_widths, shape.hidden_size, taught.hidden_size)
+    if problems:
+        listed = "\n  ".join([f"{len(problems)} problems:", *problems])
+        raise ConfigError(
+            problems[0] if len(problems) == 1 else listed,
+            "Choose models that fit each other and the data; nothing was trained.",
+        )

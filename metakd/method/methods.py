@@ -1,0 +1,212 @@
+"""The table of methods: what a student can be taught by, one row each.
+
+A row says all that tells a method from the others: its terms and the keys that weight them, which
+kinds of teacher can teach it and how several of them are combined, whether lambda weights it.
+Configuration, stages, cache, comparison, report and documentation read the rows; nothing else in
+the package compares a method's name. A new method is a row here, and a dataclass in ``terms`` for
+each term that none has yet. Reading this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, NamedTuple
+
+from metakd.method.kinds import TEACHER_KINDS
+from metakd.method.recipe import PAPER, Recipe
+from metakd.method.terms import (
+    AttentionTerm,
+    EmbeddingTerm,
+    HardLabelTerm,
+    HiddenTerm,
+    PredictionTerm,
+    RelationTerm,
+    Setup,
+    Term,
+    TransferTerm,
+)
+
+if TYPE_CHECKING:
+    from metakd.config import DistillConfig
+
+OWN = "own"
+MEAN = "mean"
+
+
+class Weighted(NamedTuple):
+    """A term of a method, and the key of ``distill`` that holds its weight; without one it is 1."""
+
+    term: type[Term]
+    key: str | None = None
+
+    def weight(self, config: DistillConfig) -> float:
+        """What the configuration gives it."""
+        return 1.0 if self.key is None else reduce(getattr, self.key.split("."), config)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Args:
+        name: in configurations and tables.
+        terms: what a student minimises.
+        line: what it is, in a line.
+        source: where it comes from.
+        teachers: kinds that can teach it; None: every kind; empty: it has no teacher.
+        combine: of teachers that know one domain each, ``own`` asks that of the student's domain,
+            ``mean`` all of them, for the mean of their logits.
+        by_expertise: are terms multiplied by lambda, per example?
+    """
+
+    name: str
+    terms: tuple[Weighted, ...]
+    line: str
+    source: str
+    teachers: tuple[str, ...] | None = None
+    combine: str = OWN
+    by_expertise: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of ``distill`` that it listens to, weights first."""
+        weights = [term.key for term in self.terms if term.key is not None]
+        return tuple(dict.fromkeys(weights + [k for t in self.terms for k in t.term.listens_to]))
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The keys of ``distill`` that weight its terms; empty where its weights are fixed."""
+        fixed = any(term.key is None for term in self.terms)
+        return () if fixed else tuple(term.key for term in self.terms)
+
+    @property
+    def possible_teachers(self) -> tuple[str, ...]:
+        """The kinds of teacher that can teach it."""
+        return tuple(TEACHER_KINDS) if self.teachers is None else self.teachers
+
+    def teacher(self, kind: str) -> str | None:
+        """The kind that teaches it where ``kind`` is configured: that one if it can, else the first
+        that can; None if it has no teacher."""
+        possible = self.possible_teachers
+        return kind if kind in possible else next(iter(possible), None)
+
+    def why_not(self, kind: str | None) -> str | None:
+        """Why this kind (None: no teacher) cannot teach it; None if it can."""
+        possible = self.possible_teachers or (None,)
+        if kind in possible:
+            return None
+        return f"method {self.name} needs teacher {' or '.join(map(str, possible))}, got {kind}"
+
+    def mixes(self, kind: str | None) -> bool:
+        """Is each student taught by the teachers of all domains, where ``kind`` has one for
+        each?"""
+        return kind is not None and TEACHER_KINDS[kind].per_domain and self.combine != OWN
+
+
+_EMBEDDING = Weighted(EmbeddingTerm, "terms.embedding")
+_HIDDEN = Weighted(HiddenTerm, "terms.hidden")
+_ATTENTION = Weighted(AttentionTerm, "terms.attention")
+_RELATION = Weighted(RelationTerm, "terms.attention")
+_TRANSFER = Weighted(TransferTerm, "gamma2")
+_PREDICTION = Weighted(PredictionTerm, "terms.prediction")
+_HARD_LABEL = Weighted(HardLabelTerm, "terms.hard_label")
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            "finetune",
+            (Weighted(HardLabelTerm),),
+            "no teacher: the student is fine-tuned on its domain's labels",
+            "Devlin et al. 2019",
+            teachers=(),
+        ),
+        Method(
+            "logits_kd",
+            (_PREDICTION, _HARD_LABEL),
+            "the teacher's softened predictions",
+            "Hinton, Vinyals, Dean 2015",
+        ),
+        Method(
+            "tinybert_kd",
+            (_EMBEDDING, _HIDDEN, _ATTENTION, _PREDICTION, _HARD_LABEL),
+            "embeddings, hidden states, attention scores and predictions of a teacher",
+            "Jiao et al. 2020",
+        ),
+        Method(
+            "mtn_kd",
+            (_PREDICTION, _HARD_LABEL),
+            "the mean of the predictions of every domain's teacher",
+            "You et al. 2017",
+            teachers=("single",),
+            combine=MEAN,
+        ),
+        Method(
+            "minilmv2",
+            (_RELATION, _PREDICTION, _HARD_LABEL),
+            "query, key and value relations of the last layer, and predictions",
+            "Wang et al. 2021",
+        ),
+        Method(
+            "meta",
+            (_EMBEDDING, _HIDDEN, _ATTENTION, _TRANSFER, _PREDICTION, _HARD_LABEL),
+            "Meta-KD: as tinybert_kd, with the meta-teacher's domain-corrupted features, each "
+            "example weighted by lambda",
+            "Pan et al. 2021, equations 6-11",
+            teachers=("meta",),
+            by_expertise=True,
+        ),
+    )
+}
+"""Every method by its name, simplest first."""
+
+DEFAULT_METHOD = "meta"
+DEFAULT_ROWS: tuple[tuple[str, str | None], ...] = (
+    ("finetune", None),
+    ("logits_kd", "mix"),
+    ("tinybert_kd", "single"),
+    ("tinybert_kd", "mix"),
+    ("tinybert_kd", "mtl"),
+    ("mtn_kd", "single"),
+    ("tinybert_kd", "meta"),
+    ("meta", "meta"),
+)
+"""Methods and their teachers that ``metakd compare`` sets side by side, in this order."""
+
+
+def build_terms(
+    config: DistillConfig, *, student_layers: int, teacher_layers: int, recipe: Recipe = PAPER
+) -> list[Term]:
+    """The terms of ``config.method``, less those of weight 0.
+
+    Raises:
+        ValueError: the layers cannot be mapped, or no term is left.
+    """
+    setup = Setup(student_layers, teacher_layers, recipe)
+    weights = [(part.term, part.weight(config)) for part in METHODS[config.method].terms]
+    kept = [term.configured(weight, config, setup) for term, weight in weights if weight > 0]
+    if not kept:
+        raise ValueError(f"terms: every weight that {config.method} has is 0")
+    return kept
+
+
+def as_markdown() -> str:
+    """The table as the documentation shows it."""
+    header = ["method", "the student learns", "terms", "teachers", "lambda", "other keys"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for method in METHODS.values():
+        cells = [
+            f"`{method.name}`",
+            f"{method.line} ({method.source})",
+            ", ".join(part.term.name for part in method.terms),
+            ", ".join(method.possible_teachers) or "none",
+            "yes" if method.by_expertise else "no",
+            ", ".join(f"`{key}`" for key in method.keys if not key.startswith("terms.")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(as_markdown())

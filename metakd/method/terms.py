@@ -1,0 +1,315 @@
+"""The terms that objectives are made of: one dataclass each.
+
+A term declares the features it ``needs``, so that models collect no more, and returns one value per
+example: lambda multiplies rows, never a mean. Here too is ``layer_map``, which pairs student layers
+with teacher layers. Reading this module imports no torch: configurations are checked against the
+table of methods, and so against these terms, in well under a second.
+
+Sizes: B batch, L length, H hidden width, A heads, M classes.
+
+Source: Meta-KD section 3.3, equations 6-11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
+
+import metakd
+from metakd.method.recipe import PAPER, Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from metakd.config import DistillConfig
+    from metakd.models.taps import Features
+
+    Batch = dict[str, Tensor]
+
+
+class Setup(NamedTuple):
+    """What a term is told of the models and of the form of the method."""
+
+    student_layers: int
+    teacher_layers: int
+    recipe: Recipe = PAPER
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the objective.
+
+    ``rows`` takes the student's and the teacher's features, the batch and the projection [H_s, H_t]
+    of ``projected`` (None where widths are equal), and returns one loss per example [B].
+    """
+
+    weight: float = 1.0
+    by_expertise: bool = True  # multiplied by lambda where the method has one
+    backend: str = "auto"  # of the losses, see metakd.functional
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    listens_to: ClassVar[tuple[str, ...]] = ()  # keys of ``distill`` beside its weight
+    projected: ClassVar[str | None] = None
+    layers: ClassVar[Sequence[int]] = ()  # of the teacher that it reads; negative: from the top
+    intermediate: ClassVar[bool] = True  # trained in the first of two stages
+
+    @classmethod
+    def configured(cls, weight: float, config: DistillConfig, setup: Setup) -> Self:
+        """The term as a configuration wants it.
+
+        Raises:
+            ValueError: the models cannot be paired as it says.
+        """
+        return cls(weight, backend=config.backend)
+
+    def check_widths(self, student: int, teacher: int | None) -> None:
+        """Can it compare hidden states of these widths? Projected ones compare any.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
+    def rows(
+        self, student: Features, teacher: Features, batch: Batch, projection: Tensor | None
+    ) -> Tensor:
+        """One loss per example [B]."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class EmbeddingTerm(Term):
+    """``L_embd = MSE(E_S W_e, E_T)``."""
+
+    name = "embedding"
+    needs = frozenset({"embedding"})
+    projected = "embedding"
+
+    def rows(self, student, teacher, batch, projection):
+        return metakd.hidden_mse(
+            student.embedding,
+            teacher.embedding,
+            projection=projection,
+            mask=student.mask,
+            reduction="none",
+            backend=self.backend,
+        )
+
+
+@dataclass(frozen=True)
+class HiddenTerm(Term):
+    """``L_hidn = sum_l MSE(H_S^l W_h, H_T^g(l))``."""
+
+    layers: Sequence[int] = ()  # g(l), 0-based
+
+    name = "hidden"
+    needs = frozenset({"hidden"})
+    listens_to = ("layer_map",)
+    projected = "hidden"
+
+    @classmethod
+    def configured(cls, weight, config, setup):
+        layers = layer_map(config.layer_map, setup.student_layers, setup.teacher_layers)
+        return cls(weight, backend=config.backend, layers=tuple(layers))
+
+    def rows(self, student, teacher, batch, projection):
+        matched = [teacher.hidden[layer] for layer in self.layers]
+        return metakd.hidden_mse(
+            student.hidden,
+            matched,
+            projection=projection,
+            mask=student.mask,
+            reduction="none",
+            backend=self.backend,
+        )
+
+
+@dataclass(frozen=True)
+class AttentionTerm(Term):
+    """``L_attn = sum_l MSE(A_S^l, A_T^g(l))`` on pre-softmax scores, or MSE or KL of the
+    probabilities."""
+
+    layers: Sequence[int] = ()  # g(l), 0-based
+    form: str = "scores"
+    mean_over: str = "real"
+
+    name = "attention"
+    needs = frozenset({"query", "key"})
+    listens_to = ("layer_map", "attention")
+
+    @classmethod
+    def configured(cls, weight, config, setup):
+        layers = layer_map(config.layer_map, setup.student_layers, setup.teacher_layers)
+        return cls(
+            weight,
+            backend=config.backend,
+            layers=tuple(layers),
+            form=config.attention,
+            mean_over=setup.recipe.attention_mean,
+        )
+
+    def rows(self, student, teacher, batch, projection):
+        compare = {
+            "scores": metakd.attention_score_mse,
+            "probabilities": metakd.attention_prob_mse,
+            "kl": metakd.attention_kl,
+        }[self.form]
+        options = {"key_mask": student.mask, "reduction": "none", "backend": self.backend}
+        # The release masked keys only and divided by L x L.
+        if self.mean_over == "all":
+            options["mean_over"] = "all"
+        else:
+            options["query_mask"] = student.mask
+        matched = [(teacher.query[layer], teacher.key[layer]) for layer in self.layers]
+        return compare(list(zip(student.query, student.key)), matched, **options)
+
+
+@dataclass(frozen=True)
+class RelationTerm(Term):
+    """MiniLMv2: KL between Q-Q, K-K and V-V relations of the last layers. Source: Wang et al. 2021,
+    equations 4-7."""
+
+    heads: int = 12
+
+    name = "relation"
+    needs = frozenset({"query", "key", "value"})
+    listens_to = ("relation_heads",)
+    layers = (-1,)
+
+    @classmethod
+    def configured(cls, weight, config, setup):
+        return cls(weight, backend=config.backend, heads=config.relation_heads)
+
+    def check_widths(self, student, teacher):
+        if student % self.heads or teacher % self.heads:
+            raise ValueError(
+                f"relation_heads: {self.heads} must divide the student's width {student} "
+                f"and the teacher's {teacher}"
+            )
+
+    def rows(self, student, teacher, batch, projection):
+        last = [(seen.query[-1], seen.key[-1], seen.value[-1]) for seen in (student, teacher)]
+        return metakd.relation_kl(
+            *last,
+            relation_heads=self.heads,
+            mask=student.mask,
+            reduction="none",
+            backend=self.backend,
+        )
+
+
+@dataclass(frozen=True)
+class PredictionTerm(Term):
+    """``L_pred``: KL of softened predictions times T^2; the soft cross-entropy less the teacher's
+    entropy, which no student weight changes. ``divide_by_classes`` is the release's mean over
+    classes."""
+
+    temperature: float = 1.0
+    scale_by_temperature: bool = True
+    divide_by_classes: bool = False
+
+    name = "prediction"
+    needs = frozenset({"logits"})
+    listens_to = ("temperature", "scale_by_temperature")
+    intermediate = False
+
+    @classmethod
+    def configured(cls, weight, config, setup):
+        recipe = setup.recipe
+        return cls(
+            weight,
+            recipe.expertise_on_prediction_stage or config.schedule == "joint",
+            config.backend,
+            temperature=config.temperature if recipe.classical_prediction else 1.0,
+            scale_by_temperature=config.scale_by_temperature,
+            divide_by_classes=not recipe.classical_prediction,
+        )
+
+    def rows(self, student, teacher, batch, projection):
+        rows = metakd.soft_kl(
+            student.logits,
+            teacher.logits,
+            temperature=self.temperature,
+            scale_by_temperature=self.scale_by_temperature,
+            reduction="none",
+            backend=self.backend,
+        )
+        return rows / student.logits.shape[-1] if self.divide_by_classes else rows
+
+
+@dataclass(frozen=True)
+class TransferTerm(Term):
+    """``L_TKD = MSE(h_d^T(X), h_d^S(X) W_d)``: the student's own domain layer follows the
+    meta-teacher's."""
+
+    name = "transfer"
+    needs = frozenset({"domain"})
+    projected = "domain"
+
+    @classmethod
+    def configured(cls, weight, config, setup):
+        return cls(weight, setup.recipe.expertise_on_transfer, config.backend)
+
+    def rows(self, student, teacher, batch, projection):
+        return metakd.hidden_mse(
+            student.domain,
+            teacher.domain,
+            projection=projection,
+            reduction="none",
+            backend=self.backend,
+        )
+
+
+@dataclass(frozen=True)
+class HardLabelTerm(Term):
+    """Cross-entropy with the gold label; stands outside the lambda-weighted sum."""
+
+    by_expertise: bool = False
+
+    name = "hard_label"
+    needs = frozenset({"logits"})
+    intermediate = False
+
+    def rows(self, student, teacher, batch, projection):
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(student.logits.float(), batch["labels"], reduction="none")
+
+
+def layer_map(rule: str | Sequence[int], student_layers: int, teacher_layers: int) -> list[int]:
+    """Teacher layer (0-based) for each student layer.
+
+    Args:
+        rule: ``uniform`` (12 -> 4 gives the 3rd, 6th, 9th and 12th), ``last`` (the top layers), or
+            the list itself.
+        student_layers: depth of the student.
+        teacher_layers: depth of the teacher.
+
+    Raises:
+        ValueError: a list of the wrong length or out of range, or a student deeper than the
+            teacher.
+
+    Source: TinyBERT's g(l) (Jiao et al. 2020, section 3.1), used by Meta-KD section 3.3.
+    """
+    if not isinstance(rule, str):
+        if len(rule) != student_layers:
+            raise ValueError(
+                f"layer_map: {len(rule)} entries for a student of {student_layers} layers"
+            )
+        if any(not 0 <= layer < teacher_layers for layer in rule):
+            raise ValueError(
+                f"layer_map: {list(rule)} names a layer outside 0..{teacher_layers - 1}"
+            )
+        return list(rule)
+    if student_layers > teacher_layers:
+        raise ValueError(
+            f"layer_map: student has {student_layers} layers, teacher only {teacher_layers}"
+        )
+    if rule == "last":
+        return list(range(teacher_layers - student_layers, teacher_layers))
+    if rule == "uniform":
+        return [
+            (layer + 1) * teacher_layers // student_layers - 1 for layer in range(student_layers)
+        ]
+    raise ValueError(f"layer_map: {rule!r} is neither uniform, last nor a list")

@@ -1,0 +1,102 @@
+"""Passes over all examples, shared by the ranks: batches, predictions, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+
+import torch
+import torch.distributed as dist
+from sklearn.metrics import confusion_matrix, f1_score
+from torch import Tensor
+
+from metakd.data.batches import Batch, Collate, prefetch
+from metakd.data.corpus import Split
+from metakd.training.world import World
+
+
+def own_batches(
+    split: Split, collate: Collate, plan: list[list[list[int]]], world: World
+) -> Generator[Batch]:
+    """This rank's micro-batches of these steps, made ahead."""
+    own = (rows for micro in plan for rows in micro[world.rank :: world.size])
+    return prefetch((collate([split[row] for row in rows]) for rows in own), world.device)
+
+
+def in_turns(
+    split: Split, collate: Collate, batch_size: int, world: World
+) -> Iterator[tuple[Tensor, Batch]]:
+    """This rank's share of a pass over all examples, longest first: rows [B] of the split, on the
+    CPU, and their batch. What makes up a batch does not depend on the number of ranks.
+
+    Every rank gets as many, some the last one twice: under ZeRO-3 a forward pass is collective.
+    """
+    order = torch.tensor(split.lengths).argsort(descending=True)
+    chunks = order.split(batch_size)
+    turns = range(0, len(chunks), world.size)
+    plan = [
+        [chunks[min(turn + r, len(chunks) - 1)].tolist() for r in range(world.size)]
+        for turn in turns
+    ]
+    for chunk, batch in zip(plan, own_batches(split, collate, plan, world)):
+        yield torch.tensor(chunk[world.rank]), batch
+
+
+@torch.no_grad()
+def predict(
+    classify: Callable[[Batch], Tensor],
+    split: Split,
+    collate: Collate,
+    *,
+    batch_size: int,
+    world: World,
+) -> Tensor:
+    """Predicted class of every example [N] on the CPU; ranks share the work."""
+    predicted = torch.full((len(split),), -1, device=world.device)
+    for rows, batch in in_turns(split, collate, batch_size, world):
+        predicted[rows.to(world.device)] = classify(batch).argmax(-1)
+        world.progress.beat("an evaluation")
+        world.progress.end_if_asked()
+    if world.size > 1:
+        dist.all_reduce(predicted, op=dist.ReduceOp.MAX)
+    return predicted.cpu()
+
+
+def evaluate(
+    classify: Callable[[Batch], Tensor],
+    split: Split,
+    collate: Collate,
+    *,
+    domains: list[str],
+    num_classes: int,
+    batch_size: int,
+    world: World,
+) -> dict[str, float | list[list[int]]]:
+    """Accuracy and macro-F1 over all examples, accuracy and confusion per domain.
+
+    Args:
+        classify: batch to logits [B, M]; the caller has put the model in eval mode.
+        split: examples to score.
+        collate: examples to a padded batch.
+        domains: names by domain number.
+        num_classes: M.
+        batch_size: examples a batch.
+        world: from ``join_world``.
+
+    Returns:
+        ``accuracy``, ``macro_f1`` and for each domain that occurs ``accuracy/<domain>``, as
+        fractions, and ``confusion/<domain>``, how many examples of each class (row) were given each
+        (column).
+    """
+    predicted = predict(classify, split, collate, batch_size=batch_size, world=world)
+    right = (predicted == split.labels).double()
+    scores = {
+        "accuracy": right.mean().item(),
+        "macro_f1": float(f1_score(split.labels.numpy(), predicted.numpy(), average="macro")),
+    }
+    for number in split.domain.unique().tolist():
+        own = split.domain == number
+        scores[f"accuracy/{domains[number]}"] = right[own].mean().item()
+        scores[f"confusion/{domains[number]}"] = confusion_matrix(
+            split.labels[own], predicted[own], labels=range(num_classes)
+        ).tolist()
+    return scores
