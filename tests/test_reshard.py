@@ -3,7 +3,6 @@ master weights and moments, bit for bit."""
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -141,7 +140,7 @@ def worker(folder: Path, reading: str) -> None:
 
 
 def launch(processes: int, folder: Path, reading: str = "") -> dict:
-    run_ranks(processes, __file__, str(folder), reading)
+    run_ranks(processes, worker, folder, reading)
     name = f"{processes}-from-{reading}" if reading else f"{processes}"
     return json.loads((folder / f"{name}.json").read_text())
 
@@ -151,7 +150,3 @@ def test_resharded_states_are_bit_equal(before, after, tmp_path):
     written = launch(before, tmp_path)
     assert launch(after, tmp_path, str(before)) == written
     assert len(written) == len(CELLS)
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]), sys.argv[2])

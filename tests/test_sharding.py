@@ -1,7 +1,6 @@
 """Two processes that shard a student, a teacher, both, give what two that replicate give."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,8 @@ EVERY_WEIGHT = "deepspeed={zero_optimization: {stage3_param_persistence_threshol
 STEPS = 20
 VARIANTS = {
     "replicated": [],
+    "optimizers sharded": ["zero=1"],
+    "gradients sharded": ["zero=2"],
     "student sharded": ["student.zero=3", EVERY_WEIGHT],
     "both sharded": ["zero=3", EVERY_WEIGHT],
     "both sharded, packed": ["zero=3", EVERY_WEIGHT, "packed=true"],
@@ -104,7 +105,7 @@ def trained(tmp_path_factory) -> Path:
     """The runs of all variants, by two processes."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sharding")
     make_source(source)
-    run_ranks(2, __file__, str(source), str(folder))
+    run_ranks(2, worker, source, folder)
     return folder
 
 
@@ -134,7 +135,3 @@ def test_a_sharded_teacher_is_held_in_halves(trained):
     every_weight, large_weights = json.loads((trained / "shares.json").read_text())
     assert 0.5 <= every_weight < 0.52
     assert 0.5 <= large_weights <= 1.0
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import stat
-import sys
 from pathlib import Path
 
 import pytest
@@ -434,8 +433,9 @@ def test_losses_are_those_of_the_live_teacher(make, asked, name):
     assert live.keys() == cached.keys()
     for stage, values in cached.items():
         assert len(values) == len(live[stage]) >= 3
+        # A divergence of nearly equal distributions is as exact as they are, not as itself.
         torch.testing.assert_close(
-            torch.tensor(values), torch.tensor(live[stage]), rtol=rtol, atol=0
+            torch.tensor(values), torch.tensor(live[stage]), rtol=rtol, atol=1e-8
         )
 
 
@@ -644,17 +644,13 @@ def worker(source: Path, folder: Path) -> None:
 
 
 def test_two_processes_share_the_work_and_the_files(source, tmp_path):
-    run_ranks(2, __file__, str(source), str(tmp_path))
+    run_ranks(2, worker, source, tmp_path)
     seen = json.loads((tmp_path / "seen.json").read_text())
     [live], [cached] = (seen[name][0].values() for name in ("live", "cached"))
-    torch.testing.assert_close(torch.tensor(cached), torch.tensor(live), rtol=2e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(cached), torch.tensor(live), rtol=2e-5, atol=1e-8)
     # Batches of 5, 5 and 2: the last is shown to both, as each must run as many.
     asked = seen["cached"][1]
     assert [len(rows) for rows in asked] == [7, 7]
     assert len(set().union(*asked)) == 12 and len(set(asked[0]) & set(asked[1])) == 2
     assert len(seen["told"]) == 2 and all("No space left" in line for line in seen["told"])
     assert seen["left"] == []
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -182,6 +182,10 @@ def join_world() -> World:
         sharing = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(sharing)))
     if not dist.is_initialized():
+        # On a CPU DeepSpeed would now compile an operator for tensor-parallel inference, which
+        # nothing here does; half a minute, and who is killed meanwhile leaves a lock that hangs
+        # every later start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=_PATIENCE
         )
