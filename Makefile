@@ -10,13 +10,16 @@ BASE_PYTHON ?= python3
 OUT ?= benchmarks/results/gpu
 BENCH_JSON ?= .benchmarks/ci.json
 
-.PHONY: help quickstart test lint bench bench-ci mutants faults offline-gpu gpu-check clean
+.PHONY: help quickstart test test-deep lint format types bench bench-ci mutants faults offline-gpu gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart  train prototypes, teacher and students on a synthetic corpus, print the table"
 	@echo "make test        run the tests"
+	@echo "make test-deep   run those that repeat a proof over more sizes or compile for minutes"
 	@echo "make lint        check style (ruff)"
+	@echo "make format      put the style right (ruff)"
+	@echo "make types       check the types of the public modules (mypy)"
 	@echo "make bench       time losses, steps and latency on this device (python -m benchmarks.suite --help)"
 	@echo "make bench-ci    time a small row of each loss, for benchmarks.compare; JSON in BENCH_JSON ($(BENCH_JSON))"
 	@echo "make mutants     break the losses in many ways and see that the tests notice (about an hour)"
@@ -41,10 +44,20 @@ quickstart: $(READY)
 # Two processes, a file each in the order of tests/conftest.py: much of the time is one-threaded (the interpreter,
 # compilers).
 test: $(READY)
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not deep"
+
+test-deep: $(READY)
+	$(PYTHON) -m pytest -n 2 -m deep
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
+
+format: $(READY)
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+types: $(READY)
+	$(PYTHON) -m mypy
 
 models/minilm: $(READY)
 	$(PYTHON) -c "from metakd.demo import pretrained_encoder; pretrained_encoder('$@')"
@@ -70,5 +83,5 @@ gpu-check: $(READY)
 	$(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks metakd/_C*.so
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks metakd/_C*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,7 +18,7 @@ PACKAGES = ("torch", "triton", "transformers", "deepspeed", "datasets", "onnxrun
 def versions(*packages: str) -> dict[str, str | None]:
     """Version of Python, of metakd and of each of these packages, None where it is not
     installed."""
-    found = {"python": platform.python_version(), "metakd": __version__}
+    found: dict[str, str | None] = {"python": platform.python_version(), "metakd": __version__}
     for package in packages or PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -73,12 +73,8 @@ class StoppedError(MetakdError):
     def __init__(self, cause: str, remedy: str = "", *, number: int):
         super().__init__(cause, remedy)
         self.number = number
+        self.exit_code = 128 + number  # as a shell reports a process that a signal ended
 
     def __reduce__(self):
         """Whole on its way to another process."""
         return partial(type(self), number=self.number), (self.cause, self.remedy)
-
-    @property
-    def exit_code(self) -> int:
-        """As a shell reports a process that a signal ended."""
-        return 128 + self.number

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metakd.config import RunConfig, load_config
-from metakd.pipeline.table import TEACHER, Cell, markdown, summarise
+from metakd.pipeline.table import TEACHER, Cell, Score, markdown, summarise
 
 if TYPE_CHECKING:
     import pandas
@@ -44,7 +44,7 @@ class Result:
 
     folder: Path
     split: str
-    summary: dict[str, dict[str, dict[str, float]]]
+    summary: dict[str, dict[str, Score]]
     students: dict[str, list[Path]]
     details: dict[str, Any]
 

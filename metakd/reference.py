@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ def hidden_mse(
         layer_s, layer_t = _common(layer_s, layer_t)
         residual = (layer_s - layer_t).masked_fill(~mask[:, :, None], 0.0)
         rows.append(residual.square().sum((1, 2)) / (tokens * residual.shape[2]))
-    return sum(rows)
+    return reduce(torch.add, rows)
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -167,12 +168,12 @@ def _visible_keys(
 ) -> Tensor | None:
     """How many keys each real query sees, 0 for a masked query: [B, L]; None where all see all that
     causality lets them."""
-    if query_mask is None and key_mask is None:
-        return None
-    query_mask, key_mask = (
-        torch.ones_like(other) if mask is None else mask
-        for mask, other in ((query_mask, key_mask), (key_mask, query_mask))
-    )
+    if query_mask is None:
+        if key_mask is None:
+            return None
+        query_mask = torch.ones_like(key_mask)
+    elif key_mask is None:
+        key_mask = torch.ones_like(query_mask)
     seen = key_mask.cumsum(1) if causal else key_mask.sum(1, keepdim=True)
     return seen * query_mask
 
@@ -224,8 +225,11 @@ def _over_tiles(
     starts = range(0, max(query_mask.shape[1], 1), QUERY_TILE)
     if len(starts) == 1:
         return tile(0, *student, *teacher)
-    kept = {"use_reentrant": False, "preserve_rng_state": False}
-    return sum(checkpoint(tile, start, *student, *teacher, **kept) for start in starts)
+    tiles = [
+        checkpoint(tile, start, *student, *teacher, use_reentrant=False, preserve_rng_state=False)
+        for start in starts
+    ]
+    return reduce(torch.add, tiles)
 
 
 def prefers_gram(length: int, width: int) -> bool:
@@ -369,8 +373,8 @@ def relation_kl(
 ) -> Tensor:
     """[B, A, L, D] of both sides (queries, keys or values) -> rows [B]."""
     # Before a tensor becomes query and key at once, so that a half's gradient is summed in float32.
-    sides = [regroup(states, relation_heads) for states in _common(student, teacher)]
-    return attention_kl(*((states, states) for states in sides), query_mask=mask, key_mask=mask)
+    own, taught = (regroup(states, relation_heads) for states in _common(student, teacher))
+    return attention_kl((own, own), (taught, taught), query_mask=mask, key_mask=mask)
 
 
 # Prototypes and instance weights

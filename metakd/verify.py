@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,8 +46,9 @@ class Case:
     arrange: Callable[[dict[str, Tensor]], dict] | None = None
 
     def magnitude_of(self, result: str) -> float:
-        is_rows = result == "rows" or self.magnitude_d is None
-        return self.magnitude if is_rows else self.magnitude_d
+        if result == "rows" or self.magnitude_d is None:
+            return self.magnitude
+        return self.magnitude_d
 
     def quantised(self, dtype: torch.dtype) -> Case:
         tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
@@ -138,7 +140,10 @@ def judge(name: str, actual: Tensor, eager: Tensor, exact: Tensor, magnitude: fl
     size = exact_rows.amax().clamp(min=torch.finfo(torch.float64).tiny)
     return Finding(
         name,
-        *(float(x / size) for x in (own.amax(), own.mean(), others.amax(), others.mean())),
+        max_error=float(own.amax() / size),
+        mean_error=float(own.mean() / size),
+        eager_max_error=float(others.amax() / size),
+        eager_mean_error=float(others.mean() / size),
         of_budget=float((own.amax(1) / budget).amax()),
     )
 
@@ -412,6 +417,10 @@ def weight_cases(
     }
 
 
+def _weight_case(op: str, rows: int, hidden: int, domains: int, classes: int) -> Case:
+    return weight_cases(rows, hidden, domains, classes)[op]
+
+
 def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
     """(name, builder) of every case."""
     for op, options in (("soft_kl", {}), ("soft_reverse_kl", {}), ("soft_jsd", {"beta": 0.3})):
@@ -423,26 +432,24 @@ def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
 
                 yield f"{rows} x {classes}, T {temperature}", build
     for divergence in ("kl", "reverse_kl", "jsd"):
-        yield f"{divergence}, 64 x 32 x 500", lambda d=divergence: head_case(d, 64, 32, 500)
+        yield f"{divergence}, 64 x 32 x 500", partial(head_case, divergence, 64, 32, 500)
     for length in (65, 300):
         for form in ("gram", "tiled"):
             yield (
                 f"{form}, 2 x 3 x {length} x 26/64",
-                lambda shape=(2, 3, length), form=form: attention_case(
-                    "attention_score_mse", shape, layers=2, form=form
-                ),
+                partial(attention_case, "attention_score_mse", (2, 3, length), layers=2, form=form),
             )
         for op in ("attention_kl", "attention_prob_mse"):
             yield (
                 f"2 x 3 x {length} x 26/64",
-                lambda op=op, shape=(2, 3, length): attention_case(op, shape, layers=2),
+                partial(attention_case, op, (2, 3, length), layers=2),
             )
     yield "2 x 4 x 65 x 24, 3 relation heads", lambda: relation_case((2, 4, 65), 24, 3, 3)
     yield "5 layers, 4 x 60 x 384", lambda: hidden_case((4, 60, 384), 5)
     yield "2 layers, 4 x 60 x 312 to 384", lambda: hidden_case((4, 60, 384), 2, 312)
     yield "8 x 60 x 384", lambda: mean_case((8, 60, 384))
     for op in ("class_prototypes", "prototype_score", "domain_expertise"):
-        yield "200 x 384, 4 domains x 3 classes", lambda op=op: weight_cases(200, 384, 4, 3)[op]
+        yield "200 x 384, 4 domains x 3 classes", partial(_weight_case, op, 200, 384, 4, 3)
 
 
 def verify(devices: list[str], backends: tuple[str, ...] = ("cpp", "triton")) -> list[dict]:

@@ -38,21 +38,21 @@ def test_the_check_of_relations_can_fail():
 @every_loss
 @every_dtype
 def test_every_dtype(loss, backend, dtype):
-    check_op(attention_case(loss, (2, 2, 40), layers=2), backend, dtype)
+    check_op(attention_case(loss, (2, 1, 40), layers=2), backend, dtype)
 
 
 @every_dtype
 def test_relations_in_every_dtype(backend, dtype):
-    check_op(relation_case((2, 2, 40), 24, 3, layers=2), backend, dtype)
+    check_op(relation_case((1, 2, 40), 24, 3, layers=2), backend, dtype)
 
 
 SIZES = {
     ((1, 1, 1), (1, 1)): "the smallest there is: every map is 1",
     ((2, 3, 7), (4, 4)): "shorter than any tile",
-    ((1, 2, 63), (26, 64)): "just under a tile; TinyBERT's and BERT's heads",
+    ((1, 1, 63), (26, 64)): "just under a tile; TinyBERT's and BERT's heads",
     ((1, 1, 64), (16, 16)): "one tile",
     ((2, 1, 65), (64, 64)): "one token more",
-    ((1, 2, 130), (32, 32)): "a third tile",
+    ((1, 1, 130), (32, 32)): "a third tile",
     ((1, 1, 70), (128, 128)): "the widest heads",
     ((1, 1, 40), (17, 3)): "no power of two, and the student's wider",
 }

@@ -41,10 +41,10 @@ def test_every_dtype(form, backend, dtype):
 SIZES = {
     ((1, 1, 1), (1, 1)): "the smallest there is",
     ((2, 3, 7), (4, 4)): "shorter than any tile",
-    ((1, 2, 63), (26, 64)): "just under a tile; TinyBERT's and BERT's heads",
+    ((1, 1, 63), (26, 64)): "just under a tile; TinyBERT's and BERT's heads",
     ((1, 1, 64), (16, 16)): "one tile",
     ((2, 1, 65), (64, 64)): "one token more",
-    ((1, 2, 130), (32, 32)): "a third tile",
+    ((1, 1, 130), (32, 32)): "a third tile",
     ((1, 1, 70), (128, 128)): "the widest heads",
     ((1, 1, 40), (17, 3)): "no power of two, and the student's wider",
 }

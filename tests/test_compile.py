@@ -12,6 +12,7 @@ import pytest
 from compile_triton import is_before_3_8, spilled
 
 
+@pytest.mark.deep
 def test_triton_kernels_fit_registers():
     pytest.importorskip("triton")
     from triton import knobs

@@ -6,7 +6,7 @@ import pytest
 SOURCES = sorted(compile_cuda.CSRC.glob("cuda/*.cu"))
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_cuda_source_compiles_without_spills(source):
     if reason := compile_cuda.why_not():

@@ -1,5 +1,6 @@
 """Broken configurations end in one ConfigError that lists every problem; right ones load."""
 
+import resource
 import subprocess
 import sys
 import time
@@ -35,10 +36,10 @@ def write(tmp_path):
 
 
 def refused(path: str, overrides=()) -> str:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert caught.value.exit_code == 2
     assert caught.value.remedy
     return caught.value.cause
@@ -491,9 +492,9 @@ def test_refused_without_importing_torch(write):
         "try: load_config(sys.argv[1])\n"
         "except ConfigError: sys.exit('torch' in sys.modules)\n"
     )
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     subprocess.run([sys.executable, "-c", code, write("seed: x")], check=True, timeout=60)
-    assert time.perf_counter() - start < 2
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1
 
 
 # A DeepSpeed configuration: its file's content (None: no file), and what must be said.

@@ -1,6 +1,7 @@
 """Schemas, fakes and gradients of the compiled operators, and that `torch.compile` takes the losses
 whole."""
 
+import itertools
 import math
 
 import pytest
@@ -11,6 +12,9 @@ import metakd
 from metakd import ops, verify
 from metakd.errors import UnsupportedError
 
+DEEP = pytest.mark.deep
+# One graph for all sizes needs more than one for each, whose sizes are constants.
+static_or_dynamic = pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=DEEP)])
 LOSSES = {"soft_kl": 0.0, "soft_reverse_kl": 1.0, "soft_jsd": 0.4}
 every_backend = pytest.mark.parametrize(
     ("backend", "dtype"),
@@ -29,8 +33,13 @@ def soft_arguments(dtype, beta, labels, classes=6):
 
 
 @every_backend
-@pytest.mark.parametrize("beta", LOSSES.values())
-@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize(
+    ("beta", "labels"),
+    [
+        *((0.0, False), (1.0, True), (0.4, True)),
+        *(pytest.param(*case, marks=DEEP) for case in [(0.0, True), (1.0, False), (0.4, False)]),
+    ],
+)
 def test_opcheck(backend, dtype, beta, labels):
     student, teacher, tail = soft_arguments(dtype, beta, labels)
     forward = ops.compiled(backend, "soft_kl_fwd").default
@@ -48,7 +57,7 @@ def test_opcheck(backend, dtype, beta, labels):
 @pytest.mark.parametrize(
     ("backend", "dtype"), backend_dtypes("soft_kl", ("reference", *COMPILED), (torch.float32,))
 )
-@pytest.mark.parametrize("dynamic", [False, True])
+@static_or_dynamic
 @pytest.mark.parametrize("loss", LOSSES)
 def test_compiles_whole(backend, dtype, dynamic, loss):
     """One graph, forward and backward; with dynamic sizes one graph for all of them."""
@@ -94,7 +103,7 @@ def test_compiles_a_head_whole(backend, dtype):
 
 # A graph from its cache knows nothing of fakes that have changed since.
 @torch._inductor.config.patch(force_disable_caches=True)
-@every_backend
+@pytest.mark.parametrize(("backend", "dtype"), backend_dtypes("soft_kl", dtypes=(torch.float32,)))
 def test_inductor_takes_it(backend, dtype):
     torch._dynamo.reset()
 
@@ -145,8 +154,13 @@ def test_opcheck_of_scores(backend, dtype, guard):
 
 
 @feature_backends
-@pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize(
+    ("squared", "same"),
+    [
+        *((False, True), (True, False)),
+        *(pytest.param(*case, marks=DEEP) for case in [(False, False), (True, True)]),
+    ],
+)
 def test_opcheck_of_maps(backend, dtype, squared, same):
     forward = ops.compiled(backend, "attention_map_fwd").default
     for learns in (False, True):
@@ -198,12 +212,17 @@ def test_opcheck_of_means_and_weights(backend, dtype):
     torch.library.opcheck(ops.compiled(backend, "domain_expertise").default, (embedding, index, t))
 
 
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    backend_dtypes("relation_kl", ("reference", *COMPILED), (torch.float32,)),
-)
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_the_stack_compiles_whole(backend, dtype, dynamic):
+def _stacks():
+    """Open sizes are traced through any backend alike, and cost a minute where it is not fused."""
+    backends = backend_dtypes("relation_kl", ("reference", *COMPILED), (torch.float32,))
+    for given, dynamic in itertools.product(backends, [False, True]):
+        backend = given.values[0]
+        quick = dynamic == (backend == "cpp")
+        yield pytest.param(backend, dynamic, marks=[*given.marks, *([] if quick else [DEEP])])
+
+
+@pytest.mark.parametrize(("backend", "dynamic"), _stacks())
+def test_the_stack_compiles_whole(backend, dynamic):
     """All feature losses in one graph, forward and backward."""
     torch._dynamo.reset()
 

@@ -227,8 +227,8 @@ def test_losses_hold_without_the_extension():
 import pytest
 from metakd import ops
 assert ops.why_not("soft_kl", "cpp", "cpu") is not None
-files = ["tests/test_losses.py", "tests/test_linear_soft_kl.py"]
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *files]))
+chosen = "hand or table or silently or pytorchs or masked_is_zero"
+sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "tests/test_losses.py", "-k", chosen]))
 """
     )
     run_python(code)

@@ -17,6 +17,7 @@ LOSSES = {
 }
 FLOATS = (torch.float32,)
 
+DEEP = pytest.mark.deep
 every_loss = pytest.mark.parametrize("loss", LOSSES)
 every_dtype = pytest.mark.parametrize(("backend", "dtype"), backend_dtypes("soft_kl"))
 every_backend = pytest.mark.parametrize(
@@ -112,12 +113,12 @@ def test_temperatures(loss, backend, dtype, temperature, scaled):
 @every_loss
 @every_backend
 @pytest.mark.parametrize("temperature", [0.05, 0.5, 1.0])
-def test_one_class_with_nearly_everything(loss, backend, dtype, temperature):
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=DEEP) for seed in (1, 2))])
+def test_one_class_with_nearly_everything(loss, backend, dtype, temperature, seed):
     """There g is large and g - inner nearly nothing."""
     for shape in ((64, 3), (16, 300), (4, 2500)):
-        for seed in range(3):
-            case = case_of(loss, shape, temperature=temperature, labels=False, seed=seed)
-            check_op(case, backend, dtype)
+        case = case_of(loss, shape, temperature=temperature, labels=False, seed=seed)
+        check_op(case, backend, dtype)
 
 
 @every_loss

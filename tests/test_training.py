@@ -74,8 +74,7 @@ def trained(run: Run, training: TrainingConfig, score=None, module=None) -> torc
     return module
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2])
-@pytest.mark.parametrize("batch, accumulation", [(6, 2), (4, 3), (3, 4)])
+@pytest.mark.parametrize("batch, accumulation, zero", [(6, 2, 0), (4, 3, 1), (3, 4, 2)])
 def test_accumulation_equals_the_big_batch(make, batch, accumulation, zero):
     whole = TrainingConfig(
         per_device_train_batch_size=12, num_train_epochs=2, learning_rate=0.1, warmup_steps=0
@@ -444,7 +443,7 @@ def test_compare_fills_the_table(make):
     run = make(
         "compare.seeds=[1,2]",
         "compare.teacher_seeds=1",
-        "distill.domains=[hiking,novels]",
+        "distill.domains=[hiking]",
         "distill.relation_heads=2",
     )
     result = comparison.compare(run, gamma2=[0.0, 0.5])
@@ -609,7 +608,8 @@ def one_process(source, tmp_path_factory):
         "teacher.training.per_device_train_batch_size=5",
         "distill.training.per_device_train_batch_size=5",
     ]
-    launched("plain", write_config(source, folder, "run"), *options)
+    path = write_config(source, folder, "run")
+    run_ranks(1, run_command, "distill", path, "distill.domains=[hiking]", *options)
     return losses(folder / "run")
 
 

@@ -56,7 +56,6 @@ def write_config(source: Path, folder: Path, output: str) -> Path:
 
 
 LAUNCHERS = {
-    "plain": [sys.executable, "-m", "metakd"],
     "torchrun": [
         sys.executable,
         "-m",
@@ -76,11 +75,10 @@ LAUNCHERS = {
 }
 
 
-def launched(
-    launcher: str, config: Path, *overrides: str, stage: str = "distill", processes: int = 2
-) -> None:
-    start = [str(processes) if word == "2" else word for word in LAUNCHERS[launcher]]
-    command = [*start, stage, str(config), "distill.domains=[hiking]", *overrides]
+def launched(launcher: str, config: Path, *overrides: str) -> None:
+    """One student by two processes of this launcher."""
+    words = ["distill", str(config), "distill.domains=[hiking]", *overrides]
+    command = [*LAUNCHERS[launcher], *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=unjoined())
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from metakd.config.blocks import CompareRow, RunConfig
+from metakd.config.blocks import CompareRow, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
 from metakd.config.deepspeed import check_deepspeed, contradictions
 from metakd.method.methods import METHODS
 
@@ -44,13 +45,13 @@ def check_contradictions(config: RunConfig) -> list[str]:
     preset = re.search(r"-(\d+)l-", student.preset or "")
     depth = len(student.layers) if student.layers else int(preset[1]) if preset else None
     if isinstance(distill.layer_map, list) and depth not in (None, len(distill.layer_map)):
-        given = len(distill.layer_map)
-        found.append(f"distill.layer_map: has {given} teacher layers for {depth} of the student")
+        count = len(distill.layer_map)
+        found.append(f"distill.layer_map: has {count} teacher layers for {depth} of the student")
 
     declared = config.deepspeed or {}
     if check_deepspeed(declared):
         declared = {}  # wrong by itself, and said to be
-    runs = {
+    runs: dict[str, tuple[TrainingConfig, TeacherConfig | StudentConfig]] = {
         "teacher.training": (config.teacher.training, config.teacher),
         "distill.training": (distill.training, student),
     }
@@ -70,17 +71,22 @@ def check_contradictions(config: RunConfig) -> list[str]:
             f"compare.teacher_seeds: {config.compare.teacher_seeds} is more than the "
             f"{len(config.compare.seeds)} of compare.seeds"
         )
-    for key, block in {"teacher": config.teacher, "student": config.student}.items():
+    models: dict[str, TeacherConfig | StudentConfig] = {
+        "teacher": config.teacher,
+        "student": student,
+    }
+    for key, block in models.items():
         if block.offload and config.sharding(block).zero == 0:
             found.append(f"{key}.offload: needs {key}.zero of 1 to 3")
-    for key, values in {
+    lists: dict[str, Sequence[object]] = {
         "data.withhold": config.data.withhold,
         "distill.domains": distill.domains or [],
         "compare.seeds": config.compare.seeds,
         "compare.rows": [_row_name(row) for row in config.compare.rows],
         "report_to": config.report_to,
-    }.items():
-        twice = sorted({str(value) for value in values if values.count(value) > 1})
+    }
+    for key, entries in lists.items():
+        twice = sorted({str(entry) for entry in entries if entries.count(entry) > 1})
         if twice:
             found.append(f"{key}: given more than once: {', '.join(twice)}")
     for key, seed in [("seed", config.seed), *(("compare.seeds", s) for s in config.compare.seeds)]:

@@ -478,11 +478,11 @@ def _leaves(block: dict, schema: dict, prefix: str) -> Iterator[tuple[str, dict,
 def _faults(block: dict, schema: dict, prefix: str) -> Iterator[str]:
     for name, value in block.items():
         key, path = str(name), f"{prefix}{name}"
+        known = schema.get(key)
         if key not in schema:
             meant = _meant(key, schema, block)
             yield f"{path}: unknown key, {_hint(key, meant, schema)} (got {_shown(value)})"
-            key = meant
-        known = schema.get(key)
+            known = schema.get(meant)
         if isinstance(known, Refused):
             yield f"{path}: is refused: {known.reason}"
         elif isinstance(known, dict):

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from os import PathLike, fspath
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -22,6 +22,9 @@ from metakd.config.blocks import Block, RunConfig
 from metakd.config.checks import check_contradictions
 from metakd.config.deepspeed import check_deepspeed
 from metakd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 KeyPath = tuple[str | int, ...]  # keys and list positions, from the top of the file down to a value
 
@@ -124,7 +127,8 @@ def _parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         reason = " ".join(filter(None, [error.context, error.problem]))
-        raise ValueError(f"{mark.line + 1}:{mark.column + 1}: {reason}") from None
+        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        raise ValueError(f"{line}:{column}: {reason}") from None
     except RecursionError:
         raise ValueError("1:1: nested too deeply") from None
 
@@ -275,7 +279,7 @@ def _all_keys(block: type[Block], prefix: str = "") -> dict[str, list[str]]:
     for name, field in block.model_fields.items():
         places.setdefault(name, []).append(prefix + name)
         inner = _block_in(field.annotation)
-        if inner is not None and inner is field.annotation:  # items of a list have no dotted name
+        if inner is field.annotation and inner is not None:  # items of a list have no dotted name
             for key, found in _all_keys(inner, f"{prefix}{name}.").items():
                 places.setdefault(key, []).extend(found)
     return places
@@ -310,7 +314,7 @@ def _validate(raw: dict, problems: dict[KeyPath, str]) -> RunConfig | None:
     return None
 
 
-def _place(raw: dict, item: dict) -> KeyPath:
+def _place(raw: dict, item: ErrorDetails) -> KeyPath:
     """Where in the file an error is: pydantic's location without the branches of a union."""
     path: KeyPath = ()
     for key in item["loc"]:
@@ -319,7 +323,7 @@ def _place(raw: dict, item: dict) -> KeyPath:
     return (*path, item["loc"][-1]) if item["type"] == "missing" else path
 
 
-def _reason(item: dict) -> str:
+def _reason(item: ErrorDetails) -> str:
     if item["type"] == "missing":
         return _MISSING
     if item["type"] == "model_type":

@@ -19,7 +19,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -80,6 +80,10 @@ class _Problems(list[Problem]):
     def lose_rows(self, file: str, row: int | None, reason: str) -> None:
         self.add(file, row, None, reason)
         self.rows_lost = True
+
+
+# A value that was checked and is what it should be, else None; and what is wrong with it.
+Checked = tuple[str | None, str | None]
 
 
 class RawCorpus(NamedTuple):
@@ -160,7 +164,9 @@ def read_texts(
     """
     problems = _Problems()
     columns = {} if label is None else {"label": label}
-    config = DataConfig(train=file, text=text, text_pair=text_pair, **columns)
+    config = DataConfig.model_validate(
+        {"train": file, "text": text, "text_pair": text_pair, **columns}
+    )
     table = _read_file(Path(file), problems)
     rows = []
     if table is not None:
@@ -184,7 +190,7 @@ def _error(
 ) -> DataError:
     totals = Counter(problem.file for problem in problems)
     places = list(totals)
-    problems = sorted(problems, key=lambda p: (places.index(p.file), p.row or 0))
+    ordered = sorted(problems, key=lambda p: (places.index(p.file), p.row or 0))
     count = f"{len(problems)} problem{'s' * (len(problems) > 1)} in the data"
     if len(places) > 1:
         per_file = [f"{file} {total}" for file, total in totals.most_common(PROBLEMS_SHOWN)]
@@ -192,7 +198,7 @@ def _error(
         count += f" ({', '.join(per_file)})"
     if len(problems) > PROBLEMS_SHOWN:
         count += f", the first {PROBLEMS_SHOWN}"
-    shown = "\n".join(f"  {problem}" for problem in problems[:PROBLEMS_SHOWN])
+    shown = "\n".join(f"  {problem}" for problem in ordered[:PROBLEMS_SHOWN])
     return DataError(
         f"{count}:\n{shown}",
         f"Correct {place}; no row was skipped or changed.",
@@ -431,7 +437,7 @@ def _check_rows(
 ) -> list[Row]:
     """Checks columns and cells, except for a label or domain that is not needed; ``domain`` is
     given where the file's name says it."""
-    checks = [
+    checks: list[tuple[str, str, Callable[[Any], Checked]]] = [
         ("text", config.text, _check_text),
         ("label", config.label, partial(_check_name, "label")),
     ]
@@ -445,15 +451,15 @@ def _check_rows(
             reason = f"missing column: {_unknown(column, table.columns)}"
             problems.add(table.file, table.header, column, reason)
     checks = [(name, column, check) for name, column, check in checks if column in table.columns]
-    if domain is not None and (reason := _check_domain(domain)[1]):
-        problems.add(table.file, None, None, reason)
+    if domain is not None and (wrong := _check_domain(domain)[1]):
+        problems.add(table.file, None, None, wrong)
     rows = []
     for row, values in table.rows:
-        fields = {} if domain is None else {"domain": domain}
+        fields: dict[str, str | None] = {} if domain is None else {"domain": domain}
         for name, column, check in checks:
-            fields[name], reason = check(values.get(column))
-            if reason:
-                problems.add(table.file, row, column, reason)
+            fields[name], wrong = check(values.get(column))
+            if wrong:
+                problems.add(table.file, row, column, wrong)
         rows.append(Row(table.file, row, **fields))
     if "label" not in unneeded:
         _check_label_types(table, config.label, problems)
@@ -476,7 +482,7 @@ def _check_label_types(table: _Table, column: str, problems: _Problems) -> None:
             problems.add(table.file, row, column, reason)
 
 
-def _check_text(value: Any) -> tuple[str | None, str | None]:
+def _check_text(value: Any) -> Checked:
     if value is None:
         return None, "missing text"
     if isinstance(value, float) and math.isnan(value):
@@ -488,7 +494,7 @@ def _check_text(value: Any) -> tuple[str | None, str | None]:
     return _check_characters(value)
 
 
-def _check_name(what: str, value: Any) -> tuple[str | None, str | None]:
+def _check_name(what: str, value: Any) -> Checked:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None, f"missing {what}"
     if isinstance(value, float) and math.isnan(value):
@@ -503,7 +509,7 @@ def _check_name(what: str, value: Any) -> tuple[str | None, str | None]:
     return _check_characters(value)
 
 
-def _check_domain(value: Any) -> tuple[str | None, str | None]:
+def _check_domain(value: Any) -> Checked:
     """A domain's name, which is also that of its student's folder: it must not lead elsewhere."""
     name, reason = _check_name("domain", value)
     if name is not None and (
@@ -515,7 +521,7 @@ def _check_domain(value: Any) -> tuple[str | None, str | None]:
     return name, reason
 
 
-def _check_characters(value: str) -> tuple[str | None, str | None]:
+def _check_characters(value: str) -> Checked:
     """What an escape in JSON or a Parquet file can smuggle past the check of the bytes."""
     if "\0" in value:
         return None, f"NUL character at position {value.index(chr(0))}"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from metakd.deploy.extra import INSTALL, absent
 from metakd.deploy.formats import ONNX_FILES, ONNX_FOLDER
@@ -112,9 +112,11 @@ class Engine:
 
     Attributes:
         inputs: names of what the model reads, a subset of what a tokenizer makes.
+        model: what runs, where that is PyTorch; other engines have none.
     """
 
     inputs: frozenset[str]
+    model: PreTrainedModel
 
     def __call__(self, batch: Inputs) -> np.ndarray:
         """Logits [B, M], float32."""

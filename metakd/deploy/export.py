@@ -132,7 +132,7 @@ def write_files(
     *,
     int8: bool = False,
     fp16: bool = False,
-    run: Callable[[PreTrainedModel], None] | None = None,
+    run: Callable[[PreTrainedModel], object] | None = None,
 ) -> None:
     """Write a model's ONNX files and its configuration into a new folder; compares nothing.
 
@@ -188,7 +188,7 @@ def _write_onnx(model: PreTrainedModel, file: Path) -> None:
 
 
 def _write_int8(
-    model: PreTrainedModel, fp32: Path, int8: Path, run: Callable[[PreTrainedModel], None] | None
+    model: PreTrainedModel, fp32: Path, int8: Path, run: Callable[[PreTrainedModel], object] | None
 ) -> None:
     if run is None:
         _quantise(fp32, int8, [])

@@ -151,7 +151,7 @@ def _read(folder: Path):
         raise CheckpointError(cause, remedy) from error
     if not knows_words(tokenizer):
         raise CheckpointError(f"{folder}: holds no tokenizer", remedy)
-    if config.num_labels < 2:
+    if (config.num_labels or 0) < 2:
         raise CheckpointError(f"{folder}: its model has one output, which tells no classes", remedy)
     return tokenizer, config
 

@@ -18,10 +18,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 STRENGTH = 0.7
 """The exponent a. Of 0.5 and 0.7 the latter changed fewer labels of review texts."""
@@ -53,8 +56,8 @@ class _Smoothed(nn.Module):
 
 
 def smoothed(
-    model: nn.Module, run: Callable[[nn.Module], None]
-) -> tuple[nn.Module, list[tuple[tuple[int, int], bool]]]:
+    model: Model, run: Callable[[Model], object]
+) -> tuple[Model, list[tuple[tuple[int, int], bool]]]:
     """A copy of a model whose linear layers are smoothed.
 
     Args:
@@ -82,7 +85,7 @@ def smoothed(
     return model, plan
 
 
-def _watch(layers: dict[str, nn.Linear], run: Callable[[], None]) -> list[_Seen]:
+def _watch(layers: dict[str, nn.Linear], run: Callable[[], object]) -> list[_Seen]:
     """What the layers read while the model runs; those that read the same tensor together."""
     groups: dict[str, _Seen] = {}  # by the first layer that reads it
     last: list = [None, ""]  # the tensor that was read last, and its group

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import reduce
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -79,15 +80,18 @@ def _check_sides(student: dict[str, list[Tensor]], teacher: dict[str, list[Tenso
 
 def _as_layers(name: str, side: Pair | Sequence[Pair]) -> Layers:
     """(query, key) or a list of such as the list of queries and the list of keys."""
-    layers = side
-    if isinstance(side, (tuple, list)) and side and isinstance(side[0], Tensor):
-        layers = [side]
+    layers = [side] if _is_one(side) else side
     for pair in layers if isinstance(layers, (tuple, list)) else [layers]:
         require(
             isinstance(pair, (tuple, list)) and len(pair) == 2,
             lambda: f"{name} must be a pair (query, key) or a list of pairs, got {_kind(pair)}",
         )
     return [query for query, _ in layers], [key for _, key in layers]
+
+
+def _is_one(side: Pair | Sequence[Pair]) -> TypeGuard[Pair]:
+    """Is it one layer, and no list of them?"""
+    return isinstance(side, (tuple, list)) and len(side) > 0 and isinstance(side[0], Tensor)
 
 
 def _kind(value: object) -> str:
@@ -134,17 +138,17 @@ def _checked(view: _View, states: Tensor) -> _View:
     if view.scale is not None:
         check_positive("scale", view.scale)
     batch, _, length, _ = states.shape
-    masks = [
+    query_mask, key_mask = (
         as_mask(name, mask, (batch, length), states.device)
         for name, mask in zip(("query_mask", "key_mask"), view.masks)
-    ]
-    return _View(*masks, view.causal, view.scale, view.mean_over)
+    )
+    return _View(query_mask, key_mask, view.causal, view.scale, view.mean_over)
 
 
 def _by_reference(op: str, student: Layers, teacher: Layers, *rest) -> Tensor:
     layers = zip(zip(*student), zip(*teacher))
     compute = getattr(reference, op)
-    return sum(compute(own, taught, *rest) for own, taught in layers)
+    return reduce(torch.add, [compute(own, taught, *rest) for own, taught in layers])
 
 
 def _select(op: str, backend: str, student: Layers, teacher: Layers) -> str:
@@ -180,7 +184,7 @@ def _score_rows(
             lambda: f"teacher_norm is of single heads, got {heads[0]} and {heads[1]} of them",
         )
     if heads[0] != heads[1]:
-        sides = [tuple(map(_one_head, side)) for side in sides]
+        sides = [(_one_head(queries), _one_head(keys)) for queries, keys in sides]
         factors = [factor / count for factor, count in zip(factors, heads)]
     backend = _select(op, backend, *sides)
     if backend == "reference":
@@ -499,11 +503,11 @@ def relation_kl(
 def _relation_rows(
     backend: str, student: list[Tensor], teacher: list[Tensor], heads: int, mask: Tensor | None
 ) -> Tensor:
-    sides = [[reference.regroup(x, heads) for x in side] for side in (student, teacher)]
-    pairs = [(side, side) for side in sides]
-    backend = _select("relation_kl", backend, *pairs)
+    own, taught = ([reference.regroup(x, heads) for x in side] for side in (student, teacher))
+    sides = (own, own), (taught, taught)
+    backend = _select("relation_kl", backend, *sides)
     if backend == "reference":
-        layers = zip(student, teacher)
-        return sum(reference.relation_kl(own, taught, heads, mask) for own, taught in layers)
+        rows = [reference.relation_kl(*layer, heads, mask) for layer in zip(student, teacher)]
+        return reduce(torch.add, rows)
     view = _View(mask, mask, False, None, "real")
-    return _map_rows("relation_kl", backend, *pairs, view, same=True)
+    return _map_rows("relation_kl", backend, *sides, view, same=True)

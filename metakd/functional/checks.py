@@ -46,7 +46,7 @@ _KINDS = {
 
 def check_tensor(
     name: str,
-    value: object,
+    value: Tensor,
     shape: Sequence[int | str],
     device: torch.device | None = None,
     kind: str = "floating point",
@@ -73,7 +73,7 @@ def check_tensor(
 
 
 def check_teacher(
-    name: str, value: object, shape: Sequence[int | str], device: torch.device | None = None
+    name: str, value: Tensor, shape: Sequence[int | str], device: torch.device | None = None
 ) -> None:
     check_tensor(name, value, shape, device)
     require(

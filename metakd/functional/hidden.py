@@ -146,7 +146,7 @@ def _projected(
 ) -> Tensor:
     """``layer @ projection + bias``, as a linear layer in the dtype of ``layer``."""
     if projection is None:
-        return layer + bias.to(layer.dtype)
+        return layer if bias is None else layer + bias.to(layer.dtype)
     if mask is not None:  # zero times what a masked token holds must stay zero in dW
         layer = layer.masked_fill(~mask[:, :, None], 0.0)
     return functional.linear(

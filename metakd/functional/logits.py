@@ -46,8 +46,9 @@ def _soft_problem(
 ) -> tuple[Tensor | None, Tensor | None, soft.Settings]:
     """Checks the options; gives the mask [...] with ignored labels in it, the labels [...] and the
     settings."""
-    beta, temperature, scale_by_temperature, label, hard_weight, *rest = options
-    ignore_index, vocab_size, mask = rest
+    beta, temperature = options.beta, options.temperature
+    scale_by_temperature, hard_weight = options.scale_by_temperature, options.hard_weight
+    label, vocab_size = options.label, options.vocab_size
     check_positive("temperature", temperature)
     check_fraction("beta", beta)
     if vocab_size is None:
@@ -62,14 +63,14 @@ def _soft_problem(
         1 <= vocab_size <= min(widths),
         lambda: f"vocab_size must be in 1..{min(widths)}, got {vocab_size!r}",
     )
-    mask = as_mask("mask", mask, tokens, device)
+    mask = as_mask("mask", options.mask, tokens, device)
     if label is not None:
         require(
             isinstance(hard_weight, (int, float)) and 0 <= hard_weight < math.inf,
             lambda: f"hard_weight must be a finite number of at least 0, got {hard_weight!r}",
         )
         check_tensor("label", label, tokens, device, "int64")
-        counted = label != ignore_index
+        counted = label != options.ignore_index
         mask = counted if mask is None else mask & counted
         if device.type == "cpu" and not torch.compiler.is_compiling():
             check_index("label", label[mask], int(mask.sum()), vocab_size, device)

@@ -150,14 +150,20 @@ def _sweep(
     The gradients of weight and bias are sums over chunks: float32, whatever the parameters are.
     """
     found = []
+    weight, bias = student.weight, student.bias
     dhidden = dweight = dbias = None
     wide = torch.promote_types(student.hidden.dtype, torch.float32)
     if drows is not None:
         dhidden = torch.empty_like(student.hidden) if wanted[0] else None
-        dweight = torch.zeros_like(student.weight, dtype=wide) if wanted[1] else None
-        dbias = torch.zeros_like(student.bias, dtype=wide) if wanted[2] else None
+        if weight is not None and wanted[1]:
+            dweight = torch.zeros_like(weight, dtype=wide)
+        if bias is not None and wanted[2]:
+            dbias = torch.zeros_like(bias, dtype=wide)
     for tokens in chunks(student, teacher, chunk_bytes):
-        part = [None if x is None else x[tokens] for x in (mask, label)]
+        part = (
+            None if mask is None else mask[tokens],
+            None if label is None else label[tokens],
+        )
         logits, logits_t = student.logits(tokens), teacher.logits(tokens)
         if drows is None:
             found.append(rows(backend, logits, logits_t, *part, settings))
@@ -168,7 +174,8 @@ def _sweep(
         if part[0] is not None:  # zero times what a masked token holds must stay zero
             hidden = hidden.masked_fill(~part[0][:, None], 0.0)
         if dhidden is not None:
-            torch.mm(dlogits, student.weight.to(hidden.dtype), out=dhidden[tokens])
+            assert weight is not None, "a student that learns has a head"
+            torch.mm(dlogits, weight.to(hidden.dtype), out=dhidden[tokens])
         if dweight is not None:
             _add_product_(dweight, dlogits.mT, hidden)
         if dbias is not None:
@@ -221,7 +228,9 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _like(gradients: Sequence[Tensor | None], head: Head) -> list[Tensor | None]:
-    return [None if x is None else x.to(own.dtype) for x, own in zip(gradients, head)]
+    return [
+        None if x is None or own is None else x.to(own.dtype) for x, own in zip(gradients, head)
+    ]
 
 
 def linear_rows(student: Head, *rest) -> Tensor:

@@ -54,6 +54,7 @@ class TeacherKind:
         Returns:
             One value per example [B], and the terms of it [B] for the log.
         """
+        assert features.logits is not None, "every teacher classifies"
         cross_entropy = _cross_entropy(features.logits, batch["labels"])
         return cross_entropy, {"ce": cross_entropy}
 

@@ -10,7 +10,7 @@ each term that none has yet. Reading this module imports no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from metakd.method.kinds import TEACHER_KINDS
@@ -42,7 +42,7 @@ class Weighted(NamedTuple):
 
     def weight(self, config: DistillConfig) -> float:
         """What the configuration gives it."""
-        return 1.0 if self.key is None else reduce(getattr, self.key.split("."), config)
+        return 1.0 if self.key is None else attrgetter(self.key)(config)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Method:
     @property
     def weights(self) -> tuple[str, ...]:
         """The keys of ``distill`` that weight its terms; empty where its weights are fixed."""
-        fixed = any(term.key is None for term in self.terms)
-        return () if fixed else tuple(term.key for term in self.terms)
+        keys = tuple(term.key for term in self.terms if term.key is not None)
+        return keys if len(keys) == len(self.terms) else ()
 
     @property
     def possible_teachers(self) -> tuple[str, ...]:

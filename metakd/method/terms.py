@@ -52,8 +52,10 @@ class Term:
     needs: ClassVar[frozenset[str]]
     listens_to: ClassVar[tuple[str, ...]] = ()  # keys of ``distill`` beside its weight
     projected: ClassVar[str | None] = None
-    layers: ClassVar[Sequence[int]] = ()  # of the teacher that it reads; negative: from the top
     intermediate: ClassVar[bool] = True  # trained in the first of two stages
+    # Of the teacher that it reads; negative: from the top. An annotation would make it a field of
+    # every term, and ClassVar would forbid one, which it is in those that are told their layers.
+    layers = ()  # type: Sequence[int]
 
     @classmethod
     def configured(cls, weight: float, config: DistillConfig, setup: Setup) -> Self:

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from metakd.errors import CheckpointError
 
@@ -29,10 +30,18 @@ class Cell:
     accuracy: float
 
 
-def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, float]]]:
+class Score(TypedDict):
+    """One entry of a summary, in percent; ``std`` is None for a single seed."""
+
+    mean: float
+    std: float | None
+    n: int
+
+
+def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, Score]]:
     """``{row: {domain or "average": {"mean", "std", "n"}}}``; the average's spread is over seeds,
     not domains."""
-    summary: dict[str, dict[str, dict[str, float]]] = {}
+    summary: dict[str, dict[str, Score]] = {}
     for row in dict.fromkeys(cell.row for cell in cells):
         own = [cell for cell in cells if cell.row == row]
         by_domain = {
@@ -83,7 +92,7 @@ def term_values(students: Sequence[Path]) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in seen.items()}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def _spread(values: Sequence[float]) -> Score:
     # One seed says nothing about spread; None keeps it from reading as "no spread".
     std = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": std, "n": len(values)}
@@ -136,7 +145,7 @@ def plain(text: str) -> str:
     return " ".join(text.split()).replace("<", "&lt;")
 
 
-def show(score: dict[str, float] | None) -> str:
+def show(score: Score | None) -> str:
     """Mean ± standard deviation of one entry of a summary, in its own unit."""
     if score is None:
         return "-"
