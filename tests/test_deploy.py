@@ -32,6 +32,7 @@ from metakd.errors import (
 pytest.importorskip("onnxruntime", reason="the extra 'deploy' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'deploy' is not installed")
 
+DEEP = pytest.mark.deep
 TEXTS = demo.made_up_texts(40)
 LABELS = ("bad", "good")
 
@@ -150,7 +151,13 @@ class TestExport:
         finally:
             alone.rename(student / "onnx")
 
-    @pytest.mark.parametrize("name", BUILDERS)
+    @pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=[] if name in ("roberta", "modernbert") else [DEEP])
+            for name in BUILDERS
+        ],
+    )
     def test_architectures(self, tmp_path, name):
         model = BUILDERS[name]().eval()
         exporting.write_files(model, tmp_path / "onnx")
@@ -447,12 +454,14 @@ class TestLatency:
         head = hidden**2 + 2 * hidden  # pooler and classifier, of one token
         assert latency.flops_of_text(student, length) == 2 * (linear + attention + head)
 
-    def test_a_run_side_by_side(self, student, tmp_path, call):
+    # Each engine of each model is measured in a process of its own.
+    @pytest.mark.parametrize("engines", [["onnx"], pytest.param(["eager", "onnx"], marks=DEEP)])
+    def test_a_run_side_by_side(self, student, tmp_path, call, engines):
         for role in ("teachers/meta-s1", "students/meta-from-meta-s1/novels"):
             shutil.copytree(student, tmp_path / "run" / role)
             (tmp_path / "run" / role / "stage.json").write_text("{}")
         words = "--batch 2 --length 8 --length 500 --length 501 --device cpu --seconds 0"
-        words += " --engine eager --engine onnx"
+        words += "".join(f" --engine {engine}" for engine in engines)
         code, out, _ = call("latency", tmp_path / "run", *words.split())
         assert code == 0
         result = json.loads((tmp_path / "run" / "latency.json").read_text())
@@ -461,7 +470,7 @@ class TestLatency:
             ("student", "student"),
         ]
         assert [(row["model"], row["engine"], row["length"]) for row in result["rows"]] == [
-            (model, engine, 8) for model in result["models"] for engine in ("eager", "onnx")
+            (model, engine, 8) for model in result["models"] for engine in engines
         ]
         for row in result["rows"]:
             assert row["batch"] == 2 and row["calls"] >= 5 and row["p50_ms"] > 0

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import unjoined
-from tiny_runs import launched, losses, make_source, write_config
+from processes import run_command, run_ranks, unjoined
+from tiny_runs import losses, make_source, write_config
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 STEPS = [
@@ -66,7 +66,7 @@ def hosts():
 def test_two_hosts_equal_two_processes_of_one(hosts, tmp_path):
     make_source(tmp_path / "source")
     here = write_config(tmp_path / "source", tmp_path, "here")
-    launched("deepspeed", here, *STEPS)
+    run_ranks(2, run_command, "distill", here, "distill.domains=[hiking]", *STEPS)
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     config = write_config(tmp_path / "source", tmp_path, "apart")

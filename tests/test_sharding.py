@@ -18,7 +18,7 @@ from metakd.training.world import join_world
 
 # DeepSpeed keeps small weights whole; with these settings every weight of a tiny model is sharded.
 EVERY_WEIGHT = "deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"
-STEPS = 20
+STEPS = 12
 VARIANTS = {
     "replicated": [],
     "optimizers sharded": ["zero=1"],

@@ -613,14 +613,22 @@ def one_process(source, tmp_path_factory):
     return losses(folder / "run")
 
 
-# Other stages of ZeRO are held against replicated processes in test_sharding.py.
-@pytest.mark.parametrize("launcher, zero", [("deepspeed", 2), ("torchrun", 0)])
+# Other stages of ZeRO are held against replicated processes in test_sharding.py. What torchrun
+# starts is what the tests fork, less the half minute.
+@pytest.mark.parametrize(
+    "launcher, zero",
+    [("deepspeed", 2), ("forked", 0), pytest.param("torchrun", 0, marks=pytest.mark.deep)],
+)
 def test_two_processes_equal_one(source, tmp_path, one_process, launcher, zero):
     options = [
         "teacher.training.per_device_train_batch_size=5",
         "distill.training.per_device_train_batch_size=5",
     ]
-    launched(launcher, write_config(source, tmp_path, "run"), *options, f"zero={zero}")
+    words = [write_config(source, tmp_path, "run"), *options, f"zero={zero}"]
+    if launcher == "forked":
+        run_ranks(2, run_command, "distill", *words, "distill.domains=[hiking]")
+    else:
+        launched(launcher, *words)
     seen = losses(tmp_path / "run")
     assert seen.keys() == one_process.keys()
     for stage, values in seen.items():
