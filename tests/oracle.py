@@ -30,6 +30,17 @@ def backend_dtypes(op: str, backends=COMPILED, dtypes=None) -> list:
     return found
 
 
+def where_parallel(op: str) -> pytest.MarkDecorator:
+    """float32 on every backend, for what can only differ where several programs run at once: deep
+    for Triton's interpreter, which takes one after the other."""
+    found = []
+    for given in backend_dtypes(op, dtypes=(torch.float32,)):
+        interpreted = given.values[0] == "triton" and DEVICE == "cpu"
+        marks = [*given.marks, *([pytest.mark.deep] if interpreted else [])]
+        found.append(pytest.param(*given.values, marks=marks, id=given.id))
+    return pytest.mark.parametrize(("backend", "dtype"), found)
+
+
 def check_op(case: Case, backend: str, dtype: torch.dtype) -> None:
     for finding in check(case.moved(DEVICE), backend, dtype):
         assert finding.passed, finding

@@ -73,7 +73,13 @@ def test_broken_data_ends_with_exit_code_3(name, call, encoder, tmp_path):
     assert all(line.replace("{d}", str(tmp_path)) in message for line in expected)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.deep] if number % 4 else [])
+        for number, name in enumerate(CASES)
+    ],
+)
 def test_every_damage_in_every_format_is_told_with_its_place(name, call, encoder, tmp_path):
     case = CASES[name]
     head, *lines = read_broken(call, encoder, tmp_path, case.files, case.keys).splitlines()
@@ -259,15 +265,14 @@ def test_quickstart(call, tmp_path, monkeypatch):
         "scratch_encoder",
         lambda folder, texts: scratch(folder, texts, hidden_size=32, mlm_steps=0),
     )
-    code, out, err = call("quickstart", tmp_path / "quick", "teacher.training.max_steps=2")
+    words = ["quickstart", tmp_path / "quick"]
+    words += ["teacher.training.max_steps=2", "distill.training.max_steps=2"]
+    code, out, err = call(*words)
     assert code == 0, err
     assert all(row in out for row in ("| teacher: meta |", "| finetune |", "| meta-from-meta |"))
     assert len(list((tmp_path / "quick" / "students").rglob("model.safetensors"))) == 8
     # A second start finds everything done.
-    assert (
-        "meta-from-meta-s42/novels: inputs unchanged, skipped"
-        in call("quickstart", tmp_path / "quick", "teacher.training.max_steps=2")[1]
-    )
+    assert "meta-from-meta-s42/novels: inputs unchanged, skipped" in call(*words)[1]
 
 
 def test_a_config_is_refused_in_under_two_seconds_from_the_shell(tmp_path):

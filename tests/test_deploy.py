@@ -592,9 +592,6 @@ class TestCommands:
             assert [(a["text"], a["text_pair"]) for a in answers] == pairs
             wanted = Predictor(folder, engine="eager", device="cpu")(pairs)
             assert [answer["prediction"] for answer in answers] == [w.label for w in wanted]
-        cell = "--batch 2 --length 8 --device cpu --seconds 0 --engine onnx"
-        code, shown, _ = call("latency", folder, *cell.split(), "--out", tmp_path)
-        assert code == 0 and "| nli | onnx | 2 | 8 |" in shown
 
     def test_nothing_to_read(self, student, tmp_path, call):
         for name, content in (("a.jsonl", ""), ("a.csv", "text,label\n"), ("a.tsv", "\n\n")):

@@ -63,6 +63,7 @@ def hosts():
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True)
 
 
+@pytest.mark.deep
 def test_two_hosts_equal_two_processes_of_one(hosts, tmp_path):
     make_source(tmp_path / "source")
     here = write_config(tmp_path / "source", tmp_path, "here")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import DEVICE, assert_sensitive, backend_dtypes, check_op
+from oracle import DEVICE, assert_sensitive, backend_dtypes, check_op, where_parallel
 from torch.nn import functional as F
 
 import metakd
@@ -234,7 +234,7 @@ def test_compiled_nan_stays_in_its_cell(backend, dtype):
     assert t.isnan().nonzero().tolist() == [[7]]
 
 
-@every_backend
+@where_parallel("prototype_score")
 def test_same_bits_every_time(backend, dtype):
     for op, case in weight_cases(70, 65, 3, 2).items():
         moved = case.quantised(dtype).moved(DEVICE)

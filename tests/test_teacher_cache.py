@@ -415,7 +415,14 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+# What others show as well: logits alone, heads to choose from, several batches a step.
+AGAIN = ("logits_kd", "tinybert_kd, multi-task", "accumulated, not grouped")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.deep] if name in AGAIN else []) for name in METHODS],
+)
 def test_losses_are_those_of_the_live_teacher(make, asked, name):
     options = [*TWO_EPOCHS, *METHODS[name]]
     if name != "one for all":
