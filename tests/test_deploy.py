@@ -329,6 +329,15 @@ class TestPredictor:
         assert all(mask.size <= 256 for mask in seen)
         assert sum(mask.sum() for mask in seen) > 0.9 * sum(mask.size for mask in seen)
 
+    def test_only_an_eager_engine_takes_another_model(self, student, exported):
+        eager = Predictor(student, engine="eager")
+        other = AutoModelForSequenceClassification.from_pretrained(student)
+        torch.nn.init.zeros_(other.classifier.weight)
+        changed = eager.with_model(other.eval())
+        assert not np.allclose(changed.logits(TEXTS[:2]), eager.logits(TEXTS[:2]))
+        with pytest.raises(ValueError, match="onnx keeps its model"):
+            Predictor(student, engine="onnx", device="cpu").with_model(other)
+
     def test_nothing_in_nothing_out(self, student):
         assert Predictor(student)([]) == []
 

@@ -93,7 +93,13 @@ class Predictor:
         ]
 
     def with_model(self, model: PreTrainedModel) -> Predictor:
-        """The same, running another PyTorch model."""
+        """The same, running another PyTorch model.
+
+        Raises:
+            ValueError: the engine is not ``eager``; the others hold what they have made of theirs.
+        """
+        if self.engine_name != "eager":
+            raise ValueError(f"engine: {self.engine_name} keeps its model, use eager")
         other = copy.copy(self)
         other.engine = copy.copy(self.engine)
         other.engine.model = model
