@@ -46,8 +46,14 @@ def why_not() -> str | None:
     return f"this nvcc does not know {', '.join(sorted(missing))}" if missing else None
 
 
-def compile_file(source: Path, architectures=ARCHITECTURES) -> list[dict]:
+def compile_file(source: Path, architectures=ARCHITECTURES, whole: bool = True) -> list[dict]:
     """Compiles a file as ``setup.py`` would; one entry per kernel and architecture.
+
+    Args:
+        source: the file.
+        architectures: GPUs to compile for.
+        whole: False stops before registers are assigned, which takes longest, and tells nothing of
+            the kernels.
 
     Raises:
         RuntimeError: it does not compile; the message is what nvcc said.
@@ -61,10 +67,13 @@ def compile_file(source: Path, architectures=ARCHITECTURES) -> list[dict]:
         # The generated header last: a torch with CUDA has its own.
         includes = [CSRC / "include", *cpp_extension.include_paths(), folder]
         command = [
-            *(nvcc(), "-std=c++20", "-O3", "-Xptxas", "-v", "-c", source),
+            *(nvcc(), "-std=c++20", "-O3", "-Xptxas", "-v", "-c" if whole else "-ptx", source),
             *cpp_extension.COMMON_NVCC_FLAGS,
             *(f"-I{path}" for path in includes),
-            *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures),
+            *(
+                f"-gencode=arch=compute_{arch},code={'sm' if whole else 'compute'}_{arch}"
+                for arch in architectures
+            ),
             *("-o", Path(folder, "object.o")),
         ]
         done = subprocess.run(command, capture_output=True, text=True)

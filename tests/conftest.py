@@ -24,7 +24,7 @@ torch.set_num_threads(2)
 # Of two processes that take a file each, neither should be left with a long one at the end; nor
 # should both begin where DeepSpeed compiles an operator, for which one would wait.
 LONG_FILES = (
-    *("training", "compile_cuda", "contracts", "cli", "teacher_cache", "deploy"),
+    *("training", "contracts", "compile_cuda", "cli", "teacher_cache", "deploy"),
     *("sharding", "reshard", "faults", "launch"),
 )
 

@@ -6,11 +6,24 @@ import pytest
 SOURCES = sorted(compile_cuda.CSRC.glob("cuda/*.cu"))
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_cuda_source_compiles_without_spills(source):
+each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+
+
+@pytest.fixture(autouse=True)
+def _nvcc():
     if reason := compile_cuda.why_not():
         pytest.skip(reason)
+
+
+@each_source
+def test_cuda_source_is_sound(source):
+    """As far as PTX for one GPU, half a minute less each than all of it."""
+    compile_cuda.compile_file(source, ("90a",), whole=False)
+
+
+@pytest.mark.deep
+@each_source
+def test_cuda_source_compiles_without_spills(source):
     rows = compile_cuda.compile_file(source)
     architectures = {f"sm_{arch}" for arch in compile_cuda.ARCHITECTURES}
     kernels = {row["kernel"] for row in rows}
