@@ -270,7 +270,8 @@ def leaf_faults() -> Iterator[tuple[str, dict, str]]:
         for key, field in model.model_fields.items():
             dotted = ".".join(map(str, (*path, key)))
             # A letter less, a letter more, and a word like none.
-            for typo in (key[:-1], key + "x", key[::-1].upper()):
+            typos = {key[:-1], key + "x", key[::-1].upper()} - model.model_fields.keys()
+            for typo in sorted(typos):
                 tree, block = tree_with(path)
                 default = field.get_default(call_default_factory=True)
                 default = None if field.is_required() else to_jsonable_python(default)

@@ -24,7 +24,7 @@ ARROWS = {
     "verify": {"functional", "ops"},
     "table": {"__init__"},
     "config": {"errors", "table"},
-    "data": {"errors", "config", "__init__"},
+    "data": {"errors", "config", "table", "__init__"},
     "models": {"errors", "config", "functional"},
     "method": {"errors", "config", "functional", "models", "table"},
     "training": {"errors", "config", "data", "method", "models", "__init__"},

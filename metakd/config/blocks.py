@@ -21,6 +21,19 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
 ZeroStage = Literal[0, 1, 2, 3]
+Texts = Literal["own", "unlabelled", "others", "others_unlabelled"]
+Transfer = (
+    Literal["own", "unlabelled", "all", "all+unlabelled"]
+    | Annotated[list[Texts], Field(min_length=1)]
+)
+
+
+class _Later:
+    """Marks a key that came after the first version: left at its default it is no input of a stage,
+    so that what an earlier version has finished stays finished."""
+
+
+LATER = _Later()
 
 
 def _one_of(table: Mapping[str, Any]) -> BeforeValidator:
@@ -44,6 +57,20 @@ class Block(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
+    def inputs(self, *without: str) -> dict[str, Any]:
+        """What a stage depends on, as JSON values.
+
+        Args:
+            without: keys that it does not depend on.
+        """
+        dumped, found = self.model_dump(mode="json"), {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            unsaid = LATER in field.metadata and value == field.default
+            if name not in without and not unsaid:
+                found[name] = value.inputs() if isinstance(value, Block) else dumped[name]
+        return found
+
 
 class DataConfig(Block):
     """Where the examples are and which columns hold what.
@@ -51,6 +78,11 @@ class DataConfig(Block):
     ``train``, ``validation`` and ``test`` are each a CSV, TSV, JSONL or Parquet file, a folder with
     one file per domain (the file's stem is the domain), or a hub id. Without ``validation``,
     ``validation_fraction`` of the training split is held out, stratified by domain and label.
+
+    ``unlabelled`` is a source of texts of the same domains without labels, for students to learn
+    from (``distill.transfer``). ``labels`` says how many labels of a domain are used, a number or a
+    share: the other rows of ``train`` count as unlabelled, and as many at most of ``validation``
+    are looked at.
     """
 
     train: str
@@ -64,6 +96,8 @@ class DataConfig(Block):
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     data_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     withhold: list[str] = []
+    unlabelled: Annotated[str | None, LATER] = None
+    labels: Annotated[dict[str, Count | Annotated[float, Field(gt=0.0, lt=1.0)]], LATER] = {}
 
 
 class PrototypeConfig(Block):
@@ -140,6 +174,15 @@ class TermWeights(Block):
     hard_label: Annotated[float, Field(ge=0.0)] = 0.0
 
 
+class TransferWeights(Block):
+    """Weight of each text in a student's loss, by where it comes from."""
+
+    own: Positive = 1.0
+    unlabelled: Positive = 1.0
+    others: Positive = 1.0
+    others_unlabelled: Positive = 1.0
+
+
 class DistillConfig(Block):
     """How a student is taught. ``gamma2`` weights the transferable-knowledge term L_TKD.
 
@@ -156,6 +199,11 @@ class DistillConfig(Block):
     be: what is kept differs a thousandfold in size, so that nobody should have to guess it.) It is
     an error, before anything is computed, if all that a command's students ask for takes more than
     ``cache_limit_gib``.
+
+    ``transfer`` says from which texts a student learns, the labelled ones of its domain (``own``),
+    those and the domain's unlabelled ones (``unlabelled``), the labelled ones of all domains
+    (``all``), all of these, or a list of sources; ``transfer_weights`` weights them by source, and
+    ``transfer_by_score`` those of other domains by their prototype score t besides.
     """
 
     method: MethodName = DEFAULT_METHOD
@@ -174,6 +222,9 @@ class DistillConfig(Block):
     domains: list[str] | None = None
     one_student_for_all: bool = False
     processes_per_student: Count | None = None
+    transfer: Annotated[Transfer, LATER] = "own"
+    transfer_weights: Annotated[TransferWeights, LATER] = TransferWeights()
+    transfer_by_score: Annotated[bool, LATER] = False
     training: TrainingConfig = TrainingConfig(learning_rate=5e-5)
     intermediate: TrainingConfig = TrainingConfig(
         learning_rate=5e-5, num_train_epochs=10, lr_scheduler_type="constant"
@@ -187,6 +238,7 @@ class CompareRow(Block):
     method: MethodName
     teacher: TeacherKind | None = None
     gamma2: Annotated[float, Field(ge=0.0)] | None = None
+    transfer: Annotated[Transfer | None, LATER] = None
 
     @model_validator(mode="after")
     def _teacher_fits(self):

@@ -42,6 +42,8 @@ def check_contradictions(config: RunConfig) -> list[str]:
             "would learn nothing"
         )
 
+    found += _transfer(config)
+
     preset = re.search(r"-(\d+)l-", student.preset or "")
     depth = len(student.layers) if student.layers else int(preset[1]) if preset else None
     if isinstance(distill.layer_map, list) and depth not in (None, len(distill.layer_map)):
@@ -95,6 +97,23 @@ def check_contradictions(config: RunConfig) -> list[str]:
     return found
 
 
+def _transfer(config: RunConfig) -> list[str]:
+    """What of ``distill.transfer`` the data have not got."""
+    if config.data.unlabelled or config.data.labels:
+        return []
+    asked = {"distill.transfer": (config.distill.method, config.distill.transfer)}
+    for number, row in enumerate(config.compare.rows):
+        if row.transfer is not None:
+            asked[f"compare.rows.{number}.transfer"] = row.method, row.transfer
+    return [
+        f"{key}: {name} needs data.unlabelled, or data.labels that leave texts over"
+        for key, (method, transfer) in asked.items()
+        for name in METHODS[method].learns_from(transfer)
+        if "unlabelled" in name
+    ]
+
+
 def _row_name(row: CompareRow) -> str:
     gamma2 = "" if row.gamma2 is None else f" with gamma2 {row.gamma2:g}"
-    return f"{row.method} from {row.teacher}{gamma2}"
+    transfer = "" if row.transfer is None else f" on {row.transfer}"
+    return f"{row.method} from {row.teacher}{gamma2}{transfer}"

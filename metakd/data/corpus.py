@@ -22,8 +22,9 @@ from torch.utils.data import Dataset
 from metakd import __version__
 from metakd.config import DataConfig
 from metakd.data.cache import TensorCache, content_key
-from metakd.data.reading import Row, read_corpus
+from metakd.data.reading import UNLABELLED, Row, read_corpus
 from metakd.errors import ConfigError, DataError
+from metakd.method.terms import NO_LABEL
 
 _TOKENISE_AT_ONCE = 1024
 _OWN_COLUMNS = (
@@ -52,6 +53,13 @@ class Tokens(Sequence[list[int]]):
         end = int(self._ends[i])
         return self.flat[end - int(self.lengths[i]) : end].tolist()
 
+    @classmethod
+    def joined(cls, parts: Sequence[Tokens]) -> Tokens:
+        """The examples of all parts, one after the other."""
+        return cls(
+            torch.cat([part.flat for part in parts]), torch.cat([part.lengths for part in parts])
+        )
+
     def select(self, rows: Tensor) -> Tokens:
         """The examples ``rows`` [n], in that order."""
         lengths = self.lengths[rows]
@@ -67,7 +75,7 @@ class Split(Dataset):
 
     Args:
         input_ids: token ids of each example, special tokens included, not padded.
-        labels: class of each example, ``[N]`` int64.
+        labels: class of each example, ``[N]`` int64; ``NO_LABEL`` where it is not known.
         domain: domain of each example, ``[N]`` int64.
         index: the example's 0-based row in its source as read, ``[N]`` int64. It survives views,
             and after a held-out validation split the indices of train have gaps.
@@ -133,7 +141,22 @@ class Split(Dataset):
             raise ValueError(f"values: {len(values)} for {len(self)} examples")
         return replace(self, columns={**self.columns, name: values})
 
+    @classmethod
+    def joined(cls, parts: Sequence[Split]) -> Split:
+        """The examples of all parts, one after the other; they must have the same columns."""
+        kinds = [part.token_type_ids for part in parts]
+        known = [kind for kind in kinds if kind is not None]
+        return cls(
+            Tokens.joined([part.input_ids for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            torch.cat([part.domain for part in parts]),
+            torch.cat([part.index for part in parts]),
+            Tokens.joined(known) if len(known) == len(parts) else None,
+            {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns},
+        )
+
     def select(self, rows: Tensor) -> Split:
+        """The examples ``rows`` [n], in that order."""
         kinds = self.token_type_ids
         return Split(
             self.input_ids.select(rows),
@@ -154,6 +177,7 @@ class Corpus:
     test: Split | None
     domains: list[str]
     label2id: dict[str, int]
+    unlabelled: Split | None = None  # its indices go on after those of train
 
 
 def _warn(text: str) -> None:
@@ -175,7 +199,8 @@ def load_corpus(
     by domain and label; an example that also occurs on the other side goes back to train.
     ``data_fraction`` then subsamples what is left of train, stratified alike, so that validation
     does not depend on it. ``withhold`` is only checked here: which model goes without those domains
-    is for its trainer to say.
+    is for its trainer to say. Last, of the domains in ``labels`` so many rows of train are kept,
+    stratified alike, and as many at most of validation; the others join the unlabelled texts.
 
     Args:
         config: the ``data`` block.
@@ -207,7 +232,44 @@ def load_corpus(
         train, validation = _hold_out(train, whole.first_alike, config, seed)
     train = train.view(fraction=config.data_fraction, seed=seed)
     label2id = {name: i for i, name in enumerate(whole.labels)}
-    return Corpus(train, validation, whole.splits.get("test"), whole.domains, label2id)
+    test, unlabelled = whole.splits.get("test"), whole.splits.get(UNLABELLED)
+    if unlabelled is not None:
+        index = unlabelled.index + len(whole.splits["train"])
+        unlabelled = replace(unlabelled, index=index)
+    corpus = Corpus(train, validation, test, whole.domains, label2id, unlabelled)
+    for name, wanted in config.labels.items():
+        if name not in whole.domains:
+            raise ConfigError(
+                f"data.labels: {name} is not among {', '.join(whole.domains)}", "correct the name"
+            )
+        _keep_labels(corpus, whole.domains.index(name), wanted, seed)
+    return corpus
+
+
+def _keep_labels(corpus: Corpus, domain: int, wanted: float, seed: int) -> None:
+    """Leave so many labels of a domain in train, and no more in validation."""
+    train, size = corpus.train, int((corpus.train.domain == domain).sum())
+    number = wanted if isinstance(wanted, int) else max(1, round(wanted * size))
+    kept = _kept_rows(train, domain, number, seed)
+    demoted = train.select(torch.nonzero(~kept).flatten())
+    corpus.train = train.select(torch.nonzero(kept).flatten())
+    kept = _kept_rows(corpus.validation, domain, number, seed)
+    corpus.validation = corpus.validation.select(torch.nonzero(kept).flatten())
+    if len(demoted):
+        demoted = replace(demoted, labels=torch.full_like(demoted.labels, NO_LABEL))
+        parts = [demoted] if corpus.unlabelled is None else [corpus.unlabelled, demoted]
+        corpus.unlabelled = Split.joined(parts)
+
+
+def _kept_rows(split: Split, domain: int, number: int, seed: int) -> Tensor:
+    """[N], False for rows of a domain that are more than so many."""
+    kept = torch.ones(len(split), dtype=torch.bool)
+    rows = torch.nonzero(split.domain == domain).flatten()
+    if number < len(rows):
+        kept[rows] = False
+        share = number / len(rows)
+        kept[rows[_stratified(split.domain[rows], split.labels[rows], share, seed)]] = True
+    return kept
 
 
 @dataclass
@@ -224,10 +286,12 @@ class _Whole:
 def _cached(
     config: DataConfig, tokenizer, folder: Path | None, say: Callable[[str], None]
 ) -> _Whole:
-    sources = [Path(s) for s in (config.train, config.validation, config.test) if s is not None]
+    named = config.train, config.validation, config.test, config.unlabelled
+    sources = [Path(source) for source in named if source is not None]
     if folder is None or not all(source.exists() for source in sources):
         return _read_and_tokenise(config, tokenizer)
-    decides = config.model_dump(mode="json", exclude={"validation_fraction", "data_fraction"})
+    later = {"validation_fraction", "data_fraction", "labels"}
+    decides = config.model_dump(mode="json", exclude=later)
     settled = json.dumps([__version__, decides], sort_keys=True)
     key = content_key(settled, *sources, *_tokenizer_state(tokenizer))
     store = TensorCache(folder, say)
@@ -317,7 +381,7 @@ def _tokenise(
     }
     return Split(
         tokens["input_ids"],
-        torch.tensor([label2id[row.label] for row in rows]),
+        torch.tensor([label2id.get(row.label, NO_LABEL) for row in rows]),
         torch.tensor([domain_id[row.domain] for row in rows]),
         torch.arange(len(rows)),
         tokens.get("token_type_ids"),

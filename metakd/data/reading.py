@@ -32,6 +32,8 @@ PROBLEMS_SHOWN = 20
 OVERLAP_ALLOWED = 0.01
 """Share of the rows of validation or test that may also be in train without being a problem."""
 
+UNLABELLED = "unlabelled"
+
 LONGEST_DOMAIN = 200
 """Bytes of a domain's name; file systems allow 255, and stages are built beside their place."""
 
@@ -113,7 +115,9 @@ def read_corpus(config: DataConfig) -> RawCorpus:
     Labels and domains come from the training split; one of them that only validation or test has is
     a problem. A row of validation or test whose text, pair and domain are also in train leaks: up
     to 1 % of the rows of that split this gives a warning with the count, since large collections do
-    contain some; above, each such row is a problem. Duplicates inside a split are accepted.
+    contain some; above, each such row is a problem. Unlabelled texts leak likewise: a student would
+    learn what its teacher says of the very texts it is scored on. Their label column is not looked
+    at. Duplicates inside a split are accepted.
 
     Args:
         config: the ``data`` block.
@@ -125,9 +129,10 @@ def read_corpus(config: DataConfig) -> RawCorpus:
     train = _read_source(config.train, "train", config, problems)
     train_is_whole = not problems.rows_lost
     splits = {"train": train}
-    for split, source in (("validation", config.validation), ("test", config.test)):
-        if source is not None:
-            splits[split] = _read_source(source, split, config, problems)
+    for split in ("validation", "test", UNLABELLED):
+        if (source := getattr(config, split)) is not None:
+            unneeded = {"label"} if split == UNLABELLED else set()
+            splits[split] = _read_source(source, split, config, problems, unneeded)
     domains = sorted({row.domain for row in train if row.domain is not None})
     labels = _ordered({row.label for row in train if row.label is not None})
     if train:
@@ -141,7 +146,9 @@ def read_corpus(config: DataConfig) -> RawCorpus:
         for split in list(splits)[1:]:
             if train_is_whole:  # else what train lacks says nothing
                 _check_names_are_known(splits[split], domains, labels, config, problems)
-            _check_overlap(splits[split], split, train, config, problems)
+            if split != UNLABELLED:
+                for source in filter(splits.get, ("train", UNLABELLED)):
+                    _check_overlap(splits, split, source, config, problems)
     if problems:
         raise _error(problems)
     return RawCorpus(splits, domains, labels)
@@ -217,10 +224,16 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _read_source(source: str, split: str, config: DataConfig, problems: _Problems) -> list[Row]:
+def _read_source(
+    source: str,
+    split: str,
+    config: DataConfig,
+    problems: _Problems,
+    unneeded: Collection[str] = (),
+) -> list[Row]:
     path = Path(source)
     if path.is_dir():
-        return _read_folder(path, config, problems)
+        return _read_folder(path, config, problems, unneeded)
     if path.exists():
         table = _read_file(path, problems)
     elif _is_hub_id(source):
@@ -231,7 +244,7 @@ def _read_source(source: str, split: str, config: DataConfig, problems: _Problem
         hint = f"; did you mean {close[0]!r}?" if close else ""
         problems.lose_rows(source, None, f"no such file or folder, nor a hub id owner/name{hint}")
         return []
-    return _check_rows(table, config, None, problems) if table else []
+    return _check_rows(table, config, None, problems, unneeded) if table else []
 
 
 def _is_hub_id(source: str) -> bool:
@@ -241,7 +254,9 @@ def _is_hub_id(source: str) -> bool:
     return bool(_HUB_ID.fullmatch(source)) and not looks_like_file
 
 
-def _read_folder(folder: Path, config: DataConfig, problems: _Problems) -> list[Row]:
+def _read_folder(
+    folder: Path, config: DataConfig, problems: _Problems, unneeded: Collection[str]
+) -> list[Row]:
     rows: list[Row] = []
     tables: dict[str, _Table] = {}
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -262,7 +277,7 @@ def _read_folder(folder: Path, config: DataConfig, problems: _Problems) -> list[
             )
             problems.add(table.file, table.header, None, reason)
         tables[path.stem] = table
-        rows += _check_rows(table, config, path.stem, problems)
+        rows += _check_rows(table, config, path.stem, problems, unneeded)
     return rows
 
 
@@ -547,18 +562,23 @@ def _check_names_are_known(
 
 
 def _check_overlap(
-    rows: list[Row], split: str, train: list[Row], config: DataConfig, problems: _Problems
+    splits: dict[str, list[Row]],
+    split: str,
+    source: str,
+    config: DataConfig,
+    problems: _Problems,
 ) -> None:
-    first = {row.example: row for row in reversed(train) if row.text is not None}
+    rows = splits[split]
+    first = {row.example: row for row in reversed(splits[source]) if row.text is not None}
     shared = [(row, first[row.example]) for row in rows if row.example in first]
     if len(shared) > OVERLAP_ALLOWED * len(rows):
         for row, twin in shared:
-            reason = f"the same example is in train, {twin.file}:{twin.row}"
+            reason = f"the same example is in {source}, {twin.file}:{twin.row}"
             problems.add(row.file, row.row, config.text, reason)
     elif shared:
         row, twin = shared[0]
         warnings.warn(
-            f"{len(shared)} of {len(rows)} rows of {split} are also in train, "
+            f"{len(shared)} of {len(rows)} rows of {split} are also in {source}, "
             f"the first at {row.file}:{row.row} and {twin.file}:{twin.row}",
             stacklevel=4,
         )

@@ -9,6 +9,7 @@ each term that none has yet. Reading this module imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +22,7 @@ from metakd.method.terms import (
     HardLabelTerm,
     HiddenTerm,
     PredictionTerm,
+    PseudoLabelTerm,
     RelationTerm,
     Setup,
     Term,
@@ -32,6 +34,18 @@ if TYPE_CHECKING:
 
 OWN = "own"
 MEAN = "mean"
+
+TEXTS = ("own", "unlabelled", "others", "others_unlabelled")
+"""What a student of a domain may learn from: its labelled texts, its unlabelled ones, and those of
+the other domains."""
+
+TRANSFER_SETS = {
+    "own": ("own",),
+    "unlabelled": ("own", "unlabelled"),
+    "all": ("own", "others"),
+    "all+unlabelled": ("own", "unlabelled", "others"),
+}
+"""The usual choices among ``TEXTS``, by name."""
 
 
 class Weighted(NamedTuple):
@@ -58,6 +72,8 @@ class Method:
         combine: of teachers that know one domain each, ``own`` asks that of the student's domain,
             ``mean`` all of them, for the mean of their logits.
         by_expertise: are terms multiplied by lambda, per example?
+        texts: what it learns from, of ``TEXTS``; None: what the configuration says.
+        then_own: afterwards it goes on with its own domain's labelled texts alone.
     """
 
     name: str
@@ -67,6 +83,8 @@ class Method:
     teachers: tuple[str, ...] | None = None
     combine: str = OWN
     by_expertise: bool = False
+    texts: tuple[str, ...] | None = None
+    then_own: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -98,6 +116,14 @@ class Method:
             return None
         return f"method {self.name} needs teacher {' or '.join(map(str, possible))}, got {kind}"
 
+    def learns_from(self, transfer: str | Sequence[str]) -> tuple[str, ...]:
+        """Of which ``TEXTS`` a student is shown, where ``distill.transfer`` says this; unlabelled
+        ones only where a term has a use for them."""
+        wanted = TRANSFER_SETS[transfer] if isinstance(transfer, str) else tuple(transfer)
+        if all(part.term.needs_label for part in self.terms):
+            wanted = tuple(name for name in wanted if name in ("own", "others"))
+        return wanted if self.texts is None else self.texts
+
     def mixes(self, kind: str | None) -> bool:
         """Is each student taught by the teachers of all domains, where ``kind`` has one for
         each?"""
@@ -121,6 +147,30 @@ METHODS = {
             "no teacher: the student is fine-tuned on its domain's labels",
             "Devlin et al. 2019",
             teachers=(),
+            texts=("own",),
+        ),
+        Method(
+            "finetune_all",
+            (Weighted(HardLabelTerm),),
+            "no teacher: the student is fine-tuned on the labels of all domains",
+            "Devlin et al. 2019",
+            teachers=(),
+            texts=("own", "others"),
+        ),
+        Method(
+            "finetune_all_then_own",
+            (Weighted(HardLabelTerm),),
+            "no teacher: fine-tuned on the labels of all domains, then on its own",
+            "Howard, Ruder 2018",
+            teachers=(),
+            texts=("own", "others"),
+            then_own=True,
+        ),
+        Method(
+            "pseudo_labels",
+            (Weighted(PseudoLabelTerm),),
+            "the label of each text, the teacher's choice where it has none",
+            "Lee 2013",
         ),
         Method(
             "logits_kd",
@@ -193,7 +243,7 @@ def build_terms(
 
 def as_markdown() -> str:
     """The table as the documentation shows it."""
-    header = ["method", "the student learns", "terms", "teachers", "lambda", "other keys"]
+    header = ["method", "the student learns", "terms", "teachers", "texts", "lambda", "other keys"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for method in METHODS.values():
         cells = [
@@ -201,6 +251,7 @@ def as_markdown() -> str:
             f"{method.line} ({method.source})",
             ", ".join(part.term.name for part in method.terms),
             ", ".join(method.possible_teachers) or "none",
+            " and ".join(method.texts or ["as configured"]) + ", then own" * method.then_own,
             "yes" if method.by_expertise else "no",
             ", ".join(f"`{key}`" for key in method.keys if not key.startswith("terms.")),
         ]

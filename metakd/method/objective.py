@@ -19,7 +19,7 @@ from metakd.functional import domain_expertise
 from metakd.method.domains import DomainLayer
 from metakd.method.recipe import PAPER, Recipe
 from metakd.method.teachers import StepOutput, check_packed
-from metakd.method.terms import Term
+from metakd.method.terms import Term, presumed
 from metakd.models.taps import Features, Taps, pool
 
 Batch = dict[str, Tensor]
@@ -99,7 +99,9 @@ class Distillation(nn.Module):
         """Losses of one batch.
 
         Args:
-            batch: model inputs, labels [B], domain [B], and t [B] where lambda is used.
+            batch: model inputs, labels [B], domain [B]; t [B], or [B, M] by class where a label may
+                be missing, where lambda or ``foreign`` is used; weight [B] of each example;
+                foreign [B], which examples t weights.
             taught: the teacher's features; None for a method without teacher.
         """
         seen = self._taps(batch)
@@ -107,9 +109,10 @@ class Distillation(nn.Module):
             taught.arrive()
         if "domain" in self.needs:
             seen.domain = self.domain_layer(pool(seen, self.recipe.pooling), batch["domain"])
+        labels, score = _known(batch, taught)
         expertise = None
         if self.weigh_by_expertise:
-            expertise = domain_expertise(taught.logits, batch["labels"], batch["t"])
+            expertise = domain_expertise(taught.logits, labels, score)
         total = torch.zeros(len(seen.mask), device=seen.mask.device)
         logged = {}
         for term in self.terms:
@@ -122,11 +125,26 @@ class Distillation(nn.Module):
             total = total + weighted
             logged[term.name] = rows.detach().mean()
             logged[f"{term.name}_weighted"] = weighted.detach().mean()
+        if "weight" in batch:
+            total = batch["weight"] * total
+        if "foreign" in batch:
+            total = score.clamp(min=0.0).where(batch["foreign"], 1.0) * total
         if expertise is not None:
             logged["expertise"] = expertise.mean()
             logged["expertise_std"] = expertise.std(correction=0)
             logged["expertise_histogram"] = _histogram(expertise)
         return StepOutput(total, logged)
+
+
+def _known(batch: Batch, taught: Features | None) -> tuple[Tensor, Tensor | None]:
+    """Labels [B], the teacher's choice where there is none, and the scores t [B] in these classes,
+    if the batch has any."""
+    labels, score = batch["labels"], batch.get("t")
+    if taught is not None and taught.logits is not None:
+        labels = presumed(labels, taught.logits)
+    if score is not None and score.dim() == 2:
+        score = score.gather(1, labels[:, None])[:, 0]
+    return labels, score
 
 
 EXPERTISE_BINS = 40

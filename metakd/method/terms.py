@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     Batch = dict[str, Tensor]
 
 
+NO_LABEL = -1
+"""In place of the label of a text that has none."""
+
+
 class Setup(NamedTuple):
     """What a term is told of the models and of the form of the method."""
 
@@ -53,6 +57,7 @@ class Term:
     listens_to: ClassVar[tuple[str, ...]] = ()  # keys of ``distill`` beside its weight
     projected: ClassVar[str | None] = None
     intermediate: ClassVar[bool] = True  # trained in the first of two stages
+    needs_label: ClassVar[bool] = False  # an example without one adds nothing to it
     # Of the teacher that it reads; negative: from the top. An annotation would make it a field of
     # every term, and ClassVar would forbid one, which it is in those that are told their layers.
     layers = ()  # type: Sequence[int]
@@ -265,18 +270,46 @@ class TransferTerm(Term):
 
 @dataclass(frozen=True)
 class HardLabelTerm(Term):
-    """Cross-entropy with the gold label; stands outside the lambda-weighted sum."""
+    """Cross-entropy with the gold label; stands outside the lambda-weighted sum. A text without a
+    label adds nothing."""
 
     by_expertise: bool = False
 
     name = "hard_label"
     needs = frozenset({"logits"})
     intermediate = False
+    needs_label = True
 
     def rows(self, student, teacher, batch, projection):
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(student.logits.float(), batch["labels"], reduction="none")
+        labels = batch["labels"]
+        return cross_entropy(
+            student.logits.float(), labels, reduction="none", ignore_index=NO_LABEL
+        )
+
+
+@dataclass(frozen=True)
+class PseudoLabelTerm(Term):
+    """Cross-entropy with the label, or where there is none with the class that the teacher thinks
+    likeliest. Source: Lee 2013, *Pseudo-Label*."""
+
+    by_expertise: bool = False
+
+    name = "pseudo_label"
+    needs = frozenset({"logits"})
+    intermediate = False
+
+    def rows(self, student, teacher, batch, projection):
+        from torch.nn.functional import cross_entropy
+
+        labels = presumed(batch["labels"], teacher.logits)
+        return cross_entropy(student.logits.float(), labels, reduction="none")
+
+
+def presumed(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels [B], the likeliest class of logits [B, M] in place of those that are not known."""
+    return logits.argmax(-1).where(labels == NO_LABEL, labels)
 
 
 def layer_map(rule: str | Sequence[int], student_layers: int, teacher_layers: int) -> list[int]:

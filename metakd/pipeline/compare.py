@@ -88,13 +88,15 @@ def _students(
     """Lesson of every student of the table, and the other arguments of ``Run.student``."""
     config = run.config.compare
     for row in _expand(config.rows, gamma2):
-        distill = run.config.distill.model_copy(
-            update={"method": row.method}
-            | ({"gamma2": row.gamma2} if row.gamma2 is not None else {})
-        )
-        label = method_label(distill, row.teacher) + (
-            f"-gamma2-{row.gamma2:g}" if row.gamma2 is not None else ""
-        )
+        said = {"gamma2": row.gamma2, "transfer": row.transfer}
+        said = {key: value for key, value in said.items() if value is not None}
+        distill = run.config.distill.model_copy(update={"method": row.method, **said})
+        label = method_label(distill, row.teacher)
+        if row.transfer is not None:
+            name = row.transfer if isinstance(row.transfer, str) else "+".join(row.transfer)
+            label += f"-on-{name}"
+        if row.gamma2 is not None:
+            label += f"-gamma2-{row.gamma2:g}"
         for number, seed in enumerate(config.seeds):
             teacher_seed = teacher_seeds[number % len(teacher_seeds)]
             for domain in run.student_domains:

@@ -21,6 +21,7 @@ from metakd.method.recipe import RECIPES, Recipe
 from metakd.models.sources import load_tokenizer
 from metakd.pipeline.store import StageStore
 from metakd.pipeline.table import ALL_DOMAINS
+from metakd.pipeline.texts import part_of
 from metakd.training.world import World
 
 RESULTS = "0.1.0"
@@ -142,8 +143,10 @@ class Context:
         data = config.data
         common = {
             "version": RESULTS,
-            "data": data.model_dump(mode="json"),
-            "content": self._content(data.train, data.validation, data.test, config.teacher.model),
+            "data": data.inputs(),
+            "content": self._content(
+                *(data.train, data.validation, data.test, config.teacher.model, data.unlabelled)
+            ),
             "seed": config.seed,
             "zero": config.zero,
             "precision": config.precision,
@@ -192,11 +195,11 @@ class Context:
 
     def settings(self, *blocks: str) -> dict:
         """Blocks of the configuration, as inputs of a stage."""
-        return {block: self.config.model_dump(mode="json")[block] for block in blocks}
+        return {block: getattr(self.config, block).inputs() for block in blocks}
 
     def part(self, split: Split, domain: str) -> Split:
         """The examples of a domain, or of ``all``."""
-        return split if domain == ALL_DOMAINS else split.view(self.corpus.domains.index(domain))
+        return part_of(split, self.corpus, domain)
 
     @property
     def cache_root(self) -> Path:

@@ -47,7 +47,19 @@ class Lesson(NamedTuple):
     def place(self) -> str:
         """Where in the cache the outputs of its teachers are."""
         mixed = f"-{self.method.combine}" if self.method.mixes(self.teacher_kind) else ""
-        return f"teachers/{self.teacher_kind}-s{self.teacher_seed}{mixed}/{self.domain}"
+        texts = "" if self.texts == ("own",) else f"-on-{'+'.join(self.texts)}"
+        return f"teachers/{self.teacher_kind}-s{self.teacher_seed}{mixed}/{self.domain}{texts}"
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """From which it learns, of ``methods.TEXTS``."""
+        return self.method.learns_from(self.distill.transfer)
+
+    @property
+    def reads_scores(self) -> bool:
+        """Do its losses read prototype scores t, and with them what the teacher thinks?"""
+        foreign = any(name.startswith("others") for name in self.texts)
+        return self.method.by_expertise or (foreign and self.distill.transfer_by_score)
 
     def is_of_one_domain(self) -> bool:
         """Does the teacher of its domain teach it, and no other?"""
@@ -55,15 +67,26 @@ class Lesson(NamedTuple):
         return kind is not None and TEACHER_KINDS[kind].per_domain and not self.method.mixes(kind)
 
 
-def phases_of(
-    distill: DistillConfig, terms: Sequence[Term]
-) -> list[tuple[list[Term], TrainingConfig]]:
-    """What is trained together, one after the other."""
+class Phase(NamedTuple):
+    """What is trained together, and from which texts."""
+
+    terms: list[Term]
+    training: TrainingConfig
+    texts: tuple[str, ...]  # of ``methods.TEXTS``
+
+
+def phases_of(distill: DistillConfig, terms: Sequence[Term]) -> list[Phase]:
+    """What is trained one after the other."""
+    method = METHODS[distill.method]
+    texts = method.learns_from(distill.transfer)
     early = [term for term in terms if term.intermediate]
     late = [term for term in terms if not term.intermediate]
     if distill.schedule == "joint" or not early:
-        return [(list(terms), distill.training)]
-    return [(early, distill.intermediate), *([(late, distill.training)] if late else [])]
+        phases = [Phase(list(terms), distill.training, texts)]
+    else:
+        phases = [Phase(early, distill.intermediate, texts)]
+        phases += [Phase(late, distill.training, texts)] if late else []
+    return phases + ([phases[-1]._replace(texts=("own",))] if method.then_own else [])
 
 
 class TeacherOutputs:
@@ -75,8 +98,8 @@ class TeacherOutputs:
 
     def __init__(self, run: Context):
         self._run = run
-        # By place in the cache: the domain and what its students ask for; what was found or made.
-        self._asked: dict[str, tuple[str, set[Signal]]] = {}
+        # By place in the cache: a lesson and what such lessons ask for; what was found or made.
+        self._asked: dict[str, tuple[Lesson, set[Signal]]] = {}
         self._kept: dict[str, KeptOutputs] = {}
 
     def __bool__(self) -> bool:
@@ -99,7 +122,7 @@ class TeacherOutputs:
         for lesson in lessons:
             for signals, cached in zip(self.asked_of(lesson), self.cached_phases(lesson)):
                 if cached:
-                    _, asked = self._asked.setdefault(lesson.place, (lesson.domain, set()))
+                    _, asked = self._asked.setdefault(lesson.place, (lesson, set()))
                     grown |= not signals <= asked
                     asked |= signals
         if grown and self._run.store.may_build:
@@ -117,12 +140,12 @@ class TeacherOutputs:
         size = sum(
             bytes_of(
                 signals,
-                run.part(run.corpus.train, domain),
+                run.texts(lesson),
                 self.shapes[0],
                 len(run.corpus.label2id),
                 BYTES[config.precision],
             )
-            for domain, signals in self._asked.values()
+            for lesson, signals in self._asked.values()
         )
         limit = config.distill.cache_limit_gib
         if size > limit * GIB:
@@ -153,7 +176,7 @@ class TeacherOutputs:
                 recipe=self._run.recipe,
             )
         phases = phases_of(lesson.distill, terms)
-        return [signals_of(part, lesson.method.by_expertise, depth) for part, _ in phases]
+        return [signals_of(phase.terms, lesson.reads_scores, depth) for phase in phases]
 
     def cached_phases(self, lesson: Lesson) -> list[bool]:
         """Which phases learn from kept outputs."""
@@ -175,7 +198,7 @@ class TeacherOutputs:
                 place,
                 teachers,
                 settings,
-                run.part(run.corpus.train, lesson.domain),
+                run.texts(lesson),
                 self.shapes[0].num_hidden_layers,
                 run.world,
                 run.say,

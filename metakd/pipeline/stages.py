@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metakd.config import TrainingConfig
 from metakd.data.batches import prefetch
 from metakd.data.corpus import Split
 from metakd.errors import ConfigError, DataError
@@ -40,24 +39,17 @@ from metakd.pipeline.context import Context, configured
 from metakd.pipeline.lessons import Lesson, TeacherOutputs, method_label, phases_of
 from metakd.pipeline.serving import TeacherService
 from metakd.pipeline.table import ALL_DOMAINS
+from metakd.pipeline.texts import texts_of
 from metakd.training.engine import fit, seed_everything
 from metakd.training.log import RunLog
 from metakd.training.saves import Saves
 from metakd.training.scoring import evaluate
+from metakd.training.settings import recompute_activations
 from metakd.training.world import World, in_groups, join_world
 
 # Say which students are made, by whom, and what is kept on the way. That a teacher's outputs come
 # from the cache is an input of its own, see ``Run.student``.
-NOT_OF_A_STUDENT = {"domains", "processes_per_student", "cache_teacher", "cache_limit_gib"}
-
-
-def _recompute_activations(model: PreTrainedModel, phases: list[TrainingConfig]) -> None:
-    """Set up ``model`` for the last of these phases, after those before it."""
-    before = len(phases) > 1 and phases[-2].gradient_checkpointing
-    if phases[-1].gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    elif before:
-        model.gradient_checkpointing_disable()
+NOT_OF_A_STUDENT = ("domains", "processes_per_student", "cache_teacher", "cache_limit_gib")
 
 
 def _classifier(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor]:
@@ -110,8 +102,9 @@ class Run(Context):
 
     def _build_prototypes(self, folder: Path, _saves: Saves) -> dict:
         # Nothing to go on from: a pass over the data at inference speed.
-        train = self.corpus.train
+        train, unlabelled = self.corpus.train, self.corpus.unlabelled
         embedding = self._embed(train)
+        around = None if unlabelled is None else self._embed(unlabelled)
         if not self.world.is_main:
             return {}
         taught = self._is_taught(train)
@@ -127,12 +120,22 @@ class Run(Context):
         )
         fitted.save(folder)
         score = fitted.score(embedding, train.domain, train.labels)
-        save_file({"t": score.contiguous()}, folder / "scores.safetensors")
+        scores = {"t": score.contiguous()}
+        if unlabelled is not None:
+            scores["unlabelled"] = self._scores_by_class(fitted, around, unlabelled)
+        save_file(scores, folder / "scores.safetensors")
         described = describe_scores(score, report=lambda text: self.say(f"warning: {text}"))
         self.say(
             f"prototypes: t mean {described['mean']:.4f}, standard deviation {described['std']:.4f}"
         )
         return described
+
+    def _scores_by_class(self, fitted: Prototypes, embedding: Tensor, split: Split) -> Tensor:
+        """The scores t that texts would have in each class [N, M]."""
+        classes = range(len(self.corpus.label2id))
+        labels = torch.ones_like(split.domain)
+        found = [fitted.score(embedding, split.domain, number * labels) for number in classes]
+        return torch.stack(found, 1)
 
     def _embed(self, split: Split) -> Tensor:
         """E(X) [N, H] of the pre-trained encoder on the CPU; ranks share the work."""
@@ -150,9 +153,21 @@ class Run(Context):
         self.world.add_up(embedding)
         return embedding
 
+    def _scores(self) -> dict[str, Tensor]:
+        """Of training examples ``t`` [N], of unlabelled texts ``unlabelled`` [N, M]."""
+        return load_file(self.prototypes() / "scores.safetensors")
+
     def _scored_train(self) -> Split:
-        scores: Tensor = load_file(self.prototypes() / "scores.safetensors")["t"]
-        return self.corpus.train.with_column("t", scores)
+        return self.corpus.train.with_column("t", self._scores()["t"])
+
+    def texts(
+        self, lesson: Lesson, names: Sequence[str] | None = None, scored: bool = False
+    ) -> Split:
+        """What a student learns from, all of it or these of ``methods.TEXTS``; ``scored``: with
+        prototype scores."""
+        scores = self._scores() if scored else None
+        names = lesson.texts if names is None else names
+        return texts_of(self.corpus, lesson.domain, names, lesson.distill, scores)
 
     # Teachers
 
@@ -169,7 +184,7 @@ class Run(Context):
                 for name in self.corpus.domains
                 if name not in self.config.data.withhold
             }
-        teacher = self.config.teacher.model_dump(mode="json", exclude={"kind"})
+        teacher = self.config.teacher.inputs("kind")
         for place, domain in places.items():
             inputs = {
                 "stage": "teacher",
@@ -204,7 +219,7 @@ class Run(Context):
             self.config.data.withhold,
             self.config.packed,
         )
-        _recompute_activations(model, [config.training])
+        recompute_activations(model, [config.training])
         train = self._taught_part(self._scored_train() if rules.by_score else corpus.train, domain)
         validation = self._taught_part(corpus.validation, domain)
         result = {}
@@ -291,7 +306,7 @@ class Run(Context):
         if not left or not self.store.may_build:
             return
         for lesson, _ in left:
-            if lesson.method.by_expertise:
+            if lesson.reads_scores:
                 self.prototypes()
             teachers = self._teachers(lesson)
             if any(self.outputs.cached_phases(lesson)):
@@ -393,13 +408,17 @@ class Run(Context):
         inputs = {
             "stage": "student",
             "domain": domain,
-            "distill": distill.model_dump(mode="json", exclude=NOT_OF_A_STUDENT),
+            "distill": distill.inputs(*NOT_OF_A_STUDENT),
             "student_seed": seed,
             "teacher_seed": teacher_seed if teacher_kind else None,
             "teacher_kind": teacher_kind,
             "encoder": self.config.teacher.model,
             "student_content": self.student_content,
-            **self.settings("student", *(["teacher", "prototypes"] if teacher_kind else [])),
+            **self.settings(
+                "student",
+                *(["teacher"] if teacher_kind else []),
+                *(["prototypes"] if teacher_kind or lesson.reads_scores else []),
+            ),
         }
         cached = self.outputs.cached_phases(lesson)
         if any(cached):  # computed in other batches than the student's, and rounded otherwise
@@ -417,12 +436,11 @@ class Run(Context):
     ) -> dict:
         domain, distill, *_ = lesson
         corpus = self.corpus
-        weighted = lesson.method.by_expertise
-        train = self.part(self._scored_train() if weighted else corpus.train, domain)
         validation = self.part(corpus.validation, domain)
-        if not len(train) or not len(validation):
+        labelled = len(self.part(corpus.train, domain))
+        if not labelled or not len(validation):
             raise DataError(
-                f"domain {domain}: no {'validation' if len(train) else 'training'} examples",
+                f"domain {domain}: no {'validation' if labelled else 'training'} examples",
                 "add some",
             )
 
@@ -460,7 +478,7 @@ class Run(Context):
                 terms,
                 teacher_hidden=shape.hidden_size,
                 num_domains=len(corpus.domains),
-                weigh_by_expertise=weighted,
+                weigh_by_expertise=lesson.method.by_expertise,
                 recipe=self.recipe,
                 packed=self.config.packed,
             )
@@ -475,8 +493,9 @@ class Run(Context):
             "label": label,
             "domain": domain,
             "parameters": sum(p.numel() for p in student.parameters()),
-            "origin": origin(self.config, seed, len(train)) if self.world.is_main else {},
         }
+        examples = len(self.texts(lesson))
+        result["origin"] = origin(self.config, seed, examples) if self.world.is_main else {}
 
         def conclude() -> None:
             if corpus.test is not None:
@@ -484,13 +503,13 @@ class Run(Context):
                 result["test"] = self._score(classify, part, distill.training)
 
         with self._log(folder) as log:
-            for number, (wanted, training) in enumerate(phases):
+            for number, phase in enumerate(phases):
                 log.begin_phase(number)
-                module.restrict(wanted)
-                _recompute_activations(student, [done for _, done in phases[: number + 1]])
+                module.restrict(phase.terms)
+                recompute_activations(student, [done.training for done in phases[: number + 1]])
                 is_last = number == len(phases) - 1
-                needs = module.needs | ({"logits"} if weighted else set())
-                part = f", stage {number + 1} of 2" if len(phases) > 1 else ""
+                needs = module.needs | ({"logits"} if lesson.reads_scores else set())
+                part = f", stage {number + 1} of {len(phases)}" if len(phases) > 1 else ""
                 showing, pad = nullcontext(), self.collate
                 if cached[number]:
                     taught = kept.teacher(asked[number])
@@ -500,10 +519,10 @@ class Run(Context):
                 with showing as teacher:
                     result["validation"] = fit(
                         module,
-                        train,
+                        self.texts(lesson, phase.texts, scored=lesson.reads_scores),
                         pad,
                         config=self.config,
-                        training=training,
+                        training=phase.training,
                         sharding=self.config.sharding(self.config.student),
                         world=self.world,
                         log=log,

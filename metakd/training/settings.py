@@ -5,6 +5,7 @@ from __future__ import annotations
 import deepspeed
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from metakd.config import RunConfig, Sharding, TrainingConfig
 from metakd.config.deepspeed import AUTO, resolve_deepspeed
@@ -65,3 +66,12 @@ def hidden_size(module: nn.Module) -> dict[str, int]:
     widths = (getattr(found, "hidden_size", None) for found in configs)
     width = next(filter(None, widths), None)
     return {} if width is None else {"hidden_size": width}
+
+
+def recompute_activations(model: PreTrainedModel, phases: list[TrainingConfig]) -> None:
+    """Set up ``model`` for the last of these phases, after those before it."""
+    before = len(phases) > 1 and phases[-2].gradient_checkpointing
+    if phases[-1].gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif before:
+        model.gradient_checkpointing_disable()
