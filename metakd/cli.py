@@ -142,6 +142,10 @@ def compare(
     gamma2: Annotated[
         str | None, typer.Option(help="weights of L_TKD to sweep, as in 0,0.2,0.5")
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="labels that each student's domain is to have in turn, as in 32,100,all"),
+    ] = None,
     resume: Resume = "auto",
     reshard: Reshard = False,
 ):
@@ -152,6 +156,7 @@ def compare(
         withhold=withhold or [],
         data_fraction=data_fraction,
         gamma2=_weights(gamma2),
+        labels=_words(labels),
         console=console,
         resume=resume,
         reshard=reshard,
@@ -170,6 +175,12 @@ def _weights(text: str | None) -> list[float]:
             f"--gamma2: {text!r} is not a list of weights of at least 0", "write it as in 0,0.2,0.5"
         )
     return weights
+
+
+def _words(text: str | None) -> list[int | str]:
+    """Of a list with commas; numbers where they look like it."""
+    words = [word.strip() for word in text.split(",")] if text is not None else []
+    return [int(word) if word.isdecimal() else word for word in words]
 
 
 @app.command()
@@ -460,8 +471,10 @@ def doctor(
 ):
     """Print versions, devices, and each backend with the reason why it cannot run an operation; of
     a CONFIG also the memory that its models need per process."""
+    from metakd.diagnosis import diagnose
+
     checked = load_config(config, overrides or []) if config else None
-    report = _diagnose()
+    report = diagnose()
     if checked is not None:
         import torch
 
@@ -478,59 +491,6 @@ def doctor(
         for name, value in block.items():
             table.add_row(name, str(value))
         console.print(table)
-
-
-def _diagnose() -> dict[str, dict[str, str]]:
-    import torch
-
-    from metakd import ops
-    from metakd.environment import processor, versions
-
-    devices = {"cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
-    if not torch.cuda.is_available():
-        devices["cuda"] = "none"
-    try:
-        from metakd import _C
-
-        extension = _C.build_info()
-    except ImportError as error:
-        extension = {"metakd._C": f"not built ({error})"}
-    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    backends = {}
-    for backend in ops.IMPLEMENTS:
-        for kind in kinds:
-            reasons = [ops.why_not(op, backend, kind) for op in ops.OPS]
-            ready = reasons.count(None)
-            missing = next(filter(None, reasons), None)
-            backends[f"{backend} on {kind}"] = f"{ready} of {len(ops.OPS)} losses" + (
-                f"; {missing}" if missing else ""
-            )
-    report = {
-        "versions": {name: version or "not installed" for name, version in versions().items()},
-        "devices": devices,
-        "extension": extension,
-        "backends": backends,
-    }
-    return report | ({"build locks": locks} if (locks := _build_locks()) else {})
-
-
-def _build_locks() -> dict[str, str]:
-    """Locks under torch's extension cache, where DeepSpeed compiles its operators at first use."""
-    import time
-
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    return {
-        str(lock): f"{(time.time() - lock.stat().st_mtime) / 60:.0f} min old; a process that was "
-        "killed while it compiled leaves this behind, and every later start waits for it in "
-        f"silence. If nothing compiles now: rm {shlex.quote(str(lock))}"
-        for lock in sorted(root.rglob("lock"))
-        if lock.is_file()
-    }
 
 
 def _is_main() -> bool:
@@ -563,8 +523,9 @@ def _percent(value: float | None) -> str:
 def _show_comparison(result: Result) -> None:
     if _is_main():
         print(result)  # not through rich, which would wrap a wide table
+        kind = "labels" if "points" in result.details else "compare"
         console.print(
-            f"written to {result.folder}/compare.md, .json and .csv", markup=False, highlight=False
+            f"written to {result.folder}/{kind}.md, .json and .csv", markup=False, highlight=False
         )
 
 

@@ -124,7 +124,7 @@ def evaluate(opened: Run) -> Result:
     rows = [] if kind is None else [(TEACHER + kind, found["teacher"])]
     rows += [(label, scores) for scores in found["students"].values()]
     cells = [
-        Cell(row, domain, opened.config.seed, 100 * scores[f"accuracy/{domain}"])
+        Cell.of(row, domain, opened.config.seed, scores)
         for row, scores in rows
         for domain in opened.corpus.domains
         if f"accuracy/{domain}" in scores
@@ -140,13 +140,14 @@ def compare(
     withhold: Sequence[str] = (),
     data_fraction: float | None = None,
     gamma2: Sequence[float] = (),
+    labels: Sequence[int | str] = (),
     console: Console | None = None,
     resume: str = "auto",
     reshard: bool = False,
     command: str = "metakd.compare",
 ) -> Result:
     """Methods x domains x seeds, see the ``compare`` block; writes ``compare.md``, ``.json`` and
-    ``.csv``.
+    ``.csv``, with ``labels`` ``labels.md``, ``.json`` and ``.csv``.
 
     Args:
         config: a YAML file, a dictionary, or from ``load_config``.
@@ -154,11 +155,13 @@ def compare(
         withhold: domains to keep from teacher and prototypes.
         data_fraction: share of the training examples to use.
         gamma2: weights of L_TKD to sweep.
+        labels: takes the place of ``compare.labels``.
         console, resume, reshard, command: as for ``run``.
 
     Returns:
-        Scores of every row. With ``withhold`` or ``data_fraction`` it has a run directory of its
-        own, beside that of the plain comparison.
+        Scores of every row, with ``labels`` for each number of them: ``finetune, 100 labels``.
+        With ``withhold``, ``data_fraction`` or ``labels`` it has a run directory of its own, beside
+        that of the plain comparison.
 
     Raises:
         MetakdError: one of ``metakd.errors``, with a line of cause and one of remedy.
@@ -170,11 +173,19 @@ def compare(
     if data_fraction is not None:
         changes.append(f"data.data_fraction={data_fraction}")
         suffix += f"-fraction-{data_fraction:g}"
+    if labels:
+        changes.append(f"compare.labels={json.dumps(list(labels))}")
     checked = _checked(config, changes)
+    if checked.compare.labels:
+        suffix += "-labels"
+        data = checked.data.model_copy(update={"labels": {}})
+        checked = checked.model_copy(update={"data": data})
     # Another question, another answer: variants never overwrite the plain comparison.
     folder = f"{Path(checked.output_dir)}{suffix}"
     checked = checked.model_copy(update={"output_dir": folder})
-    result = compare_rows(open_run(checked, (), console, resume, reshard, command), gamma2)
+    opened = open_run(checked, (), console, resume, reshard, command)
+    by_labels = checked.compare.labels is not None
+    result = _by_labels(opened, gamma2) if by_labels else compare_rows(opened, gamma2)
     _leave_in_order()
     return result
 
@@ -187,6 +198,18 @@ def compare_rows(opened: Run, gamma2: Sequence[float] = ()) -> Result:
     students = found["students"] if opened.config.compare.keep_students else {}
     kept = {row: [opened.folder / place for place in places] for row, places in students.items()}
     return Result(opened.folder, found["split"], found["summary"], kept, found)
+
+
+def _by_labels(opened: Run, gamma2: Sequence[float]) -> Result:
+    from metakd.pipeline.labels import compare_labels
+
+    found = compare_labels(opened, gamma2)
+    summary = {
+        f"{row}, {point['asked']} labels": scores
+        for point in found["points"]
+        for row, scores in point["summary"].items()
+    }
+    return Result(opened.folder, found["split"], summary, {}, found)
 
 
 def open_run(

@@ -707,3 +707,60 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
         monkeypatch.setenv(name, "1")
     with pytest.raises(UnsupportedError, match=r"process 1 of this host, .* there are 1"):
         join_world()
+
+
+# Which weights are kept
+
+
+def test_selection_says_which_weights_are_kept(make, monkeypatch):
+    """The best of an epoch, the last, or the mean over the last quarter of the steps."""
+    kept, steps = {}, {}
+    for selection in ("best", "last", "average"):
+        seen = []
+        whole_weights = engine.whole_weights
+
+        def recording(module, world, seen=seen, whole_weights=whole_weights):
+            weights = whole_weights(module, world)
+            seen.append({name: value.clone() for name, value in weights.items()})
+            return weights
+
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "whole_weights", recording)
+            run = make(
+                f"distill.training.selection={selection}",
+                "distill.method=finetune",
+                "distill.domains=[hiking]",
+                "distill.training.num_train_epochs=8",
+                "distill.training.per_device_train_batch_size=3",
+                output=selection,
+            )
+            [place] = run.distill()
+        kept[selection] = load_file(place / "model.safetensors")
+        steps[selection] = seen
+        logged = [r for r in rows_of(place / "log.jsonl") if r["split"] == "validation"]
+        assert len(logged) == 8, "each epoch is scored"
+    assert not steps["last"] and len(steps["average"]) == 8  # of 32 steps the last 8
+    name = "classifier.weight"
+    mean = torch.stack([weights[f"student.{name}"] for weights in steps["average"]]).mean(0)
+    torch.testing.assert_close(kept["average"][name], mean)
+    torch.testing.assert_close(
+        kept["last"][name], steps["average"][-1][f"student.{name}"], rtol=0, atol=0
+    )
+    assert not torch.equal(kept["average"][name], kept["last"][name])
+
+
+def test_a_mean_that_was_interrupted_ends_with_the_same_bits(make, monkeypatch):
+    options = ["distill.training.selection=average", "distill.method=finetune"]
+    options += ["distill.domains=[hiking]", "distill.training.num_train_epochs=4"]
+    options += ["distill.training.per_device_train_batch_size=1"]
+    [whole] = make(*options, output="whole").distill()
+    polls = iter([0] * 41 + [signal.SIGTERM])  # of 48 steps, between two of the mean
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.StopRequest, "poll", lambda self: next(polls))
+        with pytest.raises(StoppedError):
+            make(*options, output="stopped").distill()
+    [again] = make(*options, output="stopped").distill()
+    first, second = (load_file(place / "model.safetensors") for place in (whole, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    scores = [json.loads((place / "stage.json").read_text())["result"] for place in (whole, again)]
+    assert scores[0] == scores[1]

@@ -20,6 +20,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
+LabelCounts = Annotated[list[Count | Literal["all"]], Field(min_length=1)]
 ZeroStage = Literal[0, 1, 2, 3]
 Texts = Literal["own", "unlabelled", "others", "others_unlabelled"]
 Transfer = (
@@ -110,7 +111,11 @@ class PrototypeConfig(Block):
 
 class TrainingConfig(Block):
     """One optimisation run. ``warmup_steps`` below 1 is a share of all steps, as in
-    ``TrainingArguments``."""
+    ``TrainingArguments``.
+
+    ``selection`` says which weights are kept: ``best``, of the epoch that scores best on the
+    validation split; ``last``; or ``average``, the mean of those of the last quarter of the steps.
+    """
 
     learning_rate: Positive = 2e-5
     num_train_epochs: Count = 3
@@ -124,6 +129,7 @@ class TrainingConfig(Block):
     max_grad_norm: Positive = 1.0
     group_by_length: bool = True
     gradient_checkpointing: bool = False
+    selection: Annotated[Literal["best", "last", "average"], LATER] = "best"
 
 
 class TeacherConfig(Block):
@@ -250,7 +256,12 @@ class CompareRow(Block):
 class CompareConfig(Block):
     """Rows x domains x seeds. ``teacher_seeds`` fixes how many teachers are trained: with fewer
     teachers than ``seeds`` they are reused in turn, and the spread then misses part of the
-    teacher's share. ``keep_students`` keeps the weights of every cell, not only its scores."""
+    teacher's share. ``keep_students`` keeps the weights of every cell, not only its scores.
+
+    ``labels`` repeats all of it for each number of labels, ``all`` for all there are, that a
+    student's domain is to have: each domain in turn, while the others keep theirs, and whatever
+    ``data.labels`` says.
+    """
 
     rows: Annotated[list[CompareRow], Field(min_length=1)] = [
         CompareRow(method=method, teacher=teacher) for method, teacher in DEFAULT_ROWS
@@ -258,6 +269,7 @@ class CompareConfig(Block):
     seeds: Annotated[list[int], Field(min_length=1)] = [1, 2, 3, 4, 5]
     teacher_seeds: Count | None = None
     keep_students: bool = False
+    labels: Annotated[LabelCounts | None, LATER] = None
 
 
 class Sharding(NamedTuple):

@@ -99,7 +99,7 @@ def check_contradictions(config: RunConfig) -> list[str]:
 
 def _transfer(config: RunConfig) -> list[str]:
     """What of ``distill.transfer`` the data have not got."""
-    if config.data.unlabelled or config.data.labels:
+    if config.data.unlabelled or config.data.labels or config.compare.labels:
         return []
     asked = {"distill.transfer": (config.distill.method, config.distill.transfer)}
     for number, row in enumerate(config.compare.rows):

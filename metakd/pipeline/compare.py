@@ -50,7 +50,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
             for place in run.teach(kind, seed):
                 scores |= run.store.result(place)[split]
             cells += [
-                Cell(f"{TEACHER}{kind}", domain, seed, 100 * scores[f"accuracy/{domain}"])
+                Cell.of(f"{TEACHER}{kind}", domain, seed, scores)
                 for domain in run.corpus.domains
                 if f"accuracy/{domain}" in scores
             ]
@@ -60,9 +60,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
         place, result = run.student(lesson, **options)
         places.setdefault(label, []).append(place)
         scored = run.corpus.domains if lesson.domain == ALL_DOMAINS else [lesson.domain]
-        cells += [
-            Cell(label, name, seed, 100 * result[split][f"accuracy/{name}"]) for name in scored
-        ]
+        cells += [Cell.of(label, name, seed, result[split]) for name in scored]
 
     result = {
         "split": split,
@@ -129,7 +127,9 @@ def _write(folder: Path, result: dict) -> None:
     (folder / "compare.md").write_text(page, encoding="utf-8")
     (folder / "compare.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     table = io.StringIO()
-    writer = csv.DictWriter(table, ["row", "domain", "seed", "accuracy"], lineterminator="\n")
+    writer = csv.DictWriter(
+        table, ["row", "domain", "seed", "accuracy"], extrasaction="ignore", lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(result["cells"])
     (folder / "compare.csv").write_text(table.getvalue(), encoding="utf-8")

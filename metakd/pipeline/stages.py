@@ -19,31 +19,25 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metakd.data.batches import prefetch
 from metakd.data.corpus import Split
 from metakd.errors import ConfigError, DataError
-from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import build_terms
 from metakd.method.objective import Distillation
-from metakd.method.prototypes import Prototypes, describe_scores, embed
-from metakd.method.teachers import Teacher
-from metakd.models.sources import load_classifier, load_encoder, load_trained_classifier
+from metakd.models.sources import load_trained_classifier
 from metakd.models.student import build_student
 from metakd.models.taps import model_inputs
 from metakd.pipeline.card import origin, write_card
-from metakd.pipeline.context import Context, configured
+from metakd.pipeline.context import configured
 from metakd.pipeline.lessons import Lesson, TeacherOutputs, method_label, phases_of
 from metakd.pipeline.serving import TeacherService
 from metakd.pipeline.table import ALL_DOMAINS
+from metakd.pipeline.teaching import TeacherStage
 from metakd.pipeline.texts import texts_of
 from metakd.training.engine import fit, seed_everything
-from metakd.training.log import RunLog
 from metakd.training.saves import Saves
-from metakd.training.scoring import evaluate
 from metakd.training.settings import recompute_activations
 from metakd.training.world import World, in_groups, join_world
 
@@ -57,7 +51,7 @@ def _classifier(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor]
 
 
 @dataclass
-class Run(Context):
+class Run(TeacherStage):
     """The stages of a run directory, see ``Context``."""
 
     @cached_property
@@ -65,191 +59,14 @@ class Run(Context):
         """What the students ask their teachers for."""
         return TeacherOutputs(self)
 
-    def _is_taught(self, split: Split) -> Tensor:
-        """[N], False for examples of domains that are withheld from prototypes and teachers."""
-        withheld = [self.corpus.domains.index(name) for name in self.config.data.withhold]
-        return ~torch.isin(split.domain, torch.tensor(withheld, dtype=torch.long))
-
-    def _taught_part(self, split: Split, domain: str) -> Split:
-        return self.part(split.select(self._is_taught(split).nonzero().flatten()), domain)
-
-    def _log(self, folder: Path) -> RunLog:
-        return RunLog(folder, self.config.report_to, self.console, active=self.world.is_main)
-
-    def _score(self, classify: Callable, split: Split, training) -> dict:
-        return evaluate(
-            classify,
-            split,
-            self.collate,
-            domains=self.corpus.domains,
-            num_classes=len(self.corpus.label2id),
-            batch_size=training.per_device_eval_batch_size,
-            world=self.world,
-        )
-
-    # Prototypes
-
-    def prototypes(self) -> Path:
-        """Prototypes of the pre-trained encoder, and the score t of every training example."""
-        place = self.folder / "prototypes"
-        inputs = {
-            "stage": "prototypes",
-            **self.settings("prototypes"),
-            "encoder": self.config.teacher.model,
-        }
-        self.store.get(place, inputs, self._build_prototypes)
-        return place
-
-    def _build_prototypes(self, folder: Path, _saves: Saves) -> dict:
-        # Nothing to go on from: a pass over the data at inference speed.
-        train, unlabelled = self.corpus.train, self.corpus.unlabelled
-        embedding = self._embed(train)
-        around = None if unlabelled is None else self._embed(unlabelled)
-        if not self.world.is_main:
-            return {}
-        taught = self._is_taught(train)
-        fitted = Prototypes.fit(
-            embedding[taught],
-            train.domain[taught],
-            train.labels[taught],
-            num_domains=len(self.corpus.domains),
-            num_classes=len(self.corpus.label2id),
-            alpha=self.config.prototypes.alpha,
-            rescale=self.config.prototypes.rescale,
-            recipe=self.recipe,
-        )
-        fitted.save(folder)
-        score = fitted.score(embedding, train.domain, train.labels)
-        scores = {"t": score.contiguous()}
-        if unlabelled is not None:
-            scores["unlabelled"] = self._scores_by_class(fitted, around, unlabelled)
-        save_file(scores, folder / "scores.safetensors")
-        described = describe_scores(score, report=lambda text: self.say(f"warning: {text}"))
-        self.say(
-            f"prototypes: t mean {described['mean']:.4f}, standard deviation {described['std']:.4f}"
-        )
-        return described
-
-    def _scores_by_class(self, fitted: Prototypes, embedding: Tensor, split: Split) -> Tensor:
-        """The scores t that texts would have in each class [N, M]."""
-        classes = range(len(self.corpus.label2id))
-        labels = torch.ones_like(split.domain)
-        found = [fitted.score(embedding, split.domain, number * labels) for number in classes]
-        return torch.stack(found, 1)
-
-    def _embed(self, split: Split) -> Tensor:
-        """E(X) [N, H] of the pre-trained encoder on the CPU; ranks share the work."""
-        with configured("teacher.model"):
-            encoder = load_encoder(self.config.teacher.model)
-        encoder.to(self.world.device)
-        order = torch.tensor(split.lengths).argsort()
-        chunks = order.split(self.config.teacher.training.per_device_eval_batch_size)
-        own = chunks[self.world.rank :: self.world.size]
-        embedding = torch.zeros(len(split), encoder.config.hidden_size)
-        if own:
-            batches = (self.collate([split[row] for row in rows.tolist()]) for rows in own)
-            seen = embed(encoder, prefetch(batches, self.world.device), self.recipe)
-            embedding[torch.cat(own)] = seen.to(embedding)
-        self.world.add_up(embedding)
-        return embedding
-
-    def _scores(self) -> dict[str, Tensor]:
-        """Of training examples ``t`` [N], of unlabelled texts ``unlabelled`` [N, M]."""
-        return load_file(self.prototypes() / "scores.safetensors")
-
-    def _scored_train(self) -> Split:
-        return self.corpus.train.with_column("t", self._scores()["t"])
-
     def texts(
         self, lesson: Lesson, names: Sequence[str] | None = None, scored: bool = False
     ) -> Split:
         """What a student learns from, all of it or these of ``methods.TEXTS``; ``scored``: with
         prototype scores."""
-        scores = self._scores() if scored else None
+        scores = self.scores() if scored else None
         names = lesson.texts if names is None else names
         return texts_of(self.corpus, lesson.domain, names, lesson.distill, scores)
-
-    # Teachers
-
-    def teach(self, kind: str | None = None, seed: int | None = None) -> list[Path]:
-        """Train the teacher(s) of one kind; returns their folders: one, or one per domain for
-        ``single``."""
-        kind = kind or self.config.teacher.kind
-        seed = self.config.seed if seed is None else seed
-        place = self.folder / "teachers" / f"{kind}-s{seed}"
-        places = {place: ALL_DOMAINS}
-        if TEACHER_KINDS[kind].per_domain:
-            places = {
-                place / name: name
-                for name in self.corpus.domains
-                if name not in self.config.data.withhold
-            }
-        teacher = self.config.teacher.inputs("kind")
-        for place, domain in places.items():
-            inputs = {
-                "stage": "teacher",
-                "teacher": teacher,
-                "kind": kind,
-                "teacher_seed": seed,
-                "domain": domain,
-            }
-            if TEACHER_KINDS[kind].by_score:
-                inputs |= self.settings("prototypes")
-            self.store.get(
-                place,
-                inputs,
-                lambda folder, saves, domain=domain: self._build_teacher(
-                    folder, saves, kind, domain, seed
-                ),
-            )
-        return list(places)
-
-    def _build_teacher(self, folder: Path, saves: Saves, kind: str, domain: str, seed: int) -> dict:
-        config, corpus, rules = self.config.teacher, self.corpus, TEACHER_KINDS[kind]
-        seed_everything(seed)
-        outputs = len(corpus.label2id) * len(corpus.domains) if rules.head_per_domain else None
-        with configured("teacher.model"):
-            model = load_classifier(config.model, corpus.label2id, outputs)
-        teacher = Teacher(
-            model,
-            kind,
-            corpus.domains,
-            config.gamma1,
-            self.recipe,
-            self.config.data.withhold,
-            self.config.packed,
-        )
-        recompute_activations(model, [config.training])
-        train = self._taught_part(self._scored_train() if rules.by_score else corpus.train, domain)
-        validation = self._taught_part(corpus.validation, domain)
-        result = {}
-
-        def conclude() -> None:
-            if corpus.test is not None:
-                part = self.part(corpus.test, domain)
-                result["test"] = self._score(teacher.logits, part, config.training)
-
-        with self._log(folder) as log:
-            best = fit(
-                teacher,
-                train,
-                self.collate,
-                config=self.config,
-                training=config.training,
-                sharding=self.config.sharding(config),
-                world=self.world,
-                log=log,
-                title=f"teacher {kind}",
-                seed=seed,
-                columns=lambda epoch: rules.columns(teacher, train.domain, seed=seed, epoch=epoch),
-                score=lambda: self._score(teacher.logits, validation, config.training),
-                conclude=conclude,
-                saves=saves,
-            )
-        result |= {"validation": best, **rules.marks(teacher)}
-        if self.world.is_main:
-            teacher.float().save(folder, self.tokenizer)
-        return result
 
     # Students
 
@@ -486,7 +303,7 @@ class Run(Context):
         classify = _classifier(student)
 
         def score() -> dict[str, float]:
-            return self._score(classify, validation, distill.training)
+            return self.score(classify, validation, distill.training)
 
         phases = phases_of(distill, terms)
         result = {
@@ -500,9 +317,9 @@ class Run(Context):
         def conclude() -> None:
             if corpus.test is not None:
                 part = self.part(corpus.test, domain)
-                result["test"] = self._score(classify, part, distill.training)
+                result["test"] = self.score(classify, part, distill.training, True)
 
-        with self._log(folder) as log:
+        with self.open_log(folder) as log:
             for number, phase in enumerate(phases):
                 log.begin_phase(number)
                 module.restrict(phase.terms)
@@ -582,7 +399,7 @@ class Run(Context):
             part = self.part(split, domain)
             with service.showing(frozenset({"logits"})) as show:
                 teacher.eval()  # the release teaches with dropout
-                scored = self._score(lambda batch, show=show: show(batch).logits, part, training)
+                scored = self.score(lambda batch, show=show: show(batch).logits, part, training)
             # Several single teachers have no scores in common, only some per domain.
             scores["teacher"] |= {
                 name: value
@@ -593,7 +410,7 @@ class Run(Context):
             student = load_trained_classifier(place)
             classify = _classifier(student.to(self.world.device).eval())
             part = self.part(split, place.name)
-            scores["students"][place.name] = self._score(classify, part, training)
+            scores["students"][place.name] = self.score(classify, part, training)
         if self.world.is_main:
             (self.folder / "evaluation.json").write_text(json.dumps(scores, indent=1))
         return scores

@@ -22,12 +22,20 @@ TEACHER = "teacher: "  # what the rows of teachers begin with, before their kind
 
 @dataclass(frozen=True)
 class Cell:
-    """One score: accuracy in percent of a row on a domain with one seed."""
+    """One score: accuracy in percent of a row on a domain with one seed; ``right`` has a ``1`` or a
+    ``0`` for each example, where that is known."""
 
     row: str
     domain: str
     seed: int
     accuracy: float
+    right: str = ""
+
+    @classmethod
+    def of(cls, row: str, domain: str, seed: int, scores: dict) -> Cell:
+        """From what ``training.scoring.evaluate`` says."""
+        right = scores.get(f"right/{domain}", "")
+        return cls(row, domain, seed, 100 * scores[f"accuracy/{domain}"], right)
 
 
 class Score(TypedDict):
@@ -56,6 +64,18 @@ def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, Score]]:
             name: _spread(values) for name, values in {**by_domain, AVERAGE: by_seed}.items()
         }
     return summary
+
+
+def answers_of(cells: Sequence[Cell], row: str) -> dict[str, dict[int, str]]:
+    """``{domain: {seed: right}}`` of a row, for ``pipeline.statistics``; empty where a cell does
+    not know."""
+    own = [cell for cell in cells if cell.row == row]
+    if not all(cell.right for cell in own):
+        return {}
+    return {
+        name: {cell.seed: cell.right for cell in own if cell.domain == name}
+        for name in dict.fromkeys(cell.domain for cell in own)
+    }
 
 
 def training_steps(log: Path) -> list[dict]:
@@ -150,3 +170,11 @@ def show(score: Score | None) -> str:
     if score is None:
         return "-"
     return f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if score["std"] is not None else "")
+
+
+def show_interval(found: Sequence[float | None] | None, digits: int = 1) -> str:
+    """A value between its bounds; a bound that is None is infinite."""
+    if found is None:
+        return "-"
+    value, low, high = ("∞" if x is None else f"{x:.{digits}f}" for x in found)
+    return f"{value} ({low} to {high})"

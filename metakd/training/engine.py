@@ -43,6 +43,10 @@ from metakd.training.world import World
 SKIPS_ALLOWED = 10
 """Steps in a row that may be left out because their loss is not finite."""
 
+AVERAGED_SHARE, AVERAGED_TIMES = 0.25, 10
+"""``selection: average`` is the mean of the weights at so many steps, evenly spaced over this last
+share of them. As many as tell a mean from one of its parts: each is gathered to the first rank."""
+
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch; dropout differs between ranks through ``fit``."""
@@ -69,8 +73,8 @@ def fit(
     conclude: Callable[[], None] | None = None,
     saves: Saves | None = None,
 ) -> dict[str, float]:
-    """Train ``module`` and leave it with the weights that scored best, whole, on ``world.device``
-    (in host memory after ZeRO-3, where one device may not hold them).
+    """Train ``module`` and leave it with the weights that ``training.selection`` says, whole, on
+    ``world.device`` (in host memory after ZeRO-3, where one device may not hold them).
 
     Args:
         module: ``module(batch[, features]) -> StepOutput`` with one loss per example.
@@ -86,14 +90,14 @@ def fit(
         teacher: gives the features a student learns from; runs outside the engine, without
             gradients.
         columns: per-example values that change every epoch (false domain labels).
-        score: after each epoch; its ``accuracy`` picks the weights that are kept. None keeps the
-            last.
-        conclude: called once at the end, with the best weights in place and still sharded.
+        score: after each epoch; its ``accuracy`` picks the weights where the best are to be kept.
+            Without it they are the last.
+        conclude: called once at the end, with these weights in place and still sharded.
         saves: checkpoints; None saves nothing. A phase that the checkpoint to start from has
             behind it is not run at all.
 
     Returns:
-        The best score with its ``epoch``; empty without ``score``.
+        The score of these weights with the ``epoch``; empty without ``score``.
 
     Raises:
         CheckpointError: a checkpoint cannot be written, or does not fit this run.
@@ -133,7 +137,9 @@ def fit(
     )
     log.start(title, total_steps, done=position.step)
     with StopRequest(world) as stop, Watchdog(world, config.step_timeout):
-        loop = _Loop(engine, scheduler, keeper, stop, config, title, total_steps, teacher)
+        loop = _Loop(
+            engine, scheduler, keeper, stop, config, title, total_steps, teacher, training.selection
+        )
         # A checkpoint of an epoch's last step was written before the epoch was scored.
         begun = max(math.ceil(position.step / len(sampler)) - 1, 0)
         for epoch in range(begun, math.ceil(total_steps / len(sampler))):
@@ -147,8 +153,10 @@ def fit(
                 loop.choose(epoch, score)
         if saves is not None and not saves.last_phase:
             keeper.save()
-        if position.best:
+        if loop.holds_weights:
             put_weights(module, position.best_weights, world)
+        if score and position.averaged:
+            position.best = loop.judge(score) | {"epoch": position.epochs_scored}
         if conclude:
             loop.judge(conclude)
         if number := stop.settle():
@@ -251,10 +259,21 @@ class _Loop:
     title: str
     total_steps: int
     teacher: Callable[[Batch], Features] | None
+    selection: str
 
     def __post_init__(self):
         self.world, self.log = self.keeper.world, self.keeper.log
         self.meter, self.position = self.keeper.meter, self.keeper.position
+        last, times = self.total_steps, AVERAGED_TIMES
+        spacing = last * AVERAGED_SHARE / times
+        steps = {last - int(back * spacing) for back in range(times)}
+        self.averaged_steps = steps if self.selection == "average" else set()
+
+    @property
+    def holds_weights(self) -> bool:
+        """Are there others to be kept than the last?"""
+        chosen = bool(self.position.best) and self.selection == "best"
+        return chosen or self.position.averaged > 0
 
     def train(
         self, plan: list[list[list[int]]], batches: Iterator[Batch], lengths: list[int]
@@ -276,6 +295,9 @@ class _Loop:
             if position.step % config.logging_steps == 0 or position.step == self.total_steps:
                 rate = {"learning_rate": self.scheduler.get_last_lr()[0]}
                 self.log.write(position.step, self.meter.read(self.world) | rate)
+            if position.step in self.averaged_steps:
+                with self.log.pausing():
+                    self._average()
             if number := self.stop.poll():
                 self.keeper.stop(number, self.title)
             if position.step % config.save_steps == 0 and position.step < self.total_steps:
@@ -344,15 +366,34 @@ class _Loop:
         )
 
     def choose(self, epoch: int, score: Callable[[], dict[str, float]]) -> None:
-        """Score an epoch, and keep its weights if they are the best so far."""
+        """Score an epoch, and keep its weights if they are the best so far and that is asked
+        for."""
         position = self.position
         with self.log.pausing():
             scored = {**self.judge(score), "epoch": epoch + 1}
             position.epochs_scored = epoch + 1
-            if scored["accuracy"] > position.best.get("accuracy", -1.0):
+            if self.selection != "best":
+                position.best = scored
+            elif scored["accuracy"] > position.best.get("accuracy", -1.0):
                 position.best = scored
                 position.best_weights = whole_weights(self.engine.module, self.world)
         self.log.write(position.step, scored, "validation")
+
+    def _average(self) -> None:
+        """Take the weights as they are into the mean."""
+        position = self.position
+        weights = whole_weights(self.engine.module, self.world)
+        position.averaged += 1
+        if weights is None:
+            return
+        if position.best_weights is None:
+            position.best_weights = {
+                name: value.float() if value.is_floating_point() else value
+                for name, value in weights.items()
+            }
+        for name, mean in position.best_weights.items():
+            if mean.is_floating_point():
+                mean.lerp_(weights[name].float(), 1 / position.averaged)
 
     def judge(self, score: Callable):
         """What ``score`` returns of the weights as they are; a signal ends it, and the run."""

@@ -58,6 +58,7 @@ class Position:
     epochs_scored: int = 0
     skipped_in_a_row: int = 0
     best: dict[str, float] = field(default_factory=dict)
+    averaged: int = 0  # how many weights those below are the mean of; 0 if they were chosen
     best_weights: dict[str, Tensor] | None = None  # on the first rank only
 
 
@@ -91,6 +92,7 @@ class Keeper:
             "epochs_scored": position.epochs_scored,
             "skipped_in_a_row": position.skipped_in_a_row,
             "best": position.best,
+            "averaged": position.averaged,
         }
 
         def write(files: HashedFiles) -> None:
@@ -161,6 +163,7 @@ class Keeper:
         position.epochs_scored = own["epochs_scored"]
         position.skipped_in_a_row = own["skipped_in_a_row"]
         position.best = own["best"]
+        position.averaged = own.get("averaged", 0)  # written since version 0.2
         best = start.folder / BEST_WEIGHTS
         if self.world.is_main and best.exists():
             position.best_weights = safetensors.torch.load_file(best)

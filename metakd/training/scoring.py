@@ -70,7 +70,8 @@ def evaluate(
     num_classes: int,
     batch_size: int,
     world: World,
-) -> dict[str, float | list[list[int]]]:
+    one_by_one: bool = False,
+) -> dict[str, float | list[list[int]] | str]:
     """Accuracy and macro-F1 over all examples, accuracy and confusion per domain.
 
     Args:
@@ -81,11 +82,13 @@ def evaluate(
         num_classes: M.
         batch_size: examples a batch.
         world: from ``join_world``.
+        one_by_one: also say of each example whether it was right, for paired tests.
 
     Returns:
         ``accuracy``, ``macro_f1`` and for each domain that occurs ``accuracy/<domain>``, as
         fractions, and ``confusion/<domain>``, how many examples of each class (row) were given each
-        (column).
+        (column); if asked for, ``right/<domain>``, a ``1`` or a ``0`` for each example in its
+        order.
     """
     predicted = predict(classify, split, collate, batch_size=batch_size, world=world)
     right = (predicted == split.labels).double()
@@ -99,4 +102,6 @@ def evaluate(
         scores[f"confusion/{domains[number]}"] = confusion_matrix(
             split.labels[own], predicted[own], labels=range(num_classes)
         ).tolist()
+        if one_by_one:
+            scores[f"right/{domains[number]}"] = "".join("01"[int(r)] for r in right[own].tolist())
     return scores

@@ -1,0 +1,99 @@
+"""The first stage: prototypes of the pre-trained encoder, and scores t of the examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from metakd.data.batches import prefetch
+from metakd.data.corpus import Split
+from metakd.method.prototypes import Prototypes, describe_scores, embed
+from metakd.models.sources import load_encoder
+from metakd.pipeline.context import Context, configured
+from metakd.training.saves import Saves
+
+
+@dataclass
+class PrototypeStage(Context):
+    """``<output_dir>/prototypes/``: p[k, m] and the scores t of the training examples."""
+
+    def is_taught(self, split: Split) -> Tensor:
+        """[N], False for examples of domains that are withheld from prototypes and teachers."""
+        withheld = [self.corpus.domains.index(name) for name in self.config.data.withhold]
+        return ~torch.isin(split.domain, torch.tensor(withheld, dtype=torch.long))
+
+    def prototypes(self) -> Path:
+        """Prototypes of the pre-trained encoder, and the score t of every training example."""
+        place = self.folder / "prototypes"
+        inputs = {
+            "stage": "prototypes",
+            **self.settings("prototypes"),
+            "encoder": self.config.teacher.model,
+        }
+        self.store.get(place, inputs, self._build_prototypes)
+        return place
+
+    def _build_prototypes(self, folder: Path, _saves: Saves) -> dict:
+        # Nothing to go on from: a pass over the data at inference speed.
+        train, unlabelled = self.corpus.train, self.corpus.unlabelled
+        embedding = self._embed(train)
+        around = None if unlabelled is None else self._embed(unlabelled)
+        if not self.world.is_main:
+            return {}
+        taught = self.is_taught(train)
+        fitted = Prototypes.fit(
+            embedding[taught],
+            train.domain[taught],
+            train.labels[taught],
+            num_domains=len(self.corpus.domains),
+            num_classes=len(self.corpus.label2id),
+            alpha=self.config.prototypes.alpha,
+            rescale=self.config.prototypes.rescale,
+            recipe=self.recipe,
+        )
+        fitted.save(folder)
+        score = fitted.score(embedding, train.domain, train.labels)
+        scores = {"t": score.contiguous()}
+        if unlabelled is not None:
+            scores["unlabelled"] = self._scores_by_class(fitted, around, unlabelled)
+        save_file(scores, folder / "scores.safetensors")
+        described = describe_scores(score, report=lambda text: self.say(f"warning: {text}"))
+        self.say(
+            f"prototypes: t mean {described['mean']:.4f}, standard deviation {described['std']:.4f}"
+        )
+        return described
+
+    def _scores_by_class(self, fitted: Prototypes, embedding: Tensor, split: Split) -> Tensor:
+        """The scores t that texts would have in each class [N, M]."""
+        classes = range(len(self.corpus.label2id))
+        labels = torch.ones_like(split.domain)
+        found = [fitted.score(embedding, split.domain, number * labels) for number in classes]
+        return torch.stack(found, 1)
+
+    def _embed(self, split: Split) -> Tensor:
+        """E(X) [N, H] of the pre-trained encoder on the CPU; ranks share the work."""
+        with configured("teacher.model"):
+            encoder = load_encoder(self.config.teacher.model)
+        encoder.to(self.world.device)
+        order = torch.tensor(split.lengths).argsort()
+        chunks = order.split(self.config.teacher.training.per_device_eval_batch_size)
+        own = chunks[self.world.rank :: self.world.size]
+        embedding = torch.zeros(len(split), encoder.config.hidden_size)
+        if own:
+            batches = (self.collate([split[row] for row in rows.tolist()]) for rows in own)
+            seen = embed(encoder, prefetch(batches, self.world.device), self.recipe)
+            embedding[torch.cat(own)] = seen.to(embedding)
+        self.world.add_up(embedding)
+        return embedding
+
+    def scores(self) -> dict[str, Tensor]:
+        """Of training examples ``t`` [N], of unlabelled texts ``unlabelled`` [N, M]."""
+        return load_file(self.prototypes() / "scores.safetensors")
+
+    def scored_train(self) -> Split:
+        """The training examples with their scores."""
+        return self.corpus.train.with_column("t", self.scores()["t"])

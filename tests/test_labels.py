@@ -1,0 +1,189 @@
+"""Comparisons by the number of labels, and how sure they are."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from tiny_runs import write_config
+
+from metakd import front
+from metakd.cli import app, main
+from metakd.errors import ConfigError
+from metakd.pipeline import labels as by_labels
+from metakd.pipeline.statistics import (
+    accuracy_difference,
+    label_efficiency,
+    labels_to_reach,
+)
+from metakd.pipeline.table import Cell, answers_of, show_interval
+
+# Statistics
+
+
+def made_up(accuracy: float, examples: int = 400, seeds: int = 3, seed: int = 0) -> dict:
+    """Answers on two domains, right as often as that, each seed otherwise."""
+    drawn = np.random.default_rng(seed)
+    return {
+        name: {
+            s: "".join("01"[int(x < accuracy)] for x in drawn.random(examples))
+            for s in range(seeds)
+        }
+        for name in ("films", "news")
+    }
+
+
+def shares(answers: dict) -> float:
+    return 100 * np.mean([r.count("1") / len(r) for by in answers.values() for r in by.values()])
+
+
+def test_a_difference_lies_between_its_bounds():
+    worse, better = made_up(0.7, seed=1), made_up(0.8, seed=2)
+    found = accuracy_difference(better, worse)
+    assert found.value == pytest.approx(shares(better) - shares(worse))
+    assert 0 < found.low < found.value < found.high < 20
+
+
+def test_pairs_are_compared_on_the_same_draws():
+    """What is right and wrong together is no difference, however hard the examples are."""
+    base = made_up(0.5, examples=100)
+    better = {
+        name: {seed: "1" + right[1:] for seed, right in by_seed.items()}
+        for name, by_seed in base.items()
+    }
+    assert accuracy_difference(base, base) == (0.0, 0.0, 0.0)
+    found = accuracy_difference(better, base)
+    assert found.high - found.low < 5, "one example decides, and not a hundred"
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says():
+    hits = 0
+    for trial in range(60):
+        # The same seeds with the same answers: only the examples vary.
+        first = {"d": {1: made_up(0.8, 300, 1, 2 * trial)["films"][0]}}
+        second = {"d": {1: made_up(0.7, 300, 1, 2 * trial + 1)["films"][0]}}
+        found = accuracy_difference(first, second)
+        hits += found.low <= 10 <= found.high
+    assert 51 <= hits <= 60
+
+
+def test_other_seeds_or_examples_are_not_compared():
+    answers = made_up(0.7)
+    assert accuracy_difference(answers, made_up(0.7, examples=399)) is None
+    assert accuracy_difference(answers, made_up(0.7, seeds=2)) is None
+    assert accuracy_difference(answers, {"tweets": answers["news"]}) is None
+    assert label_efficiency([1], [made_up(0.7, seeds=2)], answers, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "labels"),
+    [
+        (60, 10),  # reached before the first point
+        (70, 10),
+        (75, math.sqrt(1000)),  # half-way in the logarithm
+        (80, 100),
+        (85, 1000),
+        (85.1, math.inf),
+    ],
+)
+def test_labels_to_reach(accuracy, labels):
+    assert labels_to_reach([10, 100, 1000], [70, 80, 85], accuracy) == pytest.approx(labels)
+
+
+def test_efficiency_is_how_many_times_the_labels():
+    curves = [made_up(accuracy, seed=n) for n, accuracy in enumerate((0.6, 0.7, 0.8))]
+    found = label_efficiency([10, 100, 1000], curves, curves[1], 10)
+    assert found == pytest.approx((10, 10, 10)), "paired with itself"
+    found = label_efficiency([10, 100, 1000], curves, made_up(0.7, seed=9), 10)
+    assert found.low < 10 < found.high and 5 < found.value < 20
+    beyond = label_efficiency([10, 100, 1000], curves, made_up(0.95), 10)
+    assert beyond == (math.inf,) * 3
+    assert show_interval([None, 2.04, None]) == "∞ (2.0 to ∞)" and show_interval(None) == "-"
+
+
+def test_cells_without_answers_have_none():
+    cells = [Cell("a", "d", 1, 50.0, "01"), Cell("a", "d", 2, 50.0), Cell("b", "d", 1, 0.0, "00")]
+    assert answers_of(cells, "a") == {} and answers_of(cells, "b") == {"d": {1: "00"}}
+
+
+# Runs
+
+ROWS = json.dumps(
+    [
+        {"method": "finetune"},
+        {"method": "logits_kd", "teacher": "mix", "transfer": "unlabelled"},
+    ]
+)
+OPTIONS = [
+    f"compare.rows={ROWS}",
+    "compare.seeds=[1, 2]",
+    "distill.domains=[hiking, novels]",
+    "distill.training.max_steps=2",
+    "teacher.training.max_steps=2",
+]
+
+
+def test_every_domain_is_scarce_in_turn(source, tmp_path, monkeypatch, capsys):
+    path = write_config(source, tmp_path, "run")
+    monkeypatch.setattr("sys.argv", ["metakd"])
+    words = ["compare", str(path), "data.labels={novels: 2}", *OPTIONS, "--labels", "all,4,99"]
+    app(words, standalone_mode=False)
+    said = capsys.readouterr().out
+    folder = tmp_path / "run-labels"
+    assert f"{folder}/labels.md" in said.replace("\n", "")
+    assert sorted(p.name for p in folder.iterdir() if (p / "compare.json").exists()) == [
+        "all",
+        "hiking-4",
+        "novels-4",
+    ]
+    found = json.loads((folder / "labels.json").read_text())
+    few, every = found["points"]  # no domain has 99
+    assert few["labels"] == {"hiking": 4, "novels": 4}
+    assert every["labels"] == {"hiking": 12, "novels": 12} and every["asked"] == "all"
+    row = "logits_kd-from-mix-on-unlabelled"
+    assert few["summary"].keys() == {"teacher: mix", "finetune", row}
+    for point in found["points"]:
+        assert {cell["domain"] for cell in point["cells"]} == {"hiking", "novels"}
+        for cell in point["cells"]:
+            assert 100 * cell["right"].count("1") / 6 == pytest.approx(cell["accuracy"])
+    assert found["base"] == "finetune"
+    entries = {(e["row"], e["domain"], e["labels"]): e for e in found["against_base"]}
+    assert entries.keys() == {
+        (name, domain, asked)
+        for name in (row, "teacher: mix")
+        for domain in ("average", "hiking", "novels")
+        for asked in (4, "all")
+    }
+    difference = entries[row, "average", 4]["difference"]
+    means = {name: few["summary"][name]["average"]["mean"] for name in (row, "finetune")}
+    assert difference[0] == pytest.approx(means[row] - means["finetune"])
+    rows = list(csv.DictReader((folder / "labels.csv").open()))
+    assert len(rows) == sum(len(point["cells"]) for point in found["points"])
+    # In the scarce domain its student, and only it, has seen few labels.
+    records = {
+        name: json.loads((folder / name / "students/finetune-s1/hiking/stage.json").read_text())
+        for name in ("hiking-4", "all")
+    }
+    assert {k: r["result"]["origin"]["examples"] for k, r in records.items()} == {
+        "hiking-4": 4,
+        "all": 12,
+    }
+    # Again, nothing is trained; from Python, as a result by row.
+    result = front.compare(str(path), OPTIONS, labels=["all", 4])
+    assert "running" not in capsys.readouterr().out
+    assert result.scores[f"{row}, 4 labels"]["average"] == pytest.approx(means[row])
+
+
+@pytest.mark.parametrize("text", ["", ",", "0", "ten", "10,", "-3", "1.5"])
+def test_what_is_no_number_of_labels_is_refused(source, tmp_path, monkeypatch, capsys, text):
+    path = write_config(source, tmp_path, "run")
+    monkeypatch.setattr("sys.argv", ["metakd", "compare", str(path), "--labels", text])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "compare.labels" in capsys.readouterr().err
+
+
+def test_one_student_for_all_has_no_scarce_domain(make):
+    with pytest.raises(ConfigError, match="one_student_for_all leaves no domain"):
+        by_labels.compare_labels(make("distill.one_student_for_all=true"))
