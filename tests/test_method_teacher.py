@@ -218,9 +218,13 @@ def test_an_ensemble_gives_the_mean_of_its_logits(teacher, make_batch):
     torch.testing.assert_close(FrozenTeacher(trio, frozenset({"logits"}))(batch).logits, expected)
 
 
-def test_an_ensemble_refuses_features(teacher):
-    with pytest.raises(ValueError, match=r"ensemble of teachers gives logits only.*\['hidden'"):
-        FrozenTeacher([teacher("single"), teacher("single")], frozenset({"logits", "hidden"}))
+def test_an_ensemble_shows_what_its_first_does(teacher, make_batch):
+    pair, batch = [teacher("mix"), teacher("mix")], make_batch(rows=3)
+    needs = frozenset({"logits", "hidden"})
+    both, first = (FrozenTeacher(some, needs)(batch) for some in (pair, pair[:1]))
+    for own, alone in zip(both.hidden, first.hidden, strict=True):
+        torch.testing.assert_close(own, alone)
+    assert not torch.allclose(both.logits, first.logits)
 
 
 def test_only_a_meta_teacher_has_a_domain_representation(teacher):

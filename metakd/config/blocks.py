@@ -138,6 +138,11 @@ class TeacherConfig(Block):
 
     ``zero`` and ``offload`` shard its training; at ``zero: 3`` it stays sharded while it teaches,
     with its weights in host memory under ``offload``. Below that every process holds a copy.
+
+    ``ensemble`` is how many teachers, of as many seeds, a student learns the mean logits of; other
+    features are those of the first. With ``folds`` what a teacher thinks of a training example, its
+    logits, comes from one of so many others that has not seen it: in training every teacher is
+    sure of what it has learned, in lambda as in its soft labels.
     """
 
     model: str
@@ -145,6 +150,8 @@ class TeacherConfig(Block):
     gamma1: Annotated[float, Field(ge=0.0)] = 0.2
     zero: ZeroStage | None = None
     offload: bool = False
+    ensemble: Annotated[Count, LATER] = 1
+    folds: Annotated[Annotated[int, Field(ge=2)] | None, LATER] = None
     training: TrainingConfig = TrainingConfig()
 
 
@@ -210,6 +217,10 @@ class DistillConfig(Block):
     those and the domain's unlabelled ones (``unlabelled``), the labelled ones of all domains
     (``all``), all of these, or a list of sources; ``transfer_weights`` weights them by source, and
     ``transfer_by_score`` those of other domains by their prototype score t besides.
+
+    ``balance: variance`` divides the loss of each matched layer by what a student of all zeros
+    would have, the mean square of the teacher's target, so that every such term begins near 1;
+    ``none`` is the paper's form.
     """
 
     method: MethodName = DEFAULT_METHOD
@@ -231,6 +242,7 @@ class DistillConfig(Block):
     transfer: Annotated[Transfer, LATER] = "own"
     transfer_weights: Annotated[TransferWeights, LATER] = TransferWeights()
     transfer_by_score: Annotated[bool, LATER] = False
+    balance: Annotated[Literal["none", "variance"], LATER] = "none"
     training: TrainingConfig = TrainingConfig(learning_rate=5e-5)
     intermediate: TrainingConfig = TrainingConfig(
         learning_rate=5e-5, num_train_epochs=10, lr_scheduler_type="constant"

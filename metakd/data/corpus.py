@@ -420,3 +420,23 @@ def _stratified(domain: Tensor, labels: Tensor, fraction: float, seed: int) -> T
         members = torch.nonzero(cell == c).flatten()
         kept.append(members[torch.randperm(len(members), generator=generator)[: quota[c]]])
     return torch.cat(kept).sort().values if kept else torch.empty(0, dtype=torch.long)
+
+
+def folds_of(split: Split, folds: int, seed: int) -> Tensor:
+    """A fold [N] of so many for each example, all of a domain and label spread evenly; the same
+    text is in one fold, wherever it occurs.
+
+    Args:
+        split: N examples.
+        folds: how many.
+        seed: of who is where.
+    """
+    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    keys = split.domain[shuffled] * (int(split.labels.max()) + 1) + split.labels[shuffled]
+    order = shuffled[keys.argsort(stable=True)]
+    fold_of_text: dict[tuple[int, ...], int] = {}
+    found = torch.empty(len(split), dtype=torch.long)
+    for row in order.tolist():
+        text = tuple(split.input_ids[row])
+        found[row] = fold_of_text.setdefault(text, len(fold_of_text) % folds)
+    return found

@@ -86,6 +86,11 @@ class Method:
     texts: tuple[str, ...] | None = None
     then_own: bool = False
 
+    def __post_init__(self):
+        asked = frozenset().union(*(part.term.needs for part in self.terms))
+        if self.combine != OWN and asked - {"logits"}:
+            raise ValueError(f"method {self.name}: of several teachers only logits have a mean")
+
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of ``distill`` that it listens to, weights first."""

@@ -101,7 +101,8 @@ class Distillation(nn.Module):
         Args:
             batch: model inputs, labels [B], domain [B]; t [B], or [B, M] by class where a label may
                 be missing, where lambda or ``foreign`` is used; weight [B] of each example;
-                foreign [B], which examples t weights.
+                foreign [B], which examples t weights; opinion [B, M], logits that take the place of
+                the teacher's where they are numbers.
             taught: the teacher's features; None for a method without teacher.
         """
         seen = self._taps(batch)
@@ -110,7 +111,12 @@ class Distillation(nn.Module):
         if "domain" in self.needs:
             seen.domain = self.domain_layer(pool(seen, self.recipe.pooling), batch["domain"])
         labels, score = _known(batch, taught)
-        expertise = None
+        expertise = in_sample = None
+        if taught is not None and taught.logits is not None and "opinion" in batch:
+            if self.weigh_by_expertise:
+                in_sample = domain_expertise(taught.logits, labels, score)
+            opinion = batch["opinion"].to(taught.logits)
+            taught.logits = taught.logits.where(opinion.isnan(), opinion)
         if self.weigh_by_expertise:
             expertise = domain_expertise(taught.logits, labels, score)
         total = torch.zeros(len(seen.mask), device=seen.mask.device)
@@ -133,6 +139,9 @@ class Distillation(nn.Module):
             logged["expertise"] = expertise.mean()
             logged["expertise_std"] = expertise.std(correction=0)
             logged["expertise_histogram"] = _histogram(expertise)
+        if in_sample is not None:
+            logged["expertise_in_sample"] = in_sample.mean()
+            logged["expertise_in_sample_std"] = in_sample.std(correction=0)
         return StepOutput(total, logged)
 
 

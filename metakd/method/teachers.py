@@ -186,15 +186,15 @@ class FrozenTeacher:
     for.
 
     Args:
-        teachers: one teacher, or several whose logits are averaged (MTN-KD).
-        needs: the ``Features`` to collect; an ensemble gives logits only.
+        teachers: one teacher, or several whose logits are averaged; what else is asked for is that
+            of the first.
+        needs: the ``Features`` to collect.
         own_stream: compute on a CUDA stream of its own, beside the student's forward pass, until
             ``Features.arrive``.
         packed: run the encoders' layers on real tokens only.
 
     Raises:
-        ValueError: an ensemble is asked for more than logits, or a teacher for what its kind does
-            not show.
+        ValueError: a teacher is asked for what its kind does not show.
         UnsupportedError: a stream of its own without CUDA; packed, in a recipe that counts padding.
     """
 
@@ -205,13 +205,8 @@ class FrozenTeacher:
         own_stream: bool = False,
         packed: bool = False,
     ):
-        if len(teachers) > 1 and needs - {"logits"}:
-            raise ValueError(
-                "needs: an ensemble of teachers gives logits only, "
-                f"not {sorted(needs - {'logits'})}"
-            )
         own = needs - TAPPED - {"logits"}
-        if lacking := own - frozenset.intersection(*(teacher.kind.shows for teacher in teachers)):
+        if lacking := own - teachers[0].kind.shows:
             able = [name for name, kind in TEACHER_KINDS.items() if lacking <= kind.shows]
             raise ValueError(
                 f"needs: a {teachers[0].kind.name} teacher does not show {sorted(lacking)}; "
@@ -220,9 +215,10 @@ class FrozenTeacher:
         self.teachers = teachers
         for teacher in teachers:
             check_packed(packed, teacher.recipe)
+        first = needs & TAPPED | (teachers[0].kind.needs if own else set())
         self._taps = [
-            Taps(teacher.model, needs & TAPPED | (teacher.kind.needs if own else set()), packed)
-            for teacher in teachers
+            Taps(teacher.model, set() if number else first, packed)
+            for number, teacher in enumerate(teachers)
         ]
         for teacher in teachers:
             teacher.requires_grad_(False)
@@ -240,7 +236,7 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> Features:
-        """Features of one batch, from the one teacher or, logits only, averaged over all."""
+        """Features of one batch, the logits averaged over all teachers."""
         if self._stream is None:
             return self._features(batch)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))  # for the batch

@@ -12,8 +12,8 @@ Source: Meta-KD section 3.3, equations 6-11.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import metakd
@@ -51,6 +51,7 @@ class Term:
     weight: float = 1.0
     by_expertise: bool = True  # multiplied by lambda where the method has one
     backend: str = "auto"  # of the losses, see metakd.functional
+    scales: Sequence[float] = ()  # by which each layer's loss is divided; none: by nothing
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]
@@ -71,6 +72,10 @@ class Term:
         """
         return cls(weight, backend=config.backend)
 
+    def by_layer(self) -> list[Self]:
+        """Terms of one layer each whose sum it is, but for the scales."""
+        return [self]
+
     def check_widths(self, student: int, teacher: int | None) -> None:
         """Can it compare hidden states of these widths? Projected ones compare any.
 
@@ -84,6 +89,16 @@ class Term:
         """One loss per example [B]."""
         raise NotImplementedError
 
+    def _sum(
+        self, compare: Callable[..., Tensor], student: Sequence, teacher: Sequence, **options
+    ) -> Tensor:
+        """The losses [B] of pairs of layers, each divided by its scale, summed."""
+        if not self.scales:
+            return compare(student, teacher, **options)
+        pairs = zip(student, teacher, self.scales, strict=True)
+        rows = [compare([own], [taught], **options) / scale for own, taught, scale in pairs]
+        return sum(rows[1:], rows[0])
+
 
 @dataclass(frozen=True)
 class EmbeddingTerm(Term):
@@ -94,9 +109,10 @@ class EmbeddingTerm(Term):
     projected = "embedding"
 
     def rows(self, student, teacher, batch, projection):
-        return metakd.hidden_mse(
-            student.embedding,
-            teacher.embedding,
+        return self._sum(
+            metakd.hidden_mse,
+            [student.embedding],
+            [teacher.embedding],
             projection=projection,
             mask=student.mask,
             reduction="none",
@@ -120,9 +136,13 @@ class HiddenTerm(Term):
         layers = layer_map(config.layer_map, setup.student_layers, setup.teacher_layers)
         return cls(weight, backend=config.backend, layers=tuple(layers))
 
+    def by_layer(self):
+        return [replace(self, layers=(layer,)) for layer in self.layers]
+
     def rows(self, student, teacher, batch, projection):
         matched = [teacher.hidden[layer] for layer in self.layers]
-        return metakd.hidden_mse(
+        return self._sum(
+            metakd.hidden_mse,
             student.hidden,
             matched,
             projection=projection,
@@ -156,6 +176,9 @@ class AttentionTerm(Term):
             mean_over=setup.recipe.attention_mean,
         )
 
+    def by_layer(self):
+        return [replace(self, layers=(layer,)) for layer in self.layers]
+
     def rows(self, student, teacher, batch, projection):
         compare = {
             "scores": metakd.attention_score_mse,
@@ -169,7 +192,7 @@ class AttentionTerm(Term):
         else:
             options["query_mask"] = student.mask
         matched = [(teacher.query[layer], teacher.key[layer]) for layer in self.layers]
-        return compare(list(zip(student.query, student.key)), matched, **options)
+        return self._sum(compare, list(zip(student.query, student.key)), matched, **options)
 
 
 @dataclass(frozen=True)
@@ -197,13 +220,15 @@ class RelationTerm(Term):
 
     def rows(self, student, teacher, batch, projection):
         last = [(seen.query[-1], seen.key[-1], seen.value[-1]) for seen in (student, teacher)]
-        return metakd.relation_kl(
+        [scale] = self.scales or (1.0,)
+        rows = metakd.relation_kl(
             *last,
             relation_heads=self.heads,
             mask=student.mask,
             reduction="none",
             backend=self.backend,
         )
+        return rows / scale
 
 
 @dataclass(frozen=True)
@@ -259,9 +284,10 @@ class TransferTerm(Term):
         return cls(weight, setup.recipe.expertise_on_transfer, config.backend)
 
     def rows(self, student, teacher, batch, projection):
-        return metakd.hidden_mse(
-            student.domain,
-            teacher.domain,
+        return self._sum(
+            metakd.hidden_mse,
+            [student.domain],
+            [teacher.domain],
             projection=projection,
             reduction="none",
             backend=self.backend,

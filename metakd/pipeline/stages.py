@@ -22,10 +22,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from metakd.data.batches import Collate, prefetch
 from metakd.data.corpus import Split
 from metakd.errors import ConfigError, DataError
+from metakd.method.balance import SAMPLED, balanced
+from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import build_terms
 from metakd.method.objective import Distillation
+from metakd.method.terms import Term
 from metakd.models.sources import load_trained_classifier
 from metakd.models.student import build_student
 from metakd.models.taps import model_inputs
@@ -59,14 +63,18 @@ class Run(TeacherStage):
         """What the students ask their teachers for."""
         return TeacherOutputs(self)
 
-    def texts(
-        self, lesson: Lesson, names: Sequence[str] | None = None, scored: bool = False
-    ) -> Split:
-        """What a student learns from, all of it or these of ``methods.TEXTS``; ``scored``: with
-        prototype scores."""
-        scores = self.scores() if scored else None
-        names = lesson.texts if names is None else names
-        return texts_of(self.corpus, lesson.domain, names, lesson.distill, scores)
+    def texts(self, lesson: Lesson, names: Sequence[str] | None = None) -> Split:
+        """What a student learns from: all of it, or these of ``methods.TEXTS`` with what batches of
+        them have to carry for its losses."""
+        if names is None:
+            return texts_of(self.corpus, lesson.domain, lesson.texts, lesson.distill)
+        scores = self.scores() if lesson.reads_scores else None
+        opinions = self._opinions(lesson)
+        return texts_of(self.corpus, lesson.domain, names, lesson.distill, scores, opinions)
+
+    def _opinions(self, lesson: Lesson) -> Tensor | None:
+        kind = lesson.teacher_kind
+        return None if kind is None else self.opinions(kind, lesson.teacher_seed)
 
     # Students
 
@@ -126,6 +134,7 @@ class Run(TeacherStage):
             if lesson.reads_scores:
                 self.prototypes()
             teachers = self._teachers(lesson)
+            self._opinions(lesson)
             if any(self.outputs.cached_phases(lesson)):
                 self.outputs.keep(lesson, teachers)
         with in_groups(self.world, size) as (world, group, groups):
@@ -164,6 +173,12 @@ class Run(TeacherStage):
                 f"{lesson.distill.method}: there is no {lesson.teacher_kind} teacher of {domain}",
                 "name another teacher: the domain is withheld, or the student serves them all",
             )
+        if self.config.teacher.folds and lesson.method.mixes(lesson.teacher_kind):
+            raise ConfigError(
+                f"teacher.folds: {lesson.distill.method} learns from the mean of several teachers, "
+                "which have each seen other examples",
+                "leave out teacher.folds, or this method",
+            )
 
     def has_teacher(self, lesson: Lesson) -> bool:
         """Is there a teacher for this student, if it needs that of its own domain?"""
@@ -174,7 +189,8 @@ class Run(TeacherStage):
     def _teachers(self, lesson: Lesson) -> list[Path]:
         """The folders of those who teach it, trained if they are not there."""
         kind = lesson.teacher_kind
-        teachers = self.teach(kind, lesson.teacher_seed) if kind else []
+        members = self.ensemble(kind, lesson.teacher_seed) if kind else []
+        teachers = [place for places in members for place in places]
         if lesson.is_of_one_domain():
             teachers = [place for place in teachers if place.name == lesson.domain]
         return teachers
@@ -269,11 +285,8 @@ class Run(TeacherStage):
                 self.say(f"{label} {domain}: asks for more than logits, so its teacher runs")
             service = TeacherService(teacher_folders, self.config, self.recipe, self.world)
         seed_everything(seed)
-        copied = (
-            teacher_folders[0]
-            if len(teacher_folders) == 1 and self.config.student.copy_from == "teacher"
-            else None
-        )
+        one = bool(teacher_folders) and not lesson.method.mixes(lesson.teacher_kind)
+        copied = teacher_folders[0] if one and self.config.student.copy_from == "teacher" else None
         with configured("student"):
             student = build_student(
                 self.config.student,
@@ -300,7 +313,7 @@ class Run(TeacherStage):
                 packed=self.config.packed,
             )
 
-        classify = _classifier(student)
+        classify, scales = _classifier(student), {}
 
         def score() -> dict[str, float]:
             return self.score(classify, validation, distill.training)
@@ -322,9 +335,10 @@ class Run(TeacherStage):
         with self.open_log(folder) as log:
             for number, phase in enumerate(phases):
                 log.begin_phase(number)
-                module.restrict(phase.terms)
+                texts = self.texts(lesson, phase.texts)
                 recompute_activations(student, [done.training for done in phases[: number + 1]])
                 is_last = number == len(phases) - 1
+                module.restrict(phase.terms)
                 needs = module.needs | ({"logits"} if lesson.reads_scores else set())
                 part = f", stage {number + 1} of {len(phases)}" if len(phases) > 1 else ""
                 showing, pad = nullcontext(), self.collate
@@ -334,9 +348,12 @@ class Run(TeacherStage):
                 elif service is not None:
                     showing = service.showing(needs, distill.teacher_stream)
                 with showing as teacher:
+                    if distill.balance != "none" and teacher is not None:
+                        module.restrict(self._balanced(phase.terms, texts, pad, teacher))
+                        scales |= {term.name: list(term.scales) for term in module.terms}
                     result["validation"] = fit(
                         module,
-                        self.texts(lesson, phase.texts, scored=lesson.reads_scores),
+                        texts,
                         pad,
                         config=self.config,
                         training=phase.training,
@@ -350,6 +367,8 @@ class Run(TeacherStage):
                         seed=seed,
                         title=f"{label} {domain}{part}",
                     )
+        if scales:
+            result["scales"] = {name: values for name, values in scales.items() if values}
         student = module.detach().float()
         if self.world.is_main:
             student.config.dtype = torch.float32
@@ -357,6 +376,18 @@ class Run(TeacherStage):
             self.tokenizer.save_pretrained(folder)
             write_card(folder, result, self.command)
         return result
+
+    def _balanced(
+        self, terms: Sequence[Term], texts: Split, pad: Collate, teacher: Callable
+    ) -> list[Term]:
+        """The terms with scales, measured on a sample of the texts by every process alike."""
+        drawn = torch.randperm(
+            len(texts), generator=torch.Generator().manual_seed(self.config.seed)
+        )
+        size = self.config.distill.training.per_device_train_batch_size
+        rows = [part.tolist() for part in drawn[:SAMPLED].split(size)]
+        batches = prefetch((pad([texts[i] for i in part]) for part in rows), self.world.device)
+        return self.world.agree(balanced(terms, ((teacher(batch), batch) for batch in batches)))
 
     # Kept teacher outputs
 
@@ -392,13 +423,16 @@ class Run(TeacherStage):
         scores = {"split": split_name, "teacher": {}, "students": {}}
         self.foresee(map(self._configured_lesson, self.student_domains))
         exact = self.config.model_copy(update={"bf16": False, "fp16": False})
-        for place in self.teach(self.teacher_kind) if self.teacher_kind else []:
-            service = TeacherService([place], exact, self.recipe, self.world)
-            [teacher] = service.teachers
-            domain = place.name if teacher.kind.per_domain else ALL_DOMAINS
+        kind = self.teacher_kind
+        members = self.ensemble(kind, self.config.seed) if kind else []
+        for places in zip(*members, strict=True):
+            service = TeacherService(places, exact, self.recipe, self.world)
+            per_domain = TEACHER_KINDS[kind].per_domain
+            domain = places[0].name if per_domain else ALL_DOMAINS
             part = self.part(split, domain)
             with service.showing(frozenset({"logits"})) as show:
-                teacher.eval()  # the release teaches with dropout
+                for teacher in service.teachers:
+                    teacher.eval()  # the release teaches with dropout
                 scored = self.score(lambda batch, show=show: show(batch).logits, part, training)
             # Several single teachers have no scores in common, only some per domain.
             scores["teacher"] |= {

@@ -29,6 +29,7 @@ def texts_of(
     names: Sequence[str],
     distill: DistillConfig,
     scores: dict[str, Tensor] | None = None,
+    opinions: Tensor | None = None,
 ) -> Split:
     """What a student of a domain learns from.
 
@@ -39,19 +40,25 @@ def texts_of(
         distill: weights of the sources.
         scores: ``t`` [N] of training examples and ``unlabelled`` [N, M] by class; None: batches
             need none.
+        opinions: logits [N, M] of training examples from teachers that have not seen them, not a
+            number where a teacher may speak for itself; batches then carry them for every text.
     """
-    without_labels = any(name.endswith("unlabelled") for name in names)
+    without_labels = corpus.unlabelled is not None and any("unlabelled" in name for name in names)
     weights = {name: getattr(distill.transfer_weights, name) for name in names}
     parts = []
     for name in names:
-        split = corpus.unlabelled if name.endswith("unlabelled") else corpus.train
+        unlabelled = name.endswith("unlabelled")
+        split = corpus.unlabelled if unlabelled else corpus.train
         if split is None:
             continue
         if scores is not None:
-            t = scores["unlabelled" if split is corpus.unlabelled else "t"]
+            t = scores["unlabelled" if unlabelled else "t"]
             if without_labels and t.dim() == 1:
                 t = t[:, None].expand(-1, scores["unlabelled"].shape[1])
             split = split.with_column("t", t)
+        if opinions is not None:
+            none = torch.full((len(split), opinions.shape[1]), torch.nan)
+            split = split.with_column("opinion", none if unlabelled else opinions)
         foreign = name.startswith("others")
         part = _others(split, corpus, domain) if foreign else part_of(split, corpus, domain)
         if any(weight != 1.0 for weight in weights.values()):

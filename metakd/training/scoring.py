@@ -41,7 +41,6 @@ def in_turns(
         yield torch.tensor(chunk[world.rank]), batch
 
 
-@torch.no_grad()
 def predict(
     classify: Callable[[Batch], Tensor],
     split: Split,
@@ -51,14 +50,43 @@ def predict(
     world: World,
 ) -> Tensor:
     """Predicted class of every example [N] on the CPU; ranks share the work."""
-    predicted = torch.full((len(split),), -1, device=world.device)
+    empty = torch.full((len(split),), -1, device=world.device)
+    return _collect(
+        lambda batch: classify(batch).argmax(-1), empty, split, collate, batch_size, world
+    )
+
+
+def logits_of(
+    classify: Callable[[Batch], Tensor],
+    split: Split,
+    collate: Collate,
+    *,
+    num_classes: int,
+    batch_size: int,
+    world: World,
+) -> Tensor:
+    """Logits of every example [N, M] on the CPU, float32; ranks share the work."""
+    empty = torch.full((len(split), num_classes), -torch.inf, device=world.device)
+    return _collect(lambda batch: classify(batch).float(), empty, split, collate, batch_size, world)
+
+
+@torch.no_grad()
+def _collect(
+    answer: Callable[[Batch], Tensor],
+    found: Tensor,
+    split: Split,
+    collate: Collate,
+    batch_size: int,
+    world: World,
+) -> Tensor:
+    """``found``, smaller than any answer, filled row by row."""
     for rows, batch in in_turns(split, collate, batch_size, world):
-        predicted[rows.to(world.device)] = classify(batch).argmax(-1)
+        found[rows.to(world.device)] = answer(batch)
         world.progress.beat("an evaluation")
         world.progress.end_if_asked()
     if world.size > 1:
-        dist.all_reduce(predicted, op=dist.ReduceOp.MAX)
-    return predicted.cpu()
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.cpu()
 
 
 def evaluate(
