@@ -115,6 +115,7 @@ class TrainingConfig(Block):
 
     ``selection`` says which weights are kept: ``best``, of the epoch that scores best on the
     validation split; ``last``; or ``average``, the mean of those of the last quarter of the steps.
+    Only the first looks at the validation split before the end.
     """
 
     learning_rate: Positive = 2e-5

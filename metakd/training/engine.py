@@ -90,8 +90,8 @@ def fit(
         teacher: gives the features a student learns from; runs outside the engine, without
             gradients.
         columns: per-example values that change every epoch (false domain labels).
-        score: after each epoch; its ``accuracy`` picks the weights where the best are to be kept.
-            Without it they are the last.
+        score: of the weights as they are. Where the best are to be kept it is called after each
+            epoch and its ``accuracy`` picks them (without it, the last are kept), else at the end.
         conclude: called once at the end, with these weights in place and still sharded.
         saves: checkpoints; None saves nothing. A phase that the checkpoint to start from has
             behind it is not run at all.
@@ -149,14 +149,15 @@ def fit(
             first = epoch * len(sampler)
             plan = sampler.epoch(epoch)[position.step - first : total_steps - first]
             loop.train(plan, own_batches(examples, collate, plan, world), split.lengths)
-            if score and epoch >= position.epochs_scored:
+            if score and training.selection == "best" and epoch >= position.epochs_scored:
                 loop.choose(epoch, score)
         if saves is not None and not saves.last_phase:
             keeper.save()
-        if loop.holds_weights:
+        if position.best or position.averaged:
             put_weights(module, position.best_weights, world)
-        if score and position.averaged:
-            position.best = loop.judge(score) | {"epoch": position.epochs_scored}
+        if score and training.selection != "best":
+            position.best = loop.judge(score) | {"epoch": math.ceil(total_steps / len(sampler))}
+            log.write(position.step, position.best, "validation")
         if conclude:
             loop.judge(conclude)
         if number := stop.settle():
@@ -264,16 +265,11 @@ class _Loop:
     def __post_init__(self):
         self.world, self.log = self.keeper.world, self.keeper.log
         self.meter, self.position = self.keeper.meter, self.keeper.position
-        last, times = self.total_steps, AVERAGED_TIMES
-        spacing = last * AVERAGED_SHARE / times
-        steps = {last - int(back * spacing) for back in range(times)}
-        self.averaged_steps = steps if self.selection == "average" else set()
-
-    @property
-    def holds_weights(self) -> bool:
-        """Are there others to be kept than the last?"""
-        chosen = bool(self.position.best) and self.selection == "best"
-        return chosen or self.position.averaged > 0
+        self._averaged_steps: set[int] = set()
+        if self.selection == "average":
+            spacing = self.total_steps * AVERAGED_SHARE / AVERAGED_TIMES
+            backwards = (int(number * spacing) for number in range(AVERAGED_TIMES))
+            self._averaged_steps = {self.total_steps - steps for steps in backwards}
 
     def train(
         self, plan: list[list[list[int]]], batches: Iterator[Batch], lengths: list[int]
@@ -295,7 +291,7 @@ class _Loop:
             if position.step % config.logging_steps == 0 or position.step == self.total_steps:
                 rate = {"learning_rate": self.scheduler.get_last_lr()[0]}
                 self.log.write(position.step, self.meter.read(self.world) | rate)
-            if position.step in self.averaged_steps:
+            if position.step in self._averaged_steps:
                 with self.log.pausing():
                     self._average()
             if number := self.stop.poll():
@@ -366,15 +362,12 @@ class _Loop:
         )
 
     def choose(self, epoch: int, score: Callable[[], dict[str, float]]) -> None:
-        """Score an epoch, and keep its weights if they are the best so far and that is asked
-        for."""
+        """Score an epoch, and keep its weights if they are the best so far."""
         position = self.position
         with self.log.pausing():
             scored = {**self.judge(score), "epoch": epoch + 1}
             position.epochs_scored = epoch + 1
-            if self.selection != "best":
-                position.best = scored
-            elif scored["accuracy"] > position.best.get("accuracy", -1.0):
+            if scored["accuracy"] > position.best.get("accuracy", -1.0):
                 position.best = scored
                 position.best_weights = whole_weights(self.engine.module, self.world)
         self.log.write(position.step, scored, "validation")

@@ -1,0 +1,299 @@
+"""The study: what students are worth with few labels, and which parts of the method help.
+
+``python -m benchmarks.study train`` trains what is missing, for hours if it is let; stopped and
+started again it goes on where it was, and several may run side by side on other domains.
+``python -m benchmarks.study report`` writes ``docs/results/study.md`` from what is there, with what
+is missing. Each group of results is one comparison with one seed; its cells are kept in
+``docs/results/study.json``, so that a machine without the run directories goes on all the same.
+
+Fixed before the first run, by single trainings on news with 100 labels: the learning rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "docs" / "results" / "study.json"
+SHARED = ROOT.parent / "shared" / "data"
+
+SHORT_SIZES = {"train": 1500, "validation": 200, "test": 800, "unlabelled": 2000}
+STUDENT = {"max_steps": 300, "num_train_epochs": 1000, "learning_rate": 4e-4, "selection": "last"}
+TEACHER = {"num_train_epochs": 2, "learning_rate": 5e-5, "selection": "last"}
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A corpus and how it is trained on."""
+
+    domains: tuple[str, ...]
+    max_length: int
+    files: str  # where they are, "" for the rated corpus
+    changes: dict = field(default_factory=dict)  # of the configuration
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that are trained alike."""
+
+    name: str
+    rows: tuple[dict, ...]
+    labels: tuple[int | str, ...] = (100,)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    domains: tuple[str, ...] | None = None  # None: all
+    changes: dict = field(default_factory=dict)
+    parts: tuple[str, ...] = ("short",)
+
+
+PARTS = {
+    "short": Part(("electronics", "films", "news", "tweets"), 64, ""),
+    "reviews": Part(("books", "dvd", "electronics", "kitchen"), 96, "reviews"),
+    "mnli": Part(("fiction", "government", "slate", "telephone", "travel"), 96, "mnli"),
+}
+
+
+def _kd(method: str, transfer: str | None = None, teacher: str = "meta") -> dict:
+    return {"method": method, "teacher": teacher, "transfer": transfer}
+
+
+REST_OF_CURVE = (ALL, 300, 32)
+BASELINES = {"distill": {"training": {"learning_rate": 1e-4}}}
+FINETUNED = ({"method": "finetune"}, {"method": "finetune_all"})
+STUDENTS = (_kd("tinybert_kd", "unlabelled"), _kd("meta", "unlabelled"))
+BLOCKS = (
+    Block("baselines", FINETUNED, changes=BASELINES),
+    Block("students", STUDENTS),
+    Block("today", (_kd("tinybert_kd", "own"), _kd("meta", "own"))),
+    Block("pseudo", (_kd("pseudo_labels", "unlabelled"), _kd("logits_kd", "unlabelled"))),
+    Block("baselines", FINETUNED, REST_OF_CURVE, changes=BASELINES),
+    Block("students", STUDENTS, REST_OF_CURVE),
+    Block("foreign", (_kd("tinybert_kd", "all+unlabelled"), _kd("meta", "all+unlabelled"))),
+    Block("mix", (_kd("tinybert_kd", "unlabelled", "mix"),)),
+    Block("then_own", ({"method": "finetune_all_then_own"},), changes=BASELINES),
+    Block("logits", tuple(_kd("logits_kd", name) for name in ("own", "all", "all+unlabelled"))),
+    Block("labelled", (_kd("tinybert_kd", "all"), _kd("meta", "all"))),
+    Block("single", (_kd("tinybert_kd", "unlabelled", "single"),)),
+)
+VARIANTS = {
+    "balance": {"distill": {"balance": "variance", "terms": {"attention": 1.0}}},
+    "gamma2=0": {"distill": {"gamma2": 0.0}},
+    "steps=600": {"distill": {"training": {"max_steps": 600}}},
+    "selection=best": {"distill": {"training": {"selection": "best"}}},
+    "selection=average": {"distill": {"training": {"selection": "average"}}},
+    "folds=5": {"teacher": {"folds": 5}},
+    "by_score": {"distill": {"transfer": "all+unlabelled", "transfer_by_score": True}},
+    "minmax": {"prototypes": {"rescale": "minmax"}},
+    "ensemble=3": {"teacher": {"ensemble": 3}},
+    "teacher average": {"teacher": {"training": {"selection": "average"}}},
+    "teacher best": {"teacher": {"training": {"selection": "best"}}},
+}
+BLOCKS += tuple(
+    Block(
+        name,
+        (_kd("meta", "all+unlabelled" if name == "by_score" else "unlabelled"),),
+        domains=("electronics", "news"),
+        changes=changes,
+    )
+    for name, changes in VARIANTS.items()
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one comparison trains: the rows of a block, for one domain, number of labels, seed."""
+
+    part: str
+    block: Block
+    domain: str
+    labels: int | str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Its name."""
+        return f"{self.part}/{self.block.name}/{self.domain}-{self.labels}/s{self.seed}"
+
+    def settings(self) -> dict:
+        """Its configuration, without places."""
+        part = PARTS[self.part]
+        labels = {} if self.labels == ALL else {self.domain: self.labels}
+        settings = {
+            "data": {"max_length": part.max_length, "labels": labels},
+            "teacher": {"training": dict(TEACHER)},
+            "student": {"layers": [1, 3, 5]},
+            "distill": {
+                "domains": [self.domain],
+                "cache_teacher": "all",
+                "terms": {"attention": 0.1},
+                "training": dict(STUDENT),
+            },
+            "compare": {"rows": list(self.block.rows), "seeds": [self.seed]},
+            "logging_steps": 50,
+            "save_steps": 100000,
+            "report_to": ["jsonl"],
+        }
+        for changes in (part.changes, self.block.changes):
+            settings = _joined(settings, changes)
+        return settings
+
+    def folder(self, runs: Path) -> Path:
+        """Its run directory, shared with those that have the same teachers."""
+        name = ALL if self.labels == ALL else f"{self.domain}-{self.labels}"
+        own = set(self.block.changes) - {"distill"}
+        return runs / self.part / (f"{name}-{self.block.name}" if own else name)
+
+    @property
+    def digest(self) -> str:
+        """Of what decides its results."""
+        decided = json.dumps([self.settings(), self.part, SHORT_SIZES], sort_keys=True)
+        return hashlib.sha256(decided.encode()).hexdigest()[:16]
+
+
+def _joined(first: dict, second: dict) -> dict:
+    joined = copy.deepcopy(first)
+    for name, value in second.items():
+        known = joined.get(name)
+        both = isinstance(known, dict) and isinstance(value, dict)
+        joined[name] = _joined(known, value) if both else value
+    return joined
+
+
+def groups() -> Iterator[Group]:
+    """All of the study, what matters most first."""
+    for block in BLOCKS:
+        for part in block.parts:
+            for labels in block.labels:
+                for seed in block.seeds:
+                    for domain in block.domains or PARTS[part].domains:
+                        yield Group(part, block, domain, labels, seed)
+
+
+class Results:
+    """What is known of the study: cells of finished groups, by the group's name.
+
+    Args:
+        runs: where groups are trained; each leaves a file here when it is done.
+    """
+
+    def __init__(self, runs: Path):
+        self._folder = runs / "cells"
+        self.known: dict[str, dict] = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+        for path in sorted(self._folder.rglob("*.json")):
+            self.known |= json.loads(path.read_text())
+
+    def of(self, group: Group) -> dict | None:
+        """What came of a group, if it is what would come of it now."""
+        found = self.known.get(group.key)
+        return found if found and found["digest"] == group.digest else None
+
+    def add(self, group: Group, found: dict) -> None:
+        """Note what came of a group."""
+        path = self._folder / f"{group.key}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.known[group.key] = found
+        path.write_text(json.dumps({group.key: found}))
+
+    def keep(self) -> None:
+        """Write all that is known to be committed."""
+        lines = [f"{json.dumps(key)}: {json.dumps(self.known[key])}" for key in sorted(self.known)]
+        KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def train(group: Group, runs: Path, encoder: Path) -> dict:
+    """Train the rows of a group and give their cells."""
+    import metakd
+    from metakd import demo
+    from metakd.environment import versions
+
+    files = SHARED / PARTS[group.part].files
+    if not PARTS[group.part].files:
+        files = runs / "corpus"
+        if not (files / "test.jsonl").is_file():
+            demo.rated_corpus(files, **SHORT_SIZES)
+    names = {"train": "train", "test": "test", "unlabelled": "unlabelled", "dev": "validation"}
+    names |= {"validation": "validation"}
+    folder = group.folder(runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _joined(
+        group.settings(),
+        {
+            "output_dir": str(folder),
+            "teacher": {"model": str(encoder)},
+            "data": {
+                key: str(files / f"{name}.jsonl")
+                for name, key in names.items()
+                if (files / f"{name}.jsonl").is_file()
+            },
+        },
+    )
+    since = time.perf_counter()
+    with (folder / "lock").open("w") as lock:  # teachers of all labels serve every domain
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = metakd.compare(config, command=f"python -m benchmarks.study train  # {group.key}")
+    cells = [
+        {**cell, "right": f"{len(cell['right'])}:{int('1' + cell['right'], 2):x}"}
+        for cell in result.details["cells"]
+        if cell["domain"] == group.domain
+    ]
+    shutil.rmtree(folder / ".cache" / "teachers", ignore_errors=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "digest": group.digest,
+        "commit": commit,
+        "versions": versions("torch", "transformers", "deepspeed"),
+        "seconds": round(time.perf_counter() - since),
+        "cells": cells,
+    }
+
+
+def main() -> None:
+    """Train or report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=["train", "report", "list"])
+    parser.add_argument("--part", choices=PARTS, action="append", help="only these")
+    parser.add_argument("--block", action="append", help="only these")
+    parser.add_argument("--domain", action="append", help="only these")
+    parser.add_argument("--hours", type=float, default=1000.0, help="begin no group after these")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study")
+    parser.add_argument("--encoder", type=Path, default=ROOT / "models" / "minilm")
+    options = parser.parse_args()
+    results, since = Results(options.runs), time.perf_counter()
+    wanted = [
+        group
+        for group in groups()
+        if group.part in (options.part or [group.part])
+        and group.block.name in (options.block or [group.block.name])
+        and group.domain in (options.domain or [group.domain])
+    ]
+    if options.action == "report":
+        from benchmarks.study_report import write
+
+        results.keep()
+        write(results)
+        return
+    for group in wanted:
+        found = results.of(group)
+        if options.action == "list":
+            print(f"{'done   ' if found else 'missing'} {group.key}")
+        elif not found and time.perf_counter() - since < 3600 * options.hours:
+            print(f"{group.key}", flush=True)
+            results.add(group, train(group, options.runs, options.encoder))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    main()
