@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "results" / "study.json"
 SHARED = ROOT.parent / "shared" / "data"
 
-SHORT_SIZES = {"train": 1500, "validation": 200, "test": 800, "unlabelled": 2000}
-STUDENT = {"max_steps": 300, "num_train_epochs": 1000, "learning_rate": 4e-4, "selection": "last"}
+SHORT_SIZES = {"train": 1000, "validation": 200, "test": 800, "unlabelled": 1500}
+STUDENT = {"max_steps": 250, "num_train_epochs": 1000, "learning_rate": 4e-4, "selection": "last"}
 TEACHER = {"num_train_epochs": 2, "learning_rate": 5e-5, "selection": "last"}
 ALL = "all"
 

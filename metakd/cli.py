@@ -190,7 +190,8 @@ def quickstart(
     ] = "runs/quickstart",
     overrides: Overrides = None,
 ):
-    """The whole method on a small synthetic corpus: teacher, students without and with Meta-KD."""
+    """The whole method on short texts of four domains, one of them with few labels: teacher,
+    students without and with Meta-KD."""
     from metakd.demo import prepare
 
     # Several ranks would race for the same files.
@@ -198,9 +199,19 @@ def quickstart(
         raise ConfigError("quickstart runs as one process", "start it plainly: metakd quickstart")
     run = _open(str(prepare(folder)), overrides)
     run.evaluate()
-    _show_comparison(front.compare_rows(run))
+    result = front.compare_rows(run)
+    _show_comparison(result)
+    run.say(_gained(result, run))
     for place in run.distill():
         run.say(f"student is in {place}")
+
+
+def _gained(result: Result, run: Run) -> str:
+    """What the last row of a comparison has over the others, in a line."""
+    [domain] = run.student_domains
+    *others, (row, own) = ((name, scores[domain]) for name, scores in result.scores.items())
+    gains = ", ".join(f"{own - score:+.1f} to {name}" for name, score in others)
+    return f"{run.config.data.labels[domain]} labels of {domain}: {row} has {own:.1f}, {gains}"
 
 
 StudentFolder = Annotated[

@@ -12,6 +12,7 @@ from test_config import CONTRADICTIONS, GENERATED, UNREADABLE, VALID, WRONG, wit
 from test_data import BROKEN, TEST, put
 
 from metakd import cli, demo, front, ops
+from metakd.demo import encoders, quickstart, rated
 from metakd.errors import ConfigError
 from metakd.models.student import PRESETS
 
@@ -254,23 +255,30 @@ def test_every_stage_starts(stage, call, encoder, tmp_path):
 
 def test_quickstart(call, tmp_path, monkeypatch):
     """The whole quickstart on a smaller corpus, with the fallback encoder."""
-    monkeypatch.setattr(demo, "_download", lambda folder: "offline")
+
+    def offline(*_args):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(encoders, "download", offline)
+    monkeypatch.setattr(rated, "download", offline)
     full = demo.write_corpus
     monkeypatch.setattr(
-        demo, "write_corpus", lambda folder: full(folder, train=16, validation=4, test=8)
+        quickstart, "write_corpus", lambda folder: full(folder, train=60, validation=4, test=8)
     )
     scratch = demo.scratch_encoder
     monkeypatch.setattr(
-        demo,
+        encoders,
         "scratch_encoder",
-        lambda folder, texts: scratch(folder, texts, hidden_size=32, mlm_steps=0),
+        lambda folder, texts: scratch(folder, texts, hidden_size=32, layers=6, mlm_steps=0),
     )
     words = ["quickstart", tmp_path / "quick"]
     words += ["teacher.training.max_steps=2", "distill.training.max_steps=2"]
     code, out, err = call(*words)
     assert code == 0, err
-    assert all(row in out for row in ("| teacher: meta |", "| finetune |", "| meta-from-meta |"))
-    assert len(list((tmp_path / "quick" / "students").rglob("model.safetensors"))) == 8
+    rows = ("teacher: meta", "finetune", "finetune_all", "meta-from-meta")
+    assert all(f"| {row} |" in out for row in rows)
+    assert "40 labels of novels: meta-from-meta has " in out.replace("\n", " ")
+    assert len(list((tmp_path / "quick" / "students").rglob("model.safetensors"))) == 3
     # A second start finds everything done.
     assert "meta-from-meta-s42/novels: inputs unchanged, skipped" in call(*words)[1]
 

@@ -16,7 +16,13 @@ import numpy as np
 import pytest
 import torch
 from encoders import BUILDERS
-from transformers import AutoModelForSequenceClassification, BertConfig, pipeline
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from metakd import cli, demo
 from metakd.deploy import Predictor, engines, export_onnx, formats, latency, smoothing
@@ -40,7 +46,7 @@ LABELS = ("bad", "good")
 def plain(folder, texts) -> np.ndarray:
     """Logits of one text at a time, unpadded, by transformers alone."""
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer = demo.PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     with torch.no_grad():
         return np.concatenate(
             [
@@ -292,8 +298,8 @@ class TestPredictor:
     def test_a_tokenizer_without_padding_or_special_tokens(self, student, tmp_path):
         shutil.copytree(student, tmp_path / "bare", ignore=shutil.ignore_patterns("onnx", "tok*"))
         state = json.loads((student / "tokenizer.json").read_text()) | {"post_processor": None}
-        rust = demo.Tokenizer.from_str(json.dumps(state))
-        demo.PreTrainedTokenizerFast(tokenizer_object=rust).save_pretrained(tmp_path / "bare")
+        rust = Tokenizer.from_str(json.dumps(state))
+        PreTrainedTokenizerFast(tokenizer_object=rust).save_pretrained(tmp_path / "bare")
         predictor = Predictor(tmp_path / "bare", engine="eager", device="cpu")
         assert predictor.tokenizer.pad_token_id is None
         texts = [TEXTS[0], "good", "", TEXTS[1]]  # nothing at all is in the third

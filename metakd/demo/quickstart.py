@@ -1,16 +1,35 @@
-"""What ``metakd quickstart`` runs on."""
+"""What ``metakd quickstart`` runs on: a corpus with one scarce domain, an encoder, and the
+configuration that joins them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from metakd.demo.encoders import pretrained_encoder
 from metakd.demo.made_up import write_corpus
+from metakd.demo.rated import rated_corpus
+
+
+class _Corpus(NamedTuple):
+    """What tells one corpus from the other in the configuration."""
+
+    scarce: str
+    labels: int
+    splits: tuple[str, ...]
+
+
+_RATED = _Corpus("news", 100, ("train", "validation", "test", "unlabelled"))
+_MADE_UP = _Corpus("novels", 40, ("train", "validation", "test"))
+# As many as train in a few minutes on two cores; the test part of the scarce domain is whole.
+_SIZES = {"train": 1000, "validation": 200, "unlabelled": 1500}
 
 
 def prepare(folder: str | Path) -> Path:
-    """Everything the quickstart needs: a corpus, an encoder, and the configuration that joins them.
+    """Everything the quickstart needs: real short texts of four domains, made-up ones where the
+    package index cannot be reached; an encoder; and a configuration in which one domain has few
+    labels.
 
     Args:
         folder: receives ``corpus/``, ``encoder/`` and ``config.yaml``; what is there already is
@@ -20,43 +39,53 @@ def prepare(folder: str | Path) -> Path:
         The configuration's path, for ``metakd run`` or ``metakd compare``.
     """
     folder = Path(folder)
-    corpus, config = folder / "corpus", folder / "config.yaml"
-    if not (corpus / "test.jsonl").is_file():
-        write_corpus(corpus)
-    with (corpus / "train.jsonl").open(encoding="utf-8") as lines:
+    files, config = folder / "corpus", folder / "config.yaml"
+    if not (files / "test.jsonl").is_file():
+        try:
+            rated_corpus(files, **_SIZES)
+        except OSError as error:
+            print(f"the rated texts could not be fetched ({error}): making up reviews instead")
+            write_corpus(files)
+    corpus = _RATED if (files / "unlabelled.jsonl").is_file() else _MADE_UP
+    with (files / "train.jsonl").open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
     encoder = pretrained_encoder(folder / "encoder", texts)
     if not config.is_file():
-        places = {"folder": folder, "encoder": encoder}
-        places |= {name: corpus / f"{name}.jsonl" for name in ("train", "validation", "test")}
         # In quotes: a folder may be called 1, or no.
-        quoted = {name: json.dumps(str(at), ensure_ascii=False) for name, at in places.items()}
-        config.write_text(_CONFIG.format(**quoted), encoding="utf-8")
+        quoted = {
+            name: json.dumps(str(at), ensure_ascii=False)
+            for name, at in {"folder": folder, "encoder": encoder}.items()
+        }
+        data = "".join(
+            f"  {name}: {json.dumps(str(files / f'{name}.jsonl'), ensure_ascii=False)}\n"
+            for name in corpus.splits
+        )
+        content = _CONFIG.format(data=data, domain=corpus.scarce, labels=corpus.labels, **quoted)
+        config.write_text(content, encoding="utf-8")
     return config
 
 
-# Two of the encoder's layers, so that the student has something to gain from a teacher. Every row
-# of the comparison starts from the same copied layers of the pre-trained encoder.
 _CONFIG = """\
 # Made by `metakd quickstart`; change it and run `metakd run` or `metakd compare` on it.
 output_dir: {folder}
 data:
-  train: {train}
-  validation: {validation}
-  test: {test}
-  max_length: 64
+{data}  max_length: 64
+  labels: {{{domain}: {labels}}}  # the scarce domain; its other texts count as unlabelled
 teacher:
   model: {encoder}
-  training: {{num_train_epochs: 4, learning_rate: 5.0e-5}}
+  training: {{num_train_epochs: 2, learning_rate: 5.0e-5, selection: last}}
 student:
-  layers: [1, 3]
-  copy_from: encoder
+  layers: [1, 3, 5]
 distill:
-  terms: {{attention: 0.1, hard_label: 1.0}}  # raw attention scores are large
-  training: {{num_train_epochs: 6, learning_rate: 1.0e-4, per_device_train_batch_size: 16}}
+  domains: [{domain}]
+  transfer: unlabelled  # learn from those, too
+  terms: {{attention: 0.1}}  # raw attention scores are large
+  cache_teacher: all
+  training: {{max_steps: 250, learning_rate: 4.0e-4, selection: last}}
 compare:
   rows:
     - {{method: finetune}}
+    - {{method: finetune_all}}
     - {{method: meta, teacher: meta}}
   seeds: [42]
   keep_students: true
