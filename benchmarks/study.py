@@ -44,7 +44,7 @@ class Part:
     changes: dict = field(default_factory=dict)  # of the configuration
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """Rows that are trained alike."""
 
@@ -110,7 +110,7 @@ BLOCKS += tuple(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """What one comparison trains: the rows of a block, for one domain, number of labels, seed."""
 
@@ -248,6 +248,7 @@ def train(group: Group, runs: Path, encoder: Path) -> dict:
         if cell["domain"] == group.domain
     ]
     shutil.rmtree(folder / ".cache" / "teachers", ignore_errors=True)
+    rows = map(json.loads, (files / "train.jsonl").read_text(encoding="utf-8").splitlines())
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
@@ -256,6 +257,9 @@ def train(group: Group, runs: Path, encoder: Path) -> dict:
         "commit": commit,
         "versions": versions("torch", "transformers", "deepspeed"),
         "seconds": round(time.perf_counter() - since),
+        "labels": sum(row["domain"] == group.domain for row in rows)
+        if group.labels == ALL
+        else group.labels,
         "cells": cells,
     }
 
@@ -267,6 +271,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, action="append", help="only these")
     parser.add_argument("--block", action="append", help="only these")
     parser.add_argument("--domain", action="append", help="only these")
+    parser.add_argument("--seed", type=int, action="append", help="only these")
     parser.add_argument("--hours", type=float, default=1000.0, help="begin no group after these")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study")
     parser.add_argument("--encoder", type=Path, default=ROOT / "models" / "minilm")
@@ -278,6 +283,7 @@ def main() -> None:
         if group.part in (options.part or [group.part])
         and group.block.name in (options.block or [group.block.name])
         and group.domain in (options.domain or [group.domain])
+        and group.seed in (options.seed or [group.seed])
     ]
     if options.action == "report":
         from benchmarks.study_report import write

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from tiny_runs import write_config
+from tiny_runs import rows_of, write_config
 
 from metakd import front
 from metakd.cli import app, main
@@ -71,9 +71,14 @@ def test_an_interval_holds_the_truth_as_often_as_it_says():
 def test_other_seeds_or_examples_are_not_compared():
     answers = made_up(0.7)
     assert accuracy_difference(answers, made_up(0.7, examples=399)) is None
-    assert accuracy_difference(answers, made_up(0.7, seeds=2)) is None
     assert accuracy_difference(answers, {"tweets": answers["news"]}) is None
-    assert label_efficiency([1], [made_up(0.7, seeds=2)], answers, 1) is None
+    others = {name: {seed + 7: r for seed, r in by.items()} for name, by in answers.items()}
+    assert accuracy_difference(answers, others) is None
+    assert label_efficiency([1], [{"news": answers["news"]}], answers, 1) is None
+    # What they share is compared.
+    fewer = {name: {1: by_seed[1]} for name, by_seed in made_up(0.6, seed=4).items()}
+    common = {name: {1: by_seed[1]} for name, by_seed in answers.items()}
+    assert accuracy_difference(answers, fewer) == accuracy_difference(common, fewer)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +116,7 @@ def test_cells_without_answers_have_none():
 
 ROWS = json.dumps(
     [
-        {"method": "finetune"},
+        {"method": "finetune", "learning_rate": 1e-4},
         {"method": "logits_kd", "teacher": "mix", "transfer": "unlabelled"},
     ]
 )
@@ -169,6 +174,10 @@ def test_every_domain_is_scarce_in_turn(source, tmp_path, monkeypatch, capsys):
         "hiking-4": 4,
         "all": 12,
     }
+    # A row may have a learning rate of its own.
+    logs = [folder / f"all/students/{name}-s1/hiking/log.jsonl" for name in ("finetune", row)]
+    rates = [rows_of(log)[0]["learning_rate"] for log in logs]
+    assert rates[0] == pytest.approx(rates[1] / 10)
     # Again, nothing is trained; from Python, as a result by row.
     result = front.compare(str(path), OPTIONS, labels=["all", 4])
     assert "running" not in capsys.readouterr().out

@@ -24,6 +24,7 @@ from metakd.deploy import facts as found
 from metakd.deploy import plots, report, sections, speedup
 from metakd.deploy.run_folder import read_run
 from metakd.errors import CheckpointError, ConfigError, UnsupportedError
+from metakd.pipeline import labels as by_labels
 from metakd.pipeline.card import origin
 from metakd.pipeline.table import Cell, summarise
 
@@ -722,6 +723,49 @@ def test_a_silent_encoder_is_named(run):
     assert "| licence of that encoder | not stated by encoder |" in card.text
 
 
+# By labels
+
+
+def compare_by_labels(folder: Path) -> Path:
+    """Three rows on two domains with 10 and all labels, two seeds."""
+    points = []
+    for asked, counts, shift in ((10, (10, 10), 0), ("all", (90, 110), 15)):
+        cells = [
+            Cell(row, domain, seed, float(accuracy), "1" * accuracy + "0" * (100 - accuracy))
+            for row, base in {"teacher: meta": 80, "finetune": 60, "meta-from-meta": 70}.items()
+            for domain in DOMAINS
+            for seed in (1, 2)
+            for accuracy in [base + shift + seed]
+        ]
+        points.append(
+            {
+                "asked": asked,
+                "labels": dict(zip(DOMAINS, counts)),
+                "summary": summarise(cells),
+                "cells": [vars(cell) for cell in cells],
+            }
+        )
+    result = {"command": "metakd compare --labels", "split": "test", "seeds": [1, 2]}
+    result |= {"points": points, **by_labels.against_base(points)}
+    write(folder / "labels.json", result)
+    return folder
+
+
+def test_a_comparison_by_labels_begins_with_its_curve(tmp_path):
+    run = compare_by_labels(tmp_path / "shop-labels")
+    page, text, facts = report.write_report(run)
+    found = json.loads(facts.read_text())["labels"]
+    assert [point["labels"] for point in found["points"]] == [10, 100]
+    few = found["points"][0]["against_base"]["meta-from-meta"]
+    assert few["difference"][0] == pytest.approx(10)
+    assert few["efficiency"][0] == pytest.approx(10 ** (10 / 15))  # 71.5 of 61.5 to 76.5
+    assert "With 10 labels of its domain meta-from-meta reaches 71.5" in text.read_text()
+    assert text.read_text().index("Accuracy by labels") < text.read_text().index("by method")
+    drawn = re.findall(r"<svg.*?</svg>", page.read_text(), re.S)
+    assert 'aria-label="Accuracy by labels' in drawn[0]
+    assert all(name in drawn[0] for name in ("finetune", "meta-from-meta", ">all<"))
+
+
 # In a browser
 
 
@@ -739,7 +783,7 @@ def page(tmp_path_factory) -> Path:
     run = make_run(tmp_path_factory.mktemp("report") / "shop", domains=(long, "<script>x"))
     one_seed(run)
     write(next(run.glob("students/meta-*/*/onnx/export.json")), export(agreement=0.5))
-    return report.write_report(run)[0]
+    return report.write_report(compare_by_labels(run))[0]
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -755,7 +799,7 @@ def test_a_browser_shows_it(browser, page, tmp_path, width, scheme, paper):
         "[...document.querySelectorAll('svg')].map(drawn => drawn.getBoundingClientRect())"
         ".map(box => [box.left, box.right, box.height])"
     )
-    assert len(sizes) == 6
+    assert len(sizes) == 7
     for left, right, height in sizes:
         assert left >= 0 and right - left > 250 and right <= width and height > 150
     # What is too wide for the page scrolls in its own box, and a keyboard gets there.

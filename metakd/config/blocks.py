@@ -251,13 +251,14 @@ class DistillConfig(Block):
 
 
 class CompareRow(Block):
-    """One row of the comparison: a method and the teacher it learns from (``finetune`` has
-    none)."""
+    """One row of the comparison: a method and the teacher it learns from (``finetune`` has none);
+    what else is given takes the place of the key of that name for this row."""
 
     method: MethodName
     teacher: TeacherKind | None = None
     gamma2: Annotated[float, Field(ge=0.0)] | None = None
     transfer: Annotated[Transfer | None, LATER] = None
+    learning_rate: Annotated[Positive | None, LATER] = None
 
     @model_validator(mode="after")
     def _teacher_fits(self):

@@ -84,8 +84,8 @@ distill:
   training: {{max_steps: 250, learning_rate: 4.0e-4, selection: last}}
 compare:
   rows:
-    - {{method: finetune}}
-    - {{method: finetune_all}}
+    - {{method: finetune, learning_rate: 1.0e-4}}  # higher ones do worse without a teacher
+    - {{method: finetune_all, learning_rate: 1.0e-4}}
     - {{method: meta, teacher: meta}}
   seeds: [42]
   keep_students: true

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from metakd.deploy import labels
 from metakd.deploy.formats import INT8_ENGINE, ONNX_FILES
 from metakd.deploy.run_folder import RunFolder, Stage
 from metakd.deploy.speedup import headline_ratio, ratios
@@ -54,6 +55,7 @@ def gather(run: RunFolder, command: str = "") -> dict:
         "run": str(run.folder),
         "command": command,
         "versions": versions(),
+        "labels": labels.gather(run.labels) if run.labels else None,
         "comparison": comparison,
         "best": best,
         "close": _close(comparison, best),
@@ -76,8 +78,13 @@ def gather(run: RunFolder, command: str = "") -> dict:
 
 
 def _comparison(run: RunFolder) -> dict | None:
-    """Rows x domains, from ``compare.json`` or else from whatever stages are there."""
-    if run.compare:
+    """Rows x domains, from ``compare.json``, with the most labels where they were compared by
+    their number, or else from whatever stages are there."""
+    if run.labels:
+        point = run.labels["points"][-1]
+        cells = [Cell(**cell) for cell in point["cells"]]
+        facts = {"split": run.labels["split"], "summary": point["summary"]}
+    elif run.compare:
         cells = [Cell(**cell) for cell in run.compare["cells"]]
         facts = {name: run.compare[name] for name in ("split", "summary")}
     else:

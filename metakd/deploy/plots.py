@@ -162,6 +162,46 @@ def tradeoff(facts: dict) -> str:
     return plot.svg
 
 
+def by_labels(facts: dict) -> str:
+    """Accuracy of each row against the labels of the student's domain, with its spread over
+    seeds."""
+    points = facts["points"]
+    rows = list(dict.fromkeys(row for point in points for row in point["average"]))
+    with _Plot("labels", "Accuracy by labels", "labels of the student's domain", "accuracy, %") as (
+        plot
+    ):
+        for number, row in enumerate(rows):
+            known = [
+                (point["labels"], point["average"][row])
+                for point in points
+                if row in point["average"]
+            ]
+            colour = _SENTINELS[SERIES[number % len(SERIES)]]
+            plot.axes.errorbar(
+                [labels for labels, _ in known],
+                [score["mean"] for _, score in known],
+                yerr=[score["std"] or 0.0 for _, score in known],
+                color=colour,
+                linestyle=_DASHES[number % len(_DASHES)],
+                linewidth=1.8,
+                marker=_MARKERS[number % len(_MARKERS)],
+                markersize=5,
+                elinewidth=1,
+                label=row,
+            )
+        plot.axes.set_xscale("log")
+        plot.axes.set_xticks(
+            [point["labels"] for point in points],
+            [point["asked"] for point in points],
+            minor=False,
+        )
+        plot.axes.minorticks_off()
+        plot.figure.legend(
+            loc="outside lower left", frameon=False, ncols=1, handletextpad=0.4, columnspacing=1
+        )
+    return plot.svg
+
+
 def curves(terms: dict[str, dict]) -> list[str]:
     """For each row of students its weighted terms against the step, all on one logarithmic scale
     and each term in one colour throughout.

@@ -30,6 +30,7 @@ _RESULT = {"prototypes": ("mean", "std", "histogram")}
 _SCORED = ("validation",)
 _REPORTS = {
     "compare": ("cells", "split", "summary"),
+    "labels": ("split", "seeds", "points", "base", "against_base"),
     "evaluation": ("split", "teacher", "students"),
     "latency": ("environment", "command", "models", "rows", "tokenising", "absent"),
 }
@@ -105,7 +106,8 @@ class RunFolder:
     Args:
         folder: its ``output_dir``.
         stages: every finished one.
-        compare: ``compare.json``; None where it is absent, as in the next two.
+        compare: ``compare.json``; None where it is absent, as in the next three.
+        labels: ``labels.json``.
         evaluation: ``evaluation.json``.
         latency: ``latency.json``.
     """
@@ -113,6 +115,7 @@ class RunFolder:
     folder: Path
     stages: list[Stage]
     compare: dict | None
+    labels: dict | None
     evaluation: dict | None
     latency: dict | None
 

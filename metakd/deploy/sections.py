@@ -7,76 +7,22 @@ fill it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from metakd.deploy import plots
+from metakd.deploy import labels, plots
 from metakd.deploy.formats import INT8_ENGINE
+from metakd.deploy.parts import Section, Table
 from metakd.deploy.speedup import compared_models, headline_ratio
 from metakd.environment import flat, machine
-from metakd.pipeline.table import AVERAGE, markdown_table, plain, show
+from metakd.pipeline.table import AVERAGE, show
 
 _MISSING = "—"
 _MOST_CLASSES = 20  # of which every pair is shown
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells as text.
-
-    Args:
-        caption: what it shows, with units.
-        header: column names.
-        rows: as many cells each.
-        names: so many of the first columns are words; the others are numbers.
-        shares: by row and column of the numbers, how strongly a cell is shaded, 0 to 1.
-        folded: long enough to be opened on demand.
-    """
-
-    caption: str
-    header: list[str]
-    rows: list[list[str]]
-    names: int = 1
-    shares: list[list[float]] | None = None
-    folded: bool = False
-
-    def markdown(self) -> str:
-        """The table alone, without its caption."""
-        return markdown_table(self.header, self.rows, len(self.header) - self.names)
-
-
-@dataclass
-class Section:
-    """A part of the report.
-
-    Args:
-        name: its anchor.
-        title: its heading.
-        notes: paragraphs.
-        plots: SVG elements.
-        tables: below the plots.
-        commands: lines to copy.
-    """
-
-    name: str
-    title: str
-    notes: list[str] = field(default_factory=list)
-    plots: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    commands: list[str] = field(default_factory=list)
-
-    def markdown(self) -> list[str]:
-        """Its paragraphs, without heading and plots."""
-        lines = [*map(plain, self.notes)]
-        for table in self.tables:
-            lines += [plain(table.caption), table.markdown()]
-        if self.commands:
-            lines.append("```\n" + "\n".join(self.commands) + "\n```")
-        return lines
-
-
 def sections(facts: dict) -> list[Section]:
     """The parts of the report in their order, each with what there is to say."""
     return [
+        *([labels.section(facts["labels"])] if facts["labels"] else []),
         _accuracy(facts),
         _tradeoff(facts),
         _terms(facts),
@@ -91,6 +37,8 @@ def sections(facts: dict) -> list[Section]:
 
 def headline(facts: dict) -> str:
     """What the best students reach, against their teacher, in one or two sentences."""
+    if facts["labels"]:
+        return labels.headline(facts["labels"])
     best = facts["best"]
     if best is None:
         return "No row of students is complete yet."

@@ -88,6 +88,9 @@ def _students(
     for row in _expand(config.rows, gamma2):
         said = {"gamma2": row.gamma2, "transfer": row.transfer}
         said = {key: value for key, value in said.items() if value is not None}
+        if row.learning_rate is not None:
+            rate = {"learning_rate": row.learning_rate}
+            said["training"] = run.config.distill.training.model_copy(update=rate)
         distill = run.config.distill.model_copy(update={"method": row.method, **said})
         label = method_label(distill, row.teacher)
         if row.transfer is not None:

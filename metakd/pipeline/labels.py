@@ -78,12 +78,17 @@ def compare_labels(run: Run, gamma2: Sequence[float] = ()) -> dict:
                     "cells": [vars(cell) for cell in cells],
                 }
             )
+    if not points:
+        raise ConfigError(
+            f"compare.labels: no domain has more than {min(asked, key=str)} labels",
+            "ask for fewer, or for all",
+        )
     result = {
         "command": run.command,
         "split": "validation" if run.corpus.test is None else "test",
         "seeds": run.config.compare.seeds,
         "points": points,
-        **_against_base(points),
+        **against_base(points),
     }
     if run.world.is_main:
         _write(run.folder, result)
@@ -114,7 +119,7 @@ def _setting(run: Run, name: str, domains: dict[str, int], labels: dict[str, int
     return Run(**{**shared, "config": config})
 
 
-def _against_base(points: Sequence[dict]) -> dict:
+def against_base(points: Sequence[dict]) -> dict:
     """Each row against the first one that has no teacher: the difference with as many labels, and
     how many times the labels that one needs to come as far."""
     cells = [[Cell(**cell) for cell in point["cells"]] for point in points]

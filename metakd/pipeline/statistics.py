@@ -61,11 +61,15 @@ def _matrix(by_seed: Mapping[int, str]) -> np.ndarray:
     return np.array([[mark == "1" for mark in by_seed[seed]] for seed in sorted(by_seed)], float)
 
 
-def _comparable(answers: Answers, base: Answers) -> bool:
-    common = [(answers[name], base[name]) for name in answers if name in base]
-    seeds = {tuple(sorted(side)) for pair in common for side in pair}
-    lengths = [{len(right) for side in pair for right in side.values()} for pair in common]
-    return len(seeds) == 1 and all(len(found) == 1 for found in lengths)
+def _shared(sides: Sequence[Answers]) -> list[Answers] | None:
+    """The answers of all sides on the domains, and with the seeds, that they have in common; None
+    where that is nothing, or a domain's examples are not the same."""
+    domains = [name for name in sides[0] if all(name in side for side in sides)]
+    by_seed = [side[name].keys() for side in sides for name in domains]
+    seeds = set.intersection(*map(set, by_seed)) if by_seed else set()
+    kept = [{name: {s: side[name][s] for s in seeds} for name in domains} for side in sides]
+    lengths = [{len(right) for side in kept for right in side[name].values()} for name in domains]
+    return kept if seeds and all(len(found) == 1 for found in lengths) else None
 
 
 def _draws(answers: Answers) -> Draws:
@@ -74,17 +78,20 @@ def _draws(answers: Answers) -> Draws:
 
 
 def accuracy_difference(answers: Answers, base: Answers) -> Interval | None:
-    """How many points of accuracy, the mean over their common domains, a method has over another.
+    """How many points of accuracy a method has over another: the mean over their common domains,
+    with their common seeds.
 
     Returns:
-        None where they have no domain in common, or not the same seeds and examples.
+        None where they have none in common, or not the same examples.
     """
-    if not _comparable(answers, base):
+    shared = _shared([answers, base])
+    if shared is None:
         return None
-    draws, domains = _draws(answers), [name for name in answers if name in base]
-    pairs = [(draws.means(answers, name), draws.means(base, name)) for name in domains]
-    value = float(np.mean([mine[0] - other[0] for mine, other in pairs]))
-    return _interval(value, np.mean([mine[1] - other[1] for mine, other in pairs], axis=0))
+    draws, domains = _draws(shared[0]), list(shared[0])
+    mine, other = ([draws.means(side, name) for name in domains] for side in shared)
+    value = float(np.mean([own[0] - base[0] for own, base in zip(mine, other, strict=True)]))
+    drawn = [own[1] - base[1] for own, base in zip(mine, other, strict=True)]
+    return _interval(value, np.mean(drawn, axis=0))
 
 
 def _interval(value: float, drawn: np.ndarray) -> Interval:
@@ -125,15 +132,14 @@ def label_efficiency(
         labels: that the other has.
 
     Returns:
-        A factor, infinite where even all labels do not get there; None where they were not scored
-        on the same seeds and examples.
+        A factor, infinite where even all labels do not get there; None where a domain, or every
+        seed, is missing from the curve, or the examples are not the same.
     """
-    domains = list(answers)
-    sides = [answers, *curves]
-    if any(set(side) != set(answers) or not _comparable(side, answers) for side in sides):
+    shared = _shared([answers, *curves])
+    if shared is None or shared[0].keys() != answers.keys():
         return None
-    draws = _draws(answers)
-    found = [[draws.means(side, name) for name in domains] for side in sides]
+    draws, domains = _draws(shared[0]), list(answers)
+    found = [[draws.means(side, name) for name in domains] for side in shared]
     values = [float(np.mean([value for value, _ in side])) for side in found]
     drawn = [np.mean([row for _, row in side], axis=0) for side in found]
     factors = [

@@ -1,0 +1,215 @@
+"""``docs/results/study.md``: what the finished groups of ``benchmarks.study`` say, claim by claim.
+
+A comparison counts the seeds for which all of its rows and domains are there. Intervals are those
+of ``metakd.pipeline.statistics``: 95 of 100 paired draws of seeds and test examples.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.study import ALL, PARTS, SHORT_SIZES, STUDENT, TEACHER, Group, Results, groups
+from metakd.pipeline.labels import against_base, as_markdown
+from metakd.pipeline.statistics import Interval, accuracy_difference
+from metakd.pipeline.table import (
+    AVERAGE,
+    Cell,
+    answers_of,
+    markdown_table,
+    show,
+    show_interval,
+    summarise,
+)
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "results" / "study.md"
+META = "meta-from-meta-on-unlabelled"
+TINYBERT = "tinybert_kd-from-meta-on-unlabelled"
+ITS_TEACHER = "teacher: meta"
+CURVE_ROWS = (ITS_TEACHER, "finetune", "finetune_all", TINYBERT, META)
+MAIN = ("baselines", "students", "today", "pseudo", "foreign", "mix", "then_own", "logits")
+MAIN += ("labelled", "single")
+SETS = ("own", "unlabelled", "all", "all+unlabelled")
+CLAIMS = (
+    ("Meta-KD on unlabelled texts, over fine-tuning on its labels", META, "finetune"),
+    ("over fine-tuning on the labels of all domains", META, "finetune_all"),
+    ("over that and then its own labels", META, "finetune_all_then_own"),
+    ("over pseudo-labels", META, "pseudo_labels-from-meta-on-unlabelled"),
+    ("over its teacher", META, ITS_TEACHER),
+    ("over Meta-KD on labelled texts alone", META, "meta-from-meta-on-own"),
+    ("over TinyBERT-KD on labelled texts alone", META, "tinybert_kd-from-meta-on-own"),
+    ("over TinyBERT-KD from the same teacher on the same texts", META, TINYBERT),
+    ("TinyBERT-KD: other domains' texts besides", TINYBERT.replace("un", "all+un"), TINYBERT),
+    ("TinyBERT-KD: a meta-teacher over a mixed one", TINYBERT, TINYBERT.replace("meta", "mix")),
+    ("TinyBERT-KD over logits alone", TINYBERT, "logits_kd-from-meta-on-unlabelled"),
+)
+
+
+def write(results: Results) -> None:
+    """The page, from what is there."""
+    parts = [_about()]
+    for part in PARTS:
+        wanted = [group for group in groups() if group.part == part]
+        done = {group: found for group in wanted if (found := results.of(group))}
+        if done:
+            parts += _part(part, wanted, done)
+    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _about() -> str:
+    return (
+        "# The study\n\n"
+        "What students are worth with few labels, and which parts of the method help. Made by "
+        "`python -m benchmarks.study train` and `report`; every cell, with its commit, is in "
+        "[study.json](study.json). CPU, fp32; MiniLM (6 layers of 384), students of three of its "
+        f"layers. Teachers: {_said(TEACHER)}. Students: {_said(STUDENT)}, batches of 32, the "
+        "attention term weighted 0.1. Short texts: at most "
+        f"{_said(SHORT_SIZES)} a domain (Hutto, Gilbert 2014, as `metakd quickstart` fetches "
+        "them). The student's domain is scarce, in turn; its other texts are unlabelled ones, and "
+        "no more than as many labels are there to choose by, if anything is chosen."
+    )
+
+
+def _said(settings: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _cells(done: dict[Group, dict], labels: int | str | None = None) -> dict[str, list[Cell]]:
+    """By block, of those with so many labels."""
+    found: dict[str, list[Cell]] = {}
+    for group, result in done.items():
+        if labels in (None, group.labels):
+            cells = (
+                Cell(**{**cell, "right": _unpacked(cell["right"])}) for cell in result["cells"]
+            )
+            found.setdefault(group.block.name, []).extend(cells)
+    return found
+
+
+def _unpacked(text: str) -> str:
+    length, _, digits = text.partition(":")
+    return f"{int(digits, 16):b}"[1:].zfill(int(length))
+
+
+def _whole(cells: Iterable[Cell], rows: Sequence[str], domains: Sequence[str]) -> list[Cell]:
+    """The cells of these rows for the seeds for which none is missing."""
+    kept = list(
+        dict.fromkeys(cell for cell in cells if cell.row in rows and cell.domain in domains)
+    )
+    there = {(cell.row, cell.domain, cell.seed) for cell in kept}
+    seeds = {cell.seed for cell in kept}
+    whole = {
+        seed
+        for seed in seeds
+        if all((row, name, seed) in there for row in rows for name in domains)
+    }
+    return [cell for cell in kept if cell.seed in whole]
+
+
+def _part(part: str, wanted: Sequence[Group], done: dict[Group, dict]) -> list[str]:
+    domains = PARTS[part].domains
+    at = {
+        labels: [cell for block in MAIN for cell in _cells(done, labels).get(block, [])]
+        for labels in dict.fromkeys(group.labels for group in wanted)
+    }
+    paragraphs = [f"## {part}: {', '.join(domains)}", _curve(at, domains, done)]
+    paragraphs += ["### With 100 labels", _sets(at[100], domains), _claims(at[100], domains)]
+    paragraphs += ["### One change at a time", _variants(done)]
+    lacking = Counter(f"{g.block.name} ({g.labels} labels)" for g in wanted if g not in done)
+    missing = [f"{count} of {name}" for name, count in lacking.items()]
+    hours = sum(result["seconds"] for result in done.values()) / 3600
+    commits = sorted({result["commit"] for result in done.values()})
+    paragraphs.append(
+        f"{len(done)} of {len(wanted)} groups are done ({hours:.1f} hours of one or two threads, "
+        f"commits {', '.join(commits)})." + (f" Missing: {', '.join(missing)}." if missing else "")
+    )
+    return [text for text in paragraphs if text]
+
+
+def _curve(at: dict, domains: Sequence[str], done: dict[Group, dict]) -> str:
+    points = []
+    for labels in sorted(at, key=lambda number: (number == ALL, number)):
+        cells = _whole(at[labels], CURVE_ROWS, domains)
+        if cells:
+            counts = dict.fromkeys(domains, labels)
+            if labels == ALL:
+                counts = {
+                    group.domain: result["labels"]
+                    for group, result in done.items()
+                    if group.labels == ALL
+                }
+            points.append(
+                {
+                    "asked": labels,
+                    "labels": counts,
+                    "summary": summarise(cells),
+                    "cells": [vars(cell) for cell in cells],
+                }
+            )
+    if not points:
+        return ""
+    seeds = sorted({cell["seed"] for point in points for cell in point["cells"]})
+    result = {"split": "test", "seeds": seeds, "points": points, **against_base(points)}
+    return as_markdown(result | {"command": "python -m benchmarks.study train"})
+
+
+def _sets(cells: Sequence[Cell], domains: Sequence[str]) -> str:
+    """Methods x transfer sets."""
+    found: dict[str, dict[str, str]] = {}
+    for row in dict.fromkeys(cell.row for cell in cells):
+        name, _, texts = row.partition("-on-")
+        whole = _whole(cells, [row], domains)
+        if whole:
+            score = summarise(whole)[row][AVERAGE]
+            column = texts if texts in SETS else ""
+            found.setdefault(name, {})[column] = f"{show(score)} ({score['n']})"
+    header = ["", "no set", *SETS]
+    rows = [[name, *(by.get(column, "-") for column in ("", *SETS))] for name, by in found.items()]
+    return (
+        "Accuracy in percent, the mean over domains ± its standard deviation over seeds (number of "
+        f"seeds), by method and texts that the student sees:\n\n{markdown_table(header, rows)}"
+    )
+
+
+def _difference(cells: Sequence[Cell], first: str, second: str, domains) -> tuple | None:
+    whole = _whole(cells, (first, second), domains)
+    if not whole:
+        return None
+    seeds = len({cell.seed for cell in whole})
+    return accuracy_difference(answers_of(whole, first), answers_of(whole, second)), seeds
+
+
+def _claims(cells: Sequence[Cell], domains: Sequence[str]) -> str:
+    rows = []
+    for text, first, second in CLAIMS:
+        found = _difference(cells, first, second, domains)
+        if found:
+            rows.append([text, show_interval(found[0]), _verdict(found[0]), str(found[1])])
+    header = ["difference in accuracy", "points (95 %)", "", "seeds"]
+    return markdown_table(header, rows) if rows else ""
+
+
+def _verdict(found: Interval) -> str:
+    if found.low > 0:
+        return "better"
+    return "worse" if found.high < 0 else "no difference shown"
+
+
+def _variants(done: dict[Group, dict]) -> str:
+    by_block, rows = _cells(done, 100), []
+    base = by_block.get("students", [])
+    for block in dict.fromkeys(group.block for group in done if group.block.name not in MAIN):
+        named = [cell for cell in by_block[block.name] if "from" in cell.row]
+        domains, before = block.domains or (), META
+        other = base
+        if named and named[0].row != META:  # another transfer set
+            other, before = by_block.get("foreign", []), named[0].row
+        changed = [replace(cell, row=f"{cell.row}!") for cell in named]
+        found = _difference([*other, *changed], f"{before}!", before, domains)
+        if found:
+            rows.append([block.name, show_interval(found[0]), _verdict(found[0]), str(found[1])])
+    header = ["changed", "points (95 %)", "", "seeds"]
+    about = "Meta-KD on unlabelled texts with one setting changed, electronics and news:"
+    return f"{about}\n\n{markdown_table(header, rows)}" if rows else ""
