@@ -108,6 +108,28 @@ BLOCKS += tuple(
     )
     for name, changes in VARIANTS.items()
 )
+# Students of another shape, in search of one with a ninth of the teacher's latency.
+SHAPES = {
+    "one layer": {"student": {"layers": [2]}, "distill": {"training": {"max_steps": 600}}},
+    "tiny-2l-128": {
+        "student": {"layers": None, "preset": "tiny-2l-128"},
+        "distill": {"training": {"max_steps": 4000, "learning_rate": 1e-3}},
+    },
+    "mini-4l-256": {
+        "student": {"layers": None, "preset": "mini-4l-256"},
+        "distill": {"training": {"max_steps": 1500, "learning_rate": 1e-3}},
+    },
+}
+BLOCKS += tuple(
+    Block(
+        name,
+        (_kd("tinybert_kd", "unlabelled"), _kd("tinybert_kd", "all+unlabelled")),
+        seeds=(1, 2),
+        domains=("electronics", "news"),
+        changes=changes,
+    )
+    for name, changes in SHAPES.items()
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +173,7 @@ class Group:
     def folder(self, runs: Path) -> Path:
         """Its run directory, shared with those that have the same teachers."""
         name = ALL if self.labels == ALL else f"{self.domain}-{self.labels}"
-        own = set(self.block.changes) - {"distill"}
+        own = set(self.block.changes) - {"distill", "student"}
         return runs / self.part / (f"{name}-{self.block.name}" if own else name)
 
     @property

@@ -116,7 +116,7 @@ def _part(part: str, wanted: Sequence[Group], done: dict[Group, dict]) -> list[s
     }
     paragraphs = [f"## {part}: {', '.join(domains)}", _curve(at, domains, done)]
     paragraphs += ["### With 100 labels", _sets(at[100], domains), _claims(at[100], domains)]
-    paragraphs += ["### One change at a time", _variants(done)]
+    paragraphs += ["### One change at a time", _variants(done, at[100])]
     lacking = Counter(f"{g.block.name} ({g.labels} labels)" for g in wanted if g not in done)
     missing = [f"{count} of {name}" for name, count in lacking.items()]
     hours = sum(result["seconds"] for result in done.values()) / 3600
@@ -197,19 +197,19 @@ def _verdict(found: Interval) -> str:
     return "worse" if found.high < 0 else "no difference shown"
 
 
-def _variants(done: dict[Group, dict]) -> str:
+def _variants(done: dict[Group, dict], cells: Sequence[Cell]) -> str:
+    """Blocks that change a setting, each row against the same row without the change."""
     by_block, rows = _cells(done, 100), []
-    base = by_block.get("students", [])
     for block in dict.fromkeys(group.block for group in done if group.block.name not in MAIN):
-        named = [cell for cell in by_block[block.name] if "from" in cell.row]
-        domains, before = block.domains or (), META
-        other = base
-        if named and named[0].row != META:  # another transfer set
-            other, before = by_block.get("foreign", []), named[0].row
-        changed = [replace(cell, row=f"{cell.row}!") for cell in named]
-        found = _difference([*other, *changed], f"{before}!", before, domains)
-        if found:
-            rows.append([block.name, show_interval(found[0]), _verdict(found[0]), str(found[1])])
-    header = ["changed", "points (95 %)", "", "seeds"]
-    about = "Meta-KD on unlabelled texts with one setting changed, electronics and news:"
+        for row in dict.fromkeys(cell.row for cell in by_block[block.name] if "-from-" in cell.row):
+            changed = [
+                replace(cell, row=block.name) for cell in by_block[block.name] if cell.row == row
+            ]
+            found = _difference([*cells, *changed], block.name, row, block.domains or ())
+            if found:
+                accuracy = summarise(changed)[block.name][AVERAGE]
+                said = [show(accuracy), show_interval(found[0]), _verdict(found[0]), str(found[1])]
+                rows.append([row, block.name, *said])
+    header = ["row", "changed", "accuracy", "points (95 %)", "", "seeds"]
+    about = "The same row, electronics and news, with one setting changed:"
     return f"{about}\n\n{markdown_table(header, rows)}" if rows else ""
