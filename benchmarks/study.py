@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +42,6 @@ class Part:
     domains: tuple[str, ...]
     max_length: int
     files: str  # where they are, "" for the rated corpus
-    changes: dict = field(default_factory=dict)  # of the configuration
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,17 +162,18 @@ class Group:
                 "training": dict(STUDENT),
             },
             "compare": {"rows": list(self.block.rows), "seeds": [self.seed]},
+            "seed": 41 + self.seed,  # each seed draws other labels
             "logging_steps": 50,
             "save_steps": 100000,
             "report_to": ["jsonl"],
         }
-        for changes in (part.changes, self.block.changes):
-            settings = _joined(settings, changes)
-        return settings
+        return _joined(settings, self.block.changes)
 
     def folder(self, runs: Path) -> Path:
         """Its run directory, shared with those that have the same teachers."""
-        name = ALL if self.labels == ALL else f"{self.domain}-{self.labels}"
+        name = f"{self.domain}-{self.labels}-s{self.seed}"
+        if self.labels == ALL:
+            name = f"{ALL}-s{self.seed}"  # its teachers serve every domain
         own = set(self.block.changes) - {"distill", "student"}
         return runs / self.part / (f"{name}-{self.block.name}" if own else name)
 
@@ -233,21 +234,34 @@ class Results:
         KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process of the study is at work on this folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _rated(runs: Path) -> Path:
+    from metakd import demo
+
+    files = runs / "corpus"
+    with _alone(files):
+        if not all((files / f"{name}.jsonl").is_file() for name in SHORT_SIZES):
+            demo.rated_corpus(files, **SHORT_SIZES)
+    return files
+
+
 def train(group: Group, runs: Path, encoder: Path) -> dict:
     """Train the rows of a group and give their cells."""
     import metakd
-    from metakd import demo
     from metakd.environment import versions
 
-    files = SHARED / PARTS[group.part].files
-    if not PARTS[group.part].files:
-        files = runs / "corpus"
-        if not (files / "test.jsonl").is_file():
-            demo.rated_corpus(files, **SHORT_SIZES)
+    files = SHARED / PARTS[group.part].files if PARTS[group.part].files else _rated(runs)
     names = {"train": "train", "test": "test", "unlabelled": "unlabelled", "dev": "validation"}
     names |= {"validation": "validation"}
     folder = group.folder(runs)
-    folder.mkdir(parents=True, exist_ok=True)
     config = _joined(
         group.settings(),
         {
@@ -261,15 +275,14 @@ def train(group: Group, runs: Path, encoder: Path) -> dict:
         },
     )
     since = time.perf_counter()
-    with (folder / "lock").open("w") as lock:  # teachers of all labels serve every domain
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _alone(folder):
         result = metakd.compare(config, command=f"python -m benchmarks.study train  # {group.key}")
+        shutil.rmtree(folder / ".cache" / "teachers", ignore_errors=True)
     cells = [
         {**cell, "right": f"{len(cell['right'])}:{int('1' + cell['right'], 2):x}"}
         for cell in result.details["cells"]
         if cell["domain"] == group.domain
     ]
-    shutil.rmtree(folder / ".cache" / "teachers", ignore_errors=True)
     rows = map(json.loads, (files / "train.jsonl").read_text(encoding="utf-8").splitlines())
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True

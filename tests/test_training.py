@@ -764,3 +764,24 @@ def test_a_mean_that_was_interrupted_ends_with_the_same_bits(make, monkeypatch):
     assert all(torch.equal(first[name], second[name]) for name in first)
     scores = [json.loads((place / "stage.json").read_text())["result"] for place in (whole, again)]
     assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("selection", ["best", "last", "average"])
+def test_a_run_that_was_stopped_while_it_concluded_goes_on(make, monkeypatch, selection):
+    options = [f"distill.training.selection={selection}", "distill.method=finetune"]
+    options += ["distill.domains=[hiking]"]
+    [whole] = make(*options, output="whole").distill()
+    judge = engine._Loop.judge
+
+    def stopped_at_the_end(self, score):
+        if score.__name__ == "conclude":
+            self.keeper.stop(signal.SIGTERM, self.title)
+        return judge(self, score)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._Loop, "judge", stopped_at_the_end)
+        with pytest.raises(StoppedError):
+            make(*options, output="stopped").distill()
+    [again] = make(*options, output="stopped").distill()
+    scores = [json.loads((place / "stage.json").read_text())["result"] for place in (whole, again)]
+    assert scores[0] == scores[1]

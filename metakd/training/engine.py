@@ -155,9 +155,10 @@ def fit(
             keeper.save()
         if position.best or position.averaged:
             put_weights(module, position.best_weights, world)
+        scored = position.best  # stays as it is: a checkpoint of it has weights beside it
         if score and training.selection != "best":
-            position.best = loop.judge(score) | {"epoch": math.ceil(total_steps / len(sampler))}
-            log.write(position.step, position.best, "validation")
+            scored = loop.judge(score) | {"epoch": math.ceil(total_steps / len(sampler))}
+            log.write(position.step, scored, "validation")
         if conclude:
             loop.judge(conclude)
         if number := stop.settle():
@@ -167,7 +168,7 @@ def fit(
     del engine, scheduler, keeper, loop
     gc.collect()
     module.eval()
-    return position.best
+    return scored
 
 
 class _Shares(NamedTuple):
