@@ -306,6 +306,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, action="append", help="only these")
     parser.add_argument("--block", action="append", help="only these")
     parser.add_argument("--domain", action="append", help="only these")
+    parser.add_argument("--labels", action="append", help="only these, a number or all")
     parser.add_argument("--seed", type=int, action="append", help="only these")
     parser.add_argument("--hours", type=float, default=1000.0, help="begin no group after these")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study")
@@ -319,6 +320,7 @@ def main() -> None:
         and group.block.name in (options.block or [group.block.name])
         and group.domain in (options.domain or [group.domain])
         and group.seed in (options.seed or [group.seed])
+        and str(group.labels) in (options.labels or [str(group.labels)])
     ]
     if options.action == "report":
         from benchmarks.study_report import write
