@@ -207,9 +207,13 @@ def _variants(done: dict[Group, dict], cells: Sequence[Cell]) -> str:
             ]
             found = _difference([*cells, *changed], block.name, row, block.domains or ())
             if found:
-                accuracy = summarise(changed)[block.name][AVERAGE]
+                whole = _whole(changed, [block.name], block.domains or ())
+                accuracy = summarise(whole)[block.name][AVERAGE]
                 said = [show(accuracy), show_interval(found[0]), _verdict(found[0]), str(found[1])]
                 rows.append([row, block.name, *said])
     header = ["row", "changed", "accuracy", "points (95 %)", "", "seeds"]
-    about = "The same row, electronics and news, with one setting changed:"
+    about = (
+        "The same row, electronics and news, with a setting changed (`balance`: attention weighted "
+        "1 besides; other shapes: more steps, `VARIANTS` and `SHAPES` in the script):"
+    )
     return f"{about}\n\n{markdown_table(header, rows)}" if rows else ""

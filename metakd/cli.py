@@ -201,17 +201,21 @@ def quickstart(
     run.evaluate()
     result = front.compare_rows(run)
     _show_comparison(result)
-    run.say(_gained(result, run))
+    if gained := _gained(result, run):
+        run.say(gained)
     for place in run.distill():
         run.say(f"student is in {place}")
 
 
 def _gained(result: Result, run: Run) -> str:
-    """What the last row of a comparison has over the others, in a line."""
-    [domain] = run.student_domains
+    """What the last row of a comparison has over the others, in a line; nothing where no domain
+    is scarce, or several are."""
+    domain, labels = run.student_domains[0], run.config.data.labels
+    if len(run.student_domains) > 1 or domain not in labels:
+        return ""
     *others, (row, own) = ((name, scores[domain]) for name, scores in result.scores.items())
     gains = ", ".join(f"{own - score:+.1f} to {name}" for name, score in others)
-    return f"{run.config.data.labels[domain]} labels of {domain}: {row} has {own:.1f}, {gains}"
+    return f"{labels[domain]} labels of {domain}: {row} has {own:.1f}, {gains}"
 
 
 StudentFolder = Annotated[

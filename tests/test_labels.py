@@ -84,7 +84,7 @@ def test_other_seeds_or_examples_are_not_compared():
 @pytest.mark.parametrize(
     ("accuracy", "labels"),
     [
-        (60, 10),  # reached before the first point
+        (60, 0),  # less than the first point: nobody knows
         (70, 10),
         (75, math.sqrt(1000)),  # half-way in the logarithm
         (80, 100),
@@ -139,8 +139,7 @@ def test_every_domain_is_scarce_in_turn(source, tmp_path, monkeypatch, capsys):
     assert f"{folder}/labels.md" in said.replace("\n", "")
     assert sorted(p.name for p in folder.iterdir() if (p / "compare.json").exists()) == [
         "all",
-        "hiking-4",
-        "novels-4",
+        *(f"{domain}-4-s{seed}" for domain in ("hiking", "novels") for seed in (1, 2)),
     ]
     found = json.loads((folder / "labels.json").read_text())
     few, every = found["points"]  # no domain has 99
@@ -168,16 +167,25 @@ def test_every_domain_is_scarce_in_turn(source, tmp_path, monkeypatch, capsys):
     # In the scarce domain its student, and only it, has seen few labels.
     records = {
         name: json.loads((folder / name / "students/finetune-s1/hiking/stage.json").read_text())
-        for name in ("hiking-4", "all")
+        for name in ("hiking-4-s1", "all")
     }
     assert {k: r["result"]["origin"]["examples"] for k, r in records.items()} == {
-        "hiking-4": 4,
+        "hiking-4-s1": 4,
         "all": 12,
     }
     # A row may have a learning rate of its own.
     logs = [folder / f"all/students/{name}-s1/hiking/log.jsonl" for name in ("finetune", row)]
     rates = [rows_of(log)[0]["learning_rate"] for log in logs]
     assert rates[0] == pytest.approx(rates[1] / 10)
+    # Each seed draws other labels; what teachers said is not kept for thirteen settings.
+    drawn = [
+        json.loads(
+            (folder / f"hiking-4-s{seed}/students/finetune-s{seed}/hiking/stage.json").read_text()
+        )
+        for seed in (1, 2)
+    ]
+    assert drawn[0]["inputs"] != drawn[1]["inputs"]
+    assert not list(folder.rglob(".cache/teachers"))
     # Again, nothing is trained; from Python, as a result by row.
     result = front.compare(str(path), OPTIONS, labels=["all", 4])
     assert "running" not in capsys.readouterr().out
@@ -193,6 +201,21 @@ def test_what_is_no_number_of_labels_is_refused(source, tmp_path, monkeypatch, c
     assert ended.value.code == 2 and "compare.labels" in capsys.readouterr().err
 
 
-def test_one_student_for_all_has_no_scarce_domain(make):
-    with pytest.raises(ConfigError, match="one_student_for_all leaves no domain"):
-        by_labels.compare_labels(make("distill.one_student_for_all=true"))
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["distill.one_student_for_all=true"], "one_student_for_all leaves no domain"),
+        (["compare.labels=[1000, 99]"], "no domain has more than 99 labels"),
+        (["compare.labels=[1]"], "hiking has 2 classes, more than 1 labels"),
+    ],
+)
+def test_what_cannot_be_compared_by_labels_is_refused(make, options, said):
+    with pytest.raises(ConfigError, match=said):
+        by_labels.compare_labels(make(*options))
+
+
+def test_several_run_directories_have_no_common_tag(make):
+    run = make("compare.labels=[4]")
+    run.resume = "phase0-step00000001"
+    with pytest.raises(ConfigError, match="has several run directories"):
+        by_labels.compare_labels(run)

@@ -59,6 +59,17 @@ def test_an_opinion_is_of_a_teacher_that_has_not_seen_the_example(make, kind):
     assert sorted(seen) == train.index[~withheld].tolist(), "each example once"
 
 
+def test_a_teacher_of_one_domain_speaks_for_itself_of_others(make):
+    run = make("teacher.folds=2", "teacher.kind=single", "distill.method=logits_kd", *ONE,
+               "distill.transfer=all", "distill.domains=[hiking]")  # fmt: skip
+    run.distill()
+    folds = {p.name for p in run.folder.glob("teachers/single-s42-fold*/*")}
+    assert folds == {"hiking"}
+    lesson = run._configured_lesson("hiking")
+    opinion = run.texts(lesson, lesson.texts).columns["opinion"]
+    assert opinion[:12].isfinite().all() and opinion[12:].isnan().all()
+
+
 def test_logits_are_those_of_the_model(make):
     run = make()
     [place] = run.teach("mix")

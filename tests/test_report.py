@@ -755,8 +755,12 @@ def test_a_comparison_by_labels_begins_with_its_curve(tmp_path):
     run = compare_by_labels(tmp_path / "shop-labels")
     page, text, facts = report.write_report(run)
     found = json.loads(facts.read_text())["labels"]
-    assert [point["labels"] for point in found["points"]] == [10, 100]
-    few = found["points"][0]["against_base"]["meta-from-meta"]
+    assert [point["labels"]["books"] for point in found["points"]] == [10, 90]
+    [few] = [
+        entry
+        for entry in found["against_base"]
+        if (entry["row"], entry["domain"], entry["labels"]) == ("meta-from-meta", "average", 10)
+    ]
     assert few["difference"][0] == pytest.approx(10)
     assert few["efficiency"][0] == pytest.approx(10 ** (10 / 15))  # 71.5 of 61.5 to 76.5
     assert "With 10 labels of its domain meta-from-meta reaches 71.5" in text.read_text()

@@ -13,6 +13,7 @@ from tiny_runs import losses, rows_of, write_config
 
 from metakd import demo
 from metakd.config import DataConfig, DistillConfig, RunConfig, load_config
+from metakd.data import corpus as corpus_module
 from metakd.data.corpus import Split, load_corpus
 from metakd.errors import ConfigError, DataError, StoppedError
 from metakd.functional import domain_expertise
@@ -381,3 +382,38 @@ def test_baselines_of_a_scarce_domain_are_compared(make):
     steps = {row: max(line["step"] for line in log) for row, log in logs.items()}
     assert steps["finetune"] == steps["logits_kd-from-mix"] == 1
     assert steps["finetune_all"] == steps["logits_kd-from-mix-on-all"] == 2
+
+
+@pytest.mark.parametrize("transfer", ["[unlabelled]", "[others_unlabelled]"])
+def test_texts_that_are_not_there_are_asked_for_in_vain(make, transfer):
+    run = make("data.labels={hiking: 12}", f"distill.transfer={transfer}")
+    with pytest.raises(DataError, match=r"domain hiking: distill\.transfer: there are no texts of"):
+        run.distill(["hiking"])
+
+
+def test_a_list_of_sources_is_a_row_of_its_own(make):
+    rows = [
+        {"method": "logits_kd", "teacher": "mix", "transfer": transfer}
+        for transfer in ("unlabelled", ["unlabelled"], ["own", "others_unlabelled"])
+    ]
+    run = make(f"compare.rows={json.dumps(rows)}", "compare.seeds=[1]",
+               "data.labels={hiking: 4, novels: 4}", "distill.domains=[hiking]")  # fmt: skip
+    assert [row for row in compare(run)["summary"] if "-on-" in row] == [
+        "logits_kd-from-mix-on-unlabelled",
+        "logits_kd-from-mix-on-unlabelled-alone",
+        "logits_kd-from-mix-on-own+others_unlabelled",
+    ]
+
+
+def test_a_method_with_its_own_texts_takes_no_others(source, tmp_path):
+    rows = json.dumps([{"method": "finetune", "transfer": "all"}])
+    with pytest.raises(ConfigError, match="finetune has its own texts, and no transfer"):
+        load_config(write_config(source, tmp_path, "run"), [f"compare.rows={rows}"])
+
+
+def test_no_more_labels_are_kept_than_asked_for():
+    """Each class keeps one, and the rare ones do not add to the number."""
+    labels = torch.tensor([0] * 300 + [1] * 97 + [2, 3, 4])
+    for wanted in (5, 8, 32, 100):
+        kept = corpus_module._stratified(torch.zeros_like(labels), labels, wanted, seed=1)
+        assert len(kept) == wanted and set(labels[kept].tolist()) == {0, 1, 2, 3, 4}

@@ -25,7 +25,7 @@ ZeroStage = Literal[0, 1, 2, 3]
 Texts = Literal["own", "unlabelled", "others", "others_unlabelled"]
 Transfer = (
     Literal["own", "unlabelled", "all", "all+unlabelled"]
-    | Annotated[list[Texts], Field(min_length=1)]
+    | Annotated[tuple[Texts, ...], Field(min_length=1)]
 )
 
 
@@ -252,7 +252,8 @@ class DistillConfig(Block):
 
 class CompareRow(Block):
     """One row of the comparison: a method and the teacher it learns from (``finetune`` has none);
-    what else is given takes the place of the key of that name for this row."""
+    what else is given takes the place of the key of that name in ``distill`` or its ``training``,
+    for this row."""
 
     method: MethodName
     teacher: TeacherKind | None = None
@@ -264,6 +265,8 @@ class CompareRow(Block):
     def _teacher_fits(self):
         if reason := METHODS[self.method].why_not(self.teacher):
             raise ValueError(reason)
+        if self.transfer is not None and METHODS[self.method].texts is not None:
+            raise ValueError(f"method {self.method} has its own texts, and no transfer")
         return self
 
 

@@ -250,6 +250,12 @@ def _keep_labels(corpus: Corpus, domain: int, wanted: float, seed: int) -> None:
     """Leave so many labels of a domain in train, and no more in validation."""
     train, size = corpus.train, int((corpus.train.domain == domain).sum())
     number = wanted if isinstance(wanted, int) else max(1, round(wanted * size))
+    classes = len(train.labels[train.domain == domain].unique())
+    if number < classes:
+        raise ConfigError(
+            f"data.labels: {number} are fewer than the {classes} classes of {corpus.domains[domain]}",
+            "give at least one of each",
+        )
     kept = _kept_rows(train, domain, number, seed)
     demoted = train.select(torch.nonzero(~kept).flatten())
     corpus.train = train.select(torch.nonzero(kept).flatten())
@@ -267,8 +273,7 @@ def _kept_rows(split: Split, domain: int, number: int, seed: int) -> Tensor:
     rows = torch.nonzero(split.domain == domain).flatten()
     if number < len(rows):
         kept[rows] = False
-        share = number / len(rows)
-        kept[rows[_stratified(split.domain[rows], split.labels[rows], share, seed)]] = True
+        kept[rows[_stratified(split.domain[rows], split.labels[rows], number, seed)]] = True
     return kept
 
 
@@ -403,18 +408,22 @@ def _hold_out(
     return train.select(torch.nonzero(kept).flatten()), train.select(torch.nonzero(~kept).flatten())
 
 
-def _stratified(domain: Tensor, labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """Sorted positions of about ``fraction`` of the examples, at least one per domain and label."""
+def _stratified(domain: Tensor, labels: Tensor, wanted: float, seed: int) -> Tensor:
+    """Sorted positions of so many of the examples, at least one per domain and label; of a share of
+    them (below 1) about as many."""
     generator = torch.Generator().manual_seed(seed)
     _, cell, sizes = torch.unique(
         torch.stack([domain, labels]), dim=1, return_inverse=True, return_counts=True
     )
+    fraction = wanted if wanted < 1 else wanted / len(domain)
     # Largest remainders: each cell's share is rounded so that the total is right too.
     share = sizes.double() * fraction
     quota = share.floor().long()
     missing = round(fraction * len(domain)) - int(quota.sum())
     quota[torch.argsort(quota - share, stable=True)[:missing]] += 1
     quota.clamp_(min=1)
+    while wanted >= 1 and quota.sum() > wanted and quota.max() > 1:
+        quota[quota.argmax()] -= 1
     kept = []
     for c in range(len(sizes)):
         members = torch.nonzero(cell == c).flatten()

@@ -81,7 +81,7 @@ distill:
   transfer: unlabelled  # learn from those, too
   terms: {{attention: 0.1}}  # raw attention scores are large
   cache_teacher: all
-  training: {{max_steps: 250, learning_rate: 4.0e-4, selection: last}}
+  training: {{max_steps: 250, num_train_epochs: 1000, learning_rate: 4.0e-4, selection: last}}
 compare:
   rows:
     - {{method: finetune, learning_rate: 1.0e-4}}  # higher ones do worse without a teacher

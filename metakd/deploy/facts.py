@@ -6,6 +6,7 @@ Imports neither torch nor DeepSpeed.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
@@ -83,7 +84,7 @@ def _comparison(run: RunFolder) -> dict | None:
     if run.labels:
         point = run.labels["points"][-1]
         cells = [Cell(**cell) for cell in point["cells"]]
-        facts = {"split": run.labels["split"], "summary": point["summary"]}
+        facts = {"split": run.labels["split"], "summary": copy.deepcopy(point["summary"])}
     elif run.compare:
         cells = [Cell(**cell) for cell in run.compare["cells"]]
         facts = {name: run.compare[name] for name in ("split", "summary")}

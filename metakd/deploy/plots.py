@@ -162,38 +162,35 @@ def tradeoff(facts: dict) -> str:
     return plot.svg
 
 
-def by_labels(facts: dict) -> str:
-    """Accuracy of each row against the labels of the student's domain, with its spread over
-    seeds."""
-    points = facts["points"]
-    rows = list(dict.fromkeys(row for point in points for row in point["average"]))
+def by_labels(points: Sequence[tuple[str, float, dict[str, dict]]]) -> str:
+    """Accuracy of each row against the labels of the student's domain, with its spread over seeds.
+
+    Args:
+        points: of each its name, its labels, and the score of each row.
+    """
+    rows = list(dict.fromkeys(row for *_, scores in points for row in scores))
     with _Plot("labels", "Accuracy by labels", "labels of the student's domain", "accuracy, %") as (
         plot
     ):
         for number, row in enumerate(rows):
-            known = [
-                (point["labels"], point["average"][row])
-                for point in points
-                if row in point["average"]
-            ]
+            known = [(labels, scores[row]) for _, labels, scores in points if row in scores]
+            style = (number + number // len(SERIES)) % len(_DASHES)  # the next seven differ
             colour = _SENTINELS[SERIES[number % len(SERIES)]]
             plot.axes.errorbar(
                 [labels for labels, _ in known],
                 [score["mean"] for _, score in known],
                 yerr=[score["std"] or 0.0 for _, score in known],
                 color=colour,
-                linestyle=_DASHES[number % len(_DASHES)],
+                linestyle=_DASHES[style],
                 linewidth=1.8,
-                marker=_MARKERS[number % len(_MARKERS)],
+                marker=_MARKERS[style],
                 markersize=5,
                 elinewidth=1,
                 label=row,
             )
         plot.axes.set_xscale("log")
         plot.axes.set_xticks(
-            [point["labels"] for point in points],
-            [point["asked"] for point in points],
-            minor=False,
+            [labels for _, labels, _ in points], [name for name, *_ in points], minor=False
         )
         plot.axes.minorticks_off()
         plot.figure.legend(

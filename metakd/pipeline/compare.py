@@ -49,8 +49,10 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
             scores = {}
             for place in run.teach(kind, seed):
                 scores |= run.store.result(place)[split]
+            members = run.config.teacher.ensemble
+            row = TEACHER + kind + (f", first of {members}" if members > 1 else "")
             cells += [
-                Cell.of(f"{TEACHER}{kind}", domain, seed, scores)
+                Cell.of(row, domain, seed, scores)
                 for domain in run.corpus.domains
                 if f"accuracy/{domain}" in scores
             ]
@@ -94,8 +96,10 @@ def _students(
         distill = run.config.distill.model_copy(update={"method": row.method, **said})
         label = method_label(distill, row.teacher)
         if row.transfer is not None:
-            name = row.transfer if isinstance(row.transfer, str) else "+".join(row.transfer)
-            label += f"-on-{name}"
+            listed = not isinstance(row.transfer, str)
+            name = "+".join(row.transfer) if listed else row.transfer
+            # ``unlabelled`` is those and the labelled ones, a list of it alone is not.
+            label += f"-on-{name}" + ("-alone" if listed and len(row.transfer) == 1 else "")
         if row.gamma2 is not None:
             label += f"-gamma2-{row.gamma2:g}"
         for number, seed in enumerate(config.seeds):

@@ -2,7 +2,8 @@
 
 Each student's domain is scarce in turn, the others keep all their labels: what a method makes of
 few labels, and how many it is worth. Each setting is a run directory of its own in that of the
-comparison, ``<domain>-<labels>`` or ``all``, so that its teachers have seen no more either.
+comparison, ``<domain>-<labels>-s<seed>`` or ``all``, so that its teachers have seen no more either,
+and each seed draws other labels.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import csv
 import io
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
@@ -30,9 +32,8 @@ from metakd.pipeline.table import (
     TEACHER,
     Cell,
     answers_of,
+    label_tables,
     markdown_table,
-    show,
-    show_interval,
     summarise,
 )
 
@@ -59,16 +60,25 @@ def compare_labels(run: Run, gamma2: Sequence[float] = ()) -> dict:
             "compare.labels: distill.one_student_for_all leaves no domain to be scarce",
             "leave out one of the two",
         )
+    if run.resume not in ("auto", "never"):
+        raise ConfigError(
+            f"--resume {run.resume}: a comparison by labels has several run directories",
+            "leave it out: each goes on from its newest checkpoint",
+        )
     points = []
     asked = set(run.config.compare.labels or [ALL_LABELS])
-    for wanted in sorted(asked, key=lambda number: (number == ALL_LABELS, number)):
+    in_order = sorted(asked, key=lambda number: (number == ALL_LABELS, number))
+    for wanted in in_order:
         cells: list[Cell] = []
         counts: dict[str, int] = {}
         for setting, own in _settings(run, wanted):
             run.say(f"labels: {setting.folder.name}")
             found = [Cell(**cell) for cell in compare(setting, gamma2)["cells"]]
             cells += [cell for cell in found if cell.domain in own]
-            counts |= own
+            counts |= {name: len(setting.part(setting.corpus.train, name)) for name in own}
+            run.world = setting.world  # another where groups of processes have trained
+            if run.world.is_main:  # ``cache_limit_gib`` is for all of them
+                shutil.rmtree(setting.cache_root / "teachers", ignore_errors=True)
         if cells:
             points.append(
                 {
@@ -80,7 +90,7 @@ def compare_labels(run: Run, gamma2: Sequence[float] = ()) -> dict:
             )
     if not points:
         raise ConfigError(
-            f"compare.labels: no domain has more than {min(asked, key=str)} labels",
+            f"compare.labels: no domain has more than {in_order[0]} labels",
             "ask for fewer, or for all",
         )
     result = {
@@ -88,31 +98,38 @@ def compare_labels(run: Run, gamma2: Sequence[float] = ()) -> dict:
         "split": "validation" if run.corpus.test is None else "test",
         "seeds": run.config.compare.seeds,
         "points": points,
-        **against_base(points),
+        **run.world.agree(run.world.on_first(lambda: against_base(points))),
     }
     if run.world.is_main:
         _write(run.folder, result)
     return result
 
 
-def _settings(run: Run, wanted: int | str) -> Iterator[tuple[Run, dict[str, int]]]:
-    """The runs with so many labels, each with the labels of its students' domains."""
-    size = {name: len(run.part(run.corpus.train, name)) for name in run.student_domains}
+def _settings(run: Run, wanted: int | str) -> Iterator[tuple[Run, list[str]]]:
+    """The runs with so many labels, each with its students' domains."""
     if wanted == ALL_LABELS:
-        yield _setting(run, ALL_LABELS, size, {}), size
+        yield _setting(run, ALL_LABELS, run.student_domains, {}), run.student_domains
         return
-    for name, available in size.items():
-        if wanted < available:
-            own = {name: wanted}
-            yield _setting(run, f"{name}-{wanted}", own, own), own
+    for name in run.student_domains:
+        if wanted < len(run.part(run.corpus.train, name)):
+            for number, seed in enumerate(run.config.compare.seeds):
+                drawn = {
+                    "seed": run.config.seed + number,
+                    "compare": run.config.compare.model_copy(update={"seeds": [seed]}),
+                }
+                place = f"{name}-{wanted}-s{seed}"
+                yield _setting(run, place, [name], {name: wanted}, **drawn), [name]
 
 
-def _setting(run: Run, name: str, domains: dict[str, int], labels: dict[str, int]) -> Run:
+def _setting(
+    run: Run, name: str, domains: list[str], labels: dict[str, int | str], **changes
+) -> Run:
     config = run.config.model_copy(
         update={
             "output_dir": str(run.folder / name),
             "data": run.config.data.model_copy(update={"labels": labels}),
-            "distill": run.config.distill.model_copy(update={"domains": list(domains)}),
+            "distill": run.config.distill.model_copy(update={"domains": domains}),
+            **changes,
         }
     )
     shared = {field.name: getattr(run, field.name) for field in fields(Context)}
@@ -174,43 +191,9 @@ def _write(folder: Path, result: dict) -> None:
 
 
 def as_markdown(result: dict) -> str:
-    """Accuracy for each number of labels, what it is more than the first row without a teacher
-    reaches, and how many times the labels that one would need."""
-    points = result["points"]
-    header = ["", *(str(point["asked"]) for point in points)]
-    rows = list(dict.fromkeys(row for point in points for row in point["summary"]))
-    accuracy = [
-        [row, *(show(point["summary"].get(row, {}).get(AVERAGE)) for point in points)]
-        for row in rows
+    """The tables of ``table.label_tables``, and the command."""
+    tables = [
+        f"{caption}\n\n{markdown_table(header, rows)}"
+        for caption, header, rows in label_tables(result)
     ]
-    parts = [
-        f"Accuracy in percent on the {result['split']} split by the labels of the student's "
-        "domain, the mean over domains, each scarce in turn; ± the sample standard deviation over "
-        f"seeds {result['seeds']}.\n\n{markdown_table(header, accuracy)}"
-    ]
-    by_row = {
-        (found["row"], found["labels"]): found
-        for found in result["against_base"]
-        if found["domain"] == AVERAGE
-    }
-    titles = {
-        "difference": f"Points of accuracy more than {result['base']} (95 % of paired draws of "
-        "seeds and test examples)",
-        "efficiency": f"Times the labels that {result['base']} needs to reach as much (∞: all of "
-        "them are too few)",
-    }
-    for name, title in titles.items():
-        shown = [
-            [
-                row,
-                *(
-                    show_interval(by_row.get((row, point["asked"]), {}).get(name))
-                    for point in points
-                ),
-            ]
-            for row in rows
-            if row != result["base"]
-        ]
-        if result["base"] is not None:
-            parts.append(f"{title}:\n\n{markdown_table(header, shown)}")
-    return "\n\n".join([*parts, f"Command: `{result['command']}`\n"])
+    return "\n\n".join([*tables, f"Command: `{result['command']}`\n"])

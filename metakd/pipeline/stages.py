@@ -3,7 +3,9 @@
 <output_dir>/prototypes/             p[k, m] and the scores t of the training examples
 <output_dir>/teachers/<kind>-s<seed>[/<domain>]/
                                      save_pretrained, the domain parts beside it
-<output_dir>/.cache/teachers/<kind>-s<seed>[-mean]/<domain>/
+<output_dir>/teachers/<kind>-s<seed>-fold<n>of<k>[/<domain>]/
+                                     what those say who have not seen an example
+<output_dir>/.cache/teachers/<kind>-s<seed>[-mean]/<domain>[-on-<texts>]/
                                      what teachers say of training examples, see ``teacher_cache``
 <output_dir>/students/<method>[-from-<teacher>]-s<seed>/<domain>/
                                      a plain AutoModelForSequenceClassification
@@ -73,8 +75,10 @@ class Run(TeacherStage):
         return texts_of(self.corpus, lesson.domain, names, lesson.distill, scores, opinions)
 
     def _opinions(self, lesson: Lesson) -> Tensor | None:
-        kind = lesson.teacher_kind
-        return None if kind is None else self.opinions(kind, lesson.teacher_seed)
+        if lesson.teacher_kind is None:
+            return None
+        domain = lesson.domain if lesson.is_of_one_domain() else ALL_DOMAINS
+        return self.opinions(lesson.teacher_kind, lesson.teacher_seed, domain)
 
     # Students
 
@@ -131,10 +135,8 @@ class Run(TeacherStage):
         if not left or not self.store.may_build:
             return
         for lesson, _ in left:
-            if lesson.reads_scores:
-                self.prototypes()
             teachers = self._teachers(lesson)
-            self._opinions(lesson)
+            self._before(lesson)
             if any(self.outputs.cached_phases(lesson)):
                 self.outputs.keep(lesson, teachers)
         with in_groups(self.world, size) as (world, group, groups):
@@ -173,6 +175,8 @@ class Run(TeacherStage):
                 f"{lesson.distill.method}: there is no {lesson.teacher_kind} teacher of {domain}",
                 "name another teacher: the domain is withheld, or the student serves them all",
             )
+        if "own" not in lesson.texts:
+            self.texts(lesson)  # raises where there are none
         if self.config.teacher.folds and lesson.method.mixes(lesson.teacher_kind):
             raise ConfigError(
                 f"teacher.folds: {lesson.distill.method} learns from the mean of several teachers, "
@@ -218,8 +222,10 @@ class Run(TeacherStage):
         """
         label = label or method_label(lesson.distill, lesson.teacher_kind)
         self.foresee([lesson])
-        teachers = self._teachers(lesson)
         place, inputs, keep = self._student_stage(lesson, seed, keep, label)
+        teachers = self._teachers(lesson)
+        if not self.store.has(place, inputs, keep):
+            self._before(lesson)
         result = self.store.get(
             place,
             inputs,
@@ -227,6 +233,12 @@ class Run(TeacherStage):
             keep,
         )
         return place, result
+
+    def _before(self, lesson: Lesson) -> None:
+        """Make what its texts carry, beside its teachers."""
+        if lesson.reads_scores:
+            self.prototypes()
+        self._opinions(lesson)
 
     def _student_stage(
         self, lesson: Lesson, seed: int, keep: bool = True, label: str | None = None

@@ -1,9 +1,10 @@
 """How sure a comparison is: intervals of paired differences, and how many labels a method is worth.
 
-Everything is a bootstrap over what could have come out otherwise: seeds, drawn anew together for
-all domains, and test examples, drawn anew within each domain. Two methods are compared on the same
-draws, so that an example that is hard for both tells nothing. With few seeds such an interval is
-somewhat too narrow: three of them spread less than what they were drawn from.
+Everything is a bootstrap over seeds, drawn anew together for all domains, and test examples, drawn
+anew within each domain. Two methods are compared on the same draws, so that an example that is hard
+for both tells nothing. What was the same for all seeds (the split, and without ``--labels`` the
+labelled examples) is taken as given, and with few seeds an interval is somewhat too narrow: three
+of them spread less than what they were drawn from.
 
 Sizes: S seeds, N test examples of a domain, R draws.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -72,9 +74,14 @@ def _shared(sides: Sequence[Answers]) -> list[Answers] | None:
     return kept if seeds and all(len(found) == 1 for found in lengths) else None
 
 
-def _draws(answers: Answers) -> Draws:
-    sizes = {name: len(next(iter(by_seed.values()))) for name, by_seed in answers.items()}
-    return Draws(sizes, len(next(iter(answers.values()))))
+@lru_cache(maxsize=2)  # drawing them takes longer than using them
+def _draws(sizes: tuple[tuple[str, int], ...], seeds: int) -> Draws:
+    return Draws(dict(sizes), seeds)
+
+
+def _draws_for(answers: Answers) -> Draws:
+    sizes = tuple((name, len(next(iter(by_seed.values())))) for name, by_seed in answers.items())
+    return _draws(sizes, len(next(iter(answers.values()))))
 
 
 def accuracy_difference(answers: Answers, base: Answers) -> Interval | None:
@@ -87,7 +94,7 @@ def accuracy_difference(answers: Answers, base: Answers) -> Interval | None:
     shared = _shared([answers, base])
     if shared is None:
         return None
-    draws, domains = _draws(shared[0]), list(shared[0])
+    draws, domains = _draws_for(shared[0]), list(shared[0])
     mine, other = ([draws.means(side, name) for name in domains] for side in shared)
     value = float(np.mean([own[0] - base[0] for own, base in zip(mine, other, strict=True)]))
     drawn = [own[1] - base[1] for own, base in zip(mine, other, strict=True)]
@@ -101,8 +108,8 @@ def _interval(value: float, drawn: np.ndarray) -> Interval:
 
 def labels_to_reach(counts: Sequence[float], curve: Sequence[float], accuracy: float) -> float:
     """How many labels a curve of accuracy over labels needs to reach an accuracy: linear in the
-    logarithm between its points. What it reaches before its first point takes as many as that;
-    what it never reaches, infinitely many.
+    logarithm between its points. How few are enough for less than its first point nobody knows,
+    which is 0; what it never reaches takes infinitely many.
 
     Args:
         counts: labels at each point, growing.
@@ -113,7 +120,7 @@ def labels_to_reach(counts: Sequence[float], curve: Sequence[float], accuracy: f
     for count, reached in zip(counts, curve, strict=True):
         if reached >= accuracy:
             if before is None:
-                return count
+                return count if reached == accuracy else 0.0
             share = (accuracy - before[1]) / (reached - before[1])
             return math.exp(math.log(before[0]) + share * math.log(count / before[0]))
         before = (count, reached)
@@ -132,13 +139,13 @@ def label_efficiency(
         labels: that the other has.
 
     Returns:
-        A factor, infinite where even all labels do not get there; None where a domain, or every
+        A factor, 0 and infinite as ``labels_to_reach`` says; None where a domain, or every
         seed, is missing from the curve, or the examples are not the same.
     """
     shared = _shared([answers, *curves])
     if shared is None or shared[0].keys() != answers.keys():
         return None
-    draws, domains = _draws(shared[0]), list(answers)
+    draws, domains = _draws_for(shared[0]), list(answers)
     found = [[draws.means(side, name) for name in domains] for side in shared]
     values = [float(np.mean([value for value, _ in side])) for side in found]
     drawn = [np.mean([row for _, row in side], axis=0) for side in found]

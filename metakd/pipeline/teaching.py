@@ -92,10 +92,16 @@ class TeacherStage(PrototypeStage):
         count = self.config.teacher.ensemble
         return [self.teach(kind, seed + number * _ENSEMBLE_STRIDE) for number in range(count)]
 
-    def opinions(self, kind: str, seed: int) -> Tensor | None:
+    def opinions(self, kind: str, seed: int, domain: str = ALL_DOMAINS) -> Tensor | None:
         """What ``teacher.folds`` teachers that have not seen them think of the training examples:
-        logits [N, M], the mean over the ensemble; not a number for an example that no teacher has
-        learned from. None without folds."""
+        logits [N, M], the mean over the ensemble; not a number for an example that the teacher has
+        not learned from, of which it may speak itself. None without folds.
+
+        Args:
+            kind: of teacher.
+            seed: of the first of its ensemble.
+            domain: that of a teacher of one domain.
+        """
         folds, members = self.config.teacher.folds, self.config.teacher.ensemble
         if folds is None:
             return None
@@ -105,21 +111,24 @@ class TeacherStage(PrototypeStage):
         found = torch.full((len(train), classes), torch.nan)
         for number in range(folds):
             seeds = [seed + member * _ENSEMBLE_STRIDE for member in range(members)]
-            places = [self._teach(kind, member, Fold(number, folds)) for member in seeds]
+            places = [self._teach(kind, member, Fold(number, folds), domain) for member in seeds]
             for parts in zip(*places, strict=True):
                 kept = [load_file(place / _OPINIONS) for place in parts]
                 found[position[kept[0]["index"]]] = torch.stack([k["logits"] for k in kept]).mean(0)
         return found
 
-    def _teach(self, kind: str, seed: int, fold: Fold | None = None) -> dict[Path, str]:
-        """The folders of the teachers, and of what domain each is."""
+    def _teach(
+        self, kind: str, seed: int, fold: Fold | None = None, only: str = ALL_DOMAINS
+    ) -> dict[Path, str]:
+        """The folders of the teachers, of all domains or only this one, and of what domain each
+        is."""
         place = self.folder / "teachers" / f"{kind}-s{seed}{fold.title if fold else ''}"
         places = {place: ALL_DOMAINS}
         if TEACHER_KINDS[kind].per_domain:
             places = {
                 place / name: name
                 for name in self.corpus.domains
-                if name not in self.config.data.withhold
+                if name not in self.config.data.withhold and only in (name, ALL_DOMAINS)
             }
         for place, domain in places.items():
             inputs = {

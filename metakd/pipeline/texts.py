@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metakd.config import DistillConfig
 from metakd.data.corpus import Corpus, Split
+from metakd.errors import DataError
 from metakd.pipeline.table import ALL_DOMAINS
 
 
@@ -42,6 +43,9 @@ def texts_of(
             need none.
         opinions: logits [N, M] of training examples from teachers that have not seen them, not a
             number where a teacher may speak for itself; batches then carry them for every text.
+
+    Raises:
+        DataError: there are no such texts.
     """
     without_labels = corpus.unlabelled is not None and any("unlabelled" in name for name in names)
     weights = {name: getattr(distill.transfer_weights, name) for name in names}
@@ -66,6 +70,11 @@ def texts_of(
         if distill.transfer_by_score and scores is not None:
             part = part.with_column("foreign", torch.full((len(part),), foreign))
         parts.append(part)
+    if not any(map(len, parts)):
+        raise DataError(
+            f"domain {domain}: distill.transfer: there are no texts of {', '.join(names)}",
+            "add own to the list, or give such texts",
+        )
     return parts[0] if len(parts) == 1 else Split.joined(parts)
 
 
