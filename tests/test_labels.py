@@ -178,12 +178,8 @@ def test_every_domain_is_scarce_in_turn(source, tmp_path, monkeypatch, capsys):
     rates = [rows_of(log)[0]["learning_rate"] for log in logs]
     assert rates[0] == pytest.approx(rates[1] / 10)
     # Each seed draws other labels; what teachers said is not kept for thirteen settings.
-    drawn = [
-        json.loads(
-            (folder / f"hiking-4-s{seed}/students/finetune-s{seed}/hiking/stage.json").read_text()
-        )
-        for seed in (1, 2)
-    ]
+    places = [f"hiking-4-s{seed}/students/finetune-s{seed}/hiking" for seed in (1, 2)]
+    drawn = [json.loads((folder / place / "stage.json").read_text()) for place in places]
     assert drawn[0]["inputs"] != drawn[1]["inputs"]
     assert not list(folder.rglob(".cache/teachers"))
     # Again, nothing is trained; from Python, as a result by row.
@@ -206,7 +202,7 @@ def test_what_is_no_number_of_labels_is_refused(source, tmp_path, monkeypatch, c
     [
         (["distill.one_student_for_all=true"], "one_student_for_all leaves no domain"),
         (["compare.labels=[1000, 99]"], "no domain has more than 99 labels"),
-        (["compare.labels=[1]"], "hiking has 2 classes, more than 1 labels"),
+        (["compare.labels=[1]"], "data.labels: 1 of hiking, which has 2 classes"),
     ],
 )
 def test_what_cannot_be_compared_by_labels_is_refused(make, options, said):

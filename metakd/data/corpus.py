@@ -253,7 +253,7 @@ def _keep_labels(corpus: Corpus, domain: int, wanted: float, seed: int) -> None:
     classes = len(train.labels[train.domain == domain].unique())
     if number < classes:
         raise ConfigError(
-            f"data.labels: {number} are fewer than the {classes} classes of {corpus.domains[domain]}",
+            f"data.labels: {number} of {corpus.domains[domain]}, which has {classes} classes",
             "give at least one of each",
         )
     kept = _kept_rows(train, domain, number, seed)
