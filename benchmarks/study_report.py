@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.study import ALL, PARTS, SHORT_SIZES, STUDENT, TEACHER, Group, Results, groups
-from metakd.pipeline.labels import against_base, as_markdown
+from metakd.pipeline.labels import against_base, as_markdown, point
 from metakd.pipeline.statistics import Interval, accuracy_difference
 from metakd.pipeline.table import (
     AVERAGE,
@@ -140,14 +140,7 @@ def _curve(at: dict, domains: Sequence[str], done: dict[Group, dict]) -> str:
                     for group, result in done.items()
                     if group.labels == ALL
                 }
-            points.append(
-                {
-                    "asked": labels,
-                    "labels": counts,
-                    "summary": summarise(cells),
-                    "cells": [vars(cell) for cell in cells],
-                }
-            )
+            points.append(point(labels, counts, cells))
     if not points:
         return ""
     seeds = sorted({cell["seed"] for point in points for cell in point["cells"]})

@@ -737,14 +737,7 @@ def compare_by_labels(folder: Path) -> Path:
             for seed in (1, 2)
             for accuracy in [base + shift + seed]
         ]
-        points.append(
-            {
-                "asked": asked,
-                "labels": dict(zip(DOMAINS, counts)),
-                "summary": summarise(cells),
-                "cells": [vars(cell) for cell in cells],
-            }
-        )
+        points.append(by_labels.point(asked, dict(zip(DOMAINS, counts)), cells))
     result = {"command": "metakd compare --labels", "split": "test", "seeds": [1, 2]}
     result |= {"points": points, **by_labels.against_base(points)}
     write(folder / "labels.json", result)

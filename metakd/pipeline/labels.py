@@ -80,14 +80,7 @@ def compare_labels(run: Run, gamma2: Sequence[float] = ()) -> dict:
             if run.world.is_main:  # ``cache_limit_gib`` is for all of them
                 shutil.rmtree(setting.cache_root / "teachers", ignore_errors=True)
         if cells:
-            points.append(
-                {
-                    "asked": wanted,
-                    "labels": counts,
-                    "summary": summarise(cells),
-                    "cells": [vars(cell) for cell in cells],
-                }
-            )
+            points.append(point(wanted, counts, cells))
     if not points:
         raise ConfigError(
             f"compare.labels: no domain has more than {in_order[0]} labels",
@@ -103,6 +96,17 @@ def compare_labels(run: Run, gamma2: Sequence[float] = ()) -> dict:
     if run.world.is_main:
         _write(run.folder, result)
     return result
+
+
+def point(asked: int | str, labels: dict[str, int], cells: Sequence[Cell]) -> dict:
+    """One point of the curve: how many labels were asked for, how many each domain had, and what
+    came of it."""
+    return {
+        "asked": asked,
+        "labels": labels,
+        "summary": summarise(cells),
+        "cells": [vars(cell) for cell in cells],
+    }
 
 
 def _settings(run: Run, wanted: int | str) -> Iterator[tuple[Run, list[str]]]:
