@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "results" / "study.json"
 SHARED = ROOT.parent / "shared" / "data"
 
-SHORT_SIZES = {"train": 1000, "validation": 200, "test": 800, "unlabelled": 1500}
+SHORT_SIZES = {"train": 3000, "validation": 200, "test": 800, "unlabelled": 2000}
+OTHERS_LABELS = 1000  # that each of the domains which are not scarce has
 STUDENT = {"max_steps": 250, "num_train_epochs": 1000, "learning_rate": 4e-4, "selection": "last"}
 TEACHER = {"num_train_epochs": 2, "learning_rate": 5e-5, "selection": "last"}
 ALL = "all"
@@ -150,7 +151,8 @@ class Group:
     def settings(self) -> dict:
         """Its configuration, without places."""
         part = PARTS[self.part]
-        labels = {} if self.labels == ALL else {self.domain: self.labels}
+        labels = dict.fromkeys(part.domains, OTHERS_LABELS)
+        labels[self.domain] = SHORT_SIZES["train"] if self.labels == ALL else self.labels
         settings = {
             "data": {"max_length": part.max_length, "labels": labels},
             "teacher": {"training": dict(TEACHER)},
@@ -172,8 +174,6 @@ class Group:
     def folder(self, runs: Path) -> Path:
         """Its run directory, shared with those that have the same teachers."""
         name = f"{self.domain}-{self.labels}-s{self.seed}"
-        if self.labels == ALL:
-            name = f"{ALL}-s{self.seed}"  # its teachers serve every domain
         own = set(self.block.changes) - {"distill", "student"}
         return runs / self.part / (f"{name}-{self.block.name}" if own else name)
 

@@ -11,7 +11,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.study import ALL, PARTS, SHORT_SIZES, STUDENT, TEACHER, Group, Results, groups
+from benchmarks.study import (
+    ALL,
+    OTHERS_LABELS,
+    PARTS,
+    SHORT_SIZES,
+    STUDENT,
+    TEACHER,
+    Group,
+    Results,
+    groups,
+)
 from metakd.pipeline.labels import against_base, as_markdown, point
 from metakd.pipeline.statistics import Interval, accuracy_difference
 from metakd.pipeline.table import (
@@ -67,8 +77,9 @@ def _about() -> str:
         f"layers. Teachers: {_said(TEACHER)}. Students: {_said(STUDENT)}, batches of 32, the "
         "attention term weighted 0.1. Short texts: at most "
         f"{_said(SHORT_SIZES)} a domain (Hutto, Gilbert 2014, as `metakd quickstart` fetches "
-        "them). The student's domain is scarce, in turn; its other texts are unlabelled ones, and "
-        "no more than as many labels are there to choose by, if anything is chosen."
+        "them). The student's domain is scarce, in turn, its other texts unlabelled; the "
+        f"others have at most {OTHERS_LABELS} labels. Of no domain are more labels looked at to "
+        "choose by, if anything is chosen, than there are to train on."
     )
 
 
