@@ -65,6 +65,8 @@ def write(results: Results) -> None:
         done = {group: found for group in wanted if (found := results.of(group))}
         if done:
             parts += _part(part, wanted, done)
+        elif wanted:
+            parts.append(f"## {part}\n\nNone of {len(wanted)} groups is done at these settings.")
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
