@@ -409,7 +409,7 @@ METHODS = {
     "tinybert_kd, multi-task": ["distill.method=tinybert_kd", "teacher.kind=mtl"],
     "tinybert_kd, single": ["distill.method=tinybert_kd", "teacher.kind=single"],
     "logits_kd": ["distill.method=logits_kd", "teacher.kind=mix"],
-    "mtn_kd": ["distill.method=mtn_kd"],
+    "mtn_kd": ["distill.method=mtn_kd", "teacher.training.num_train_epochs=8"],
     "minilmv2": ["distill.method=minilmv2", "distill.relation_heads=4", "teacher.kind=mix"],
     "two stages": ["distill.schedule=two_stage", "distill.intermediate.num_train_epochs=1"],
 }
@@ -440,9 +440,10 @@ def test_losses_are_those_of_the_live_teacher(make, asked, name):
     assert live.keys() == cached.keys()
     for stage, values in cached.items():
         assert len(values) == len(live[stage]) >= 3
-        # A divergence of nearly equal distributions is as exact as they are, not as itself.
+        # A divergence of nearly equal distributions is as exact as they are, numbers below 1 in
+        # float32, and not as itself.
         torch.testing.assert_close(
-            torch.tensor(values), torch.tensor(live[stage]), rtol=rtol, atol=1e-8
+            torch.tensor(values), torch.tensor(live[stage]), rtol=rtol, atol=1e-7
         )
 
 

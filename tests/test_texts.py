@@ -293,8 +293,10 @@ def test_what_an_earlier_version_finished_stays_finished(source, tmp_path):
 SCARCE = ["data.labels={hiking: 4}", "distill.domains=[hiking]", EVERYTHING]
 
 
-@pytest.mark.parametrize("method", ["meta", "tinybert_kd", "pseudo_labels", "minilmv2"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("method", "packed"),
+    [("meta", True), ("tinybert_kd", False), ("pseudo_labels", False), ("minilmv2", False)],
+)
 def test_students_learn_from_all_texts(make, unlabelled, method, packed):
     options = [f"data.unlabelled={unlabelled}", f"distill.method={method}", f"packed={packed}"]
     options += ["distill.relation_heads=4", "distill.transfer_by_score=true"]
@@ -315,7 +317,7 @@ def test_kept_outputs_teach_as_a_live_teacher_does(make, unlabelled):
     assert any("teacher outputs of 68 examples" in line for line in run.said)
     for stage, values in losses(place).items():
         torch.testing.assert_close(
-            torch.tensor(values), torch.tensor(live[stage]), rtol=2e-5, atol=1e-8
+            torch.tensor(values), torch.tensor(live[stage]), rtol=2e-5, atol=1e-7
         )
 
 
