@@ -5,8 +5,6 @@ Every cell is a student stage, so an interrupted comparison goes on where it sto
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from metakd.pipeline.table import (
     ALL_DOMAINS,
     TEACHER,
     Cell,
+    csv_table,
     markdown,
     summarise,
     term_values,
@@ -133,10 +132,5 @@ def _write(folder: Path, result: dict) -> None:
     page = f"{markdown(result)}\n\n{note}\n{terms}"
     (folder / "compare.md").write_text(page, encoding="utf-8")
     (folder / "compare.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    table = io.StringIO()
-    writer = csv.DictWriter(
-        table, ["row", "domain", "seed", "accuracy"], extrasaction="ignore", lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(result["cells"])
-    (folder / "compare.csv").write_text(table.getvalue(), encoding="utf-8")
+    table = csv_table(["row", "domain", "seed", "accuracy"], result["cells"])
+    (folder / "compare.csv").write_text(table, encoding="utf-8")

@@ -8,8 +8,6 @@ and each seed draws other labels.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import shutil
@@ -32,6 +30,7 @@ from metakd.pipeline.table import (
     TEACHER,
     Cell,
     answers_of,
+    csv_table,
     label_tables,
     markdown_table,
     summarise,
@@ -53,7 +52,8 @@ def compare_labels(run: Run, gamma2: Sequence[float] = ()) -> dict:
         worth in labels of the first row without a teacher.
 
     Raises:
-        ConfigError: one student serves all domains, so that none can be scarce.
+        ConfigError: one student serves all domains, so that none can be scarce; no domain has more
+            labels than asked for; or a tag is to be gone on from, which only one directory has.
     """
     if run.config.distill.one_student_for_all:
         raise ConfigError(
@@ -185,13 +185,11 @@ def _write(folder: Path, result: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "labels.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     (folder / "labels.md").write_text(as_markdown(result), encoding="utf-8")
-    table = io.StringIO()
-    columns = ["labels", "row", "domain", "seed", "accuracy"]
-    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for point in result["points"]:
-        writer.writerows({**cell, "labels": point["asked"]} for cell in point["cells"])
-    (folder / "labels.csv").write_text(table.getvalue(), encoding="utf-8")
+    rows = [
+        {**cell, "labels": point["asked"]} for point in result["points"] for cell in point["cells"]
+    ]
+    table = csv_table(["labels", "row", "domain", "seed", "accuracy"], rows)
+    (folder / "labels.csv").write_text(table, encoding="utf-8")
 
 
 def as_markdown(result: dict) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -35,28 +35,30 @@ class Interval(NamedTuple):
     high: float
 
 
-class Draws:
-    """The same draws of seeds and test examples for every method that is asked for.
+# Each is drawn once: that takes longer than using it, and pairs need the same draws.
+@cache
+def _seed_draws(seeds: int) -> np.ndarray:
+    """[R, S], shares of the seeds in each draw."""
+    return _drawn(seeds, [_SEED])
 
-    Args:
-        sizes: test examples of each domain.
-        seeds: how many.
-        draws: R.
-    """
 
-    def __init__(self, sizes: Mapping[str, int], seeds: int, draws: int = DRAWS):
-        generator = np.random.default_rng(_SEED)
-        self.seeds = generator.multinomial(seeds, [1 / seeds] * seeds, draws) / seeds  # [R, S]
-        self.examples = {  # [R, N] each
-            name: generator.multinomial(size, [1 / size] * size, draws).astype(np.float32) / size
-            for name, size in sizes.items()
-        }
+@cache
+def _example_draws(domain: str, size: int) -> np.ndarray:
+    """[R, N], shares of a domain's test examples in each draw."""
+    return _drawn(size, [_SEED, *domain.encode()])
 
-    def means(self, answers: Answers, domain: str) -> tuple[float, np.ndarray]:
-        """Accuracy in percent on a domain, as it is and [R] in each draw."""
-        right = 100.0 * _matrix(answers[domain])  # [S, N]
-        drawn = self.examples[domain] @ right.T  # [R, S]
-        return float(right.mean()), (drawn * self.seeds).sum(1)
+
+def _drawn(size: int, entropy: list[int]) -> np.ndarray:
+    generator = np.random.default_rng(entropy)
+    counts = generator.multinomial(size, [1 / size] * size, DRAWS)
+    return counts.astype(np.float32) / size
+
+
+def _means(answers: Answers, domain: str) -> tuple[float, np.ndarray]:
+    """Accuracy in percent on a domain, as it is and [R] in each draw."""
+    right = 100.0 * _matrix(answers[domain])  # [S, N]
+    drawn = _example_draws(domain, right.shape[1]) @ right.T  # [R, S]
+    return float(right.mean()), (drawn * _seed_draws(len(right))).sum(1)
 
 
 def _matrix(by_seed: Mapping[int, str]) -> np.ndarray:
@@ -74,16 +76,6 @@ def _shared(sides: Sequence[Answers]) -> list[Answers] | None:
     return kept if seeds and all(len(found) == 1 for found in lengths) else None
 
 
-@lru_cache(maxsize=2)  # drawing them takes longer than using them
-def _draws(sizes: tuple[tuple[str, int], ...], seeds: int) -> Draws:
-    return Draws(dict(sizes), seeds)
-
-
-def _draws_for(answers: Answers) -> Draws:
-    sizes = tuple((name, len(next(iter(by_seed.values())))) for name, by_seed in answers.items())
-    return _draws(sizes, len(next(iter(answers.values()))))
-
-
 def accuracy_difference(answers: Answers, base: Answers) -> Interval | None:
     """How many points of accuracy a method has over another: the mean over their common domains,
     with their common seeds.
@@ -94,8 +86,7 @@ def accuracy_difference(answers: Answers, base: Answers) -> Interval | None:
     shared = _shared([answers, base])
     if shared is None:
         return None
-    draws, domains = _draws_for(shared[0]), list(shared[0])
-    mine, other = ([draws.means(side, name) for name in domains] for side in shared)
+    mine, other = ([_means(side, name) for name in side] for side in shared)
     value = float(np.mean([own[0] - base[0] for own, base in zip(mine, other, strict=True)]))
     drawn = [own[1] - base[1] for own, base in zip(mine, other, strict=True)]
     return _interval(value, np.mean(drawn, axis=0))
@@ -145,8 +136,7 @@ def label_efficiency(
     shared = _shared([answers, *curves])
     if shared is None or shared[0].keys() != answers.keys():
         return None
-    draws, domains = _draws_for(shared[0]), list(answers)
-    found = [[draws.means(side, name) for name in domains] for side in shared]
+    found = [[_means(side, name) for name in side] for side in shared]
     values = [float(np.mean([value for value, _ in side])) for side in found]
     drawn = [np.mean([row for _, row in side], axis=0) for side in found]
     factors = [

@@ -6,9 +6,11 @@ torch.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -178,6 +180,15 @@ def show_interval(found: Sequence[float | None] | None, digits: int = 1) -> str:
         return "-"
     value, low, high = ("∞" if x is None else f"{x:.{digits}f}" for x in found)
     return f"{value} ({low} to {high})"
+
+
+def csv_table(columns: Sequence[str], rows: Iterable[Mapping]) -> str:
+    """These columns of the rows as CSV."""
+    written = io.StringIO()
+    writer = csv.DictWriter(written, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return written.getvalue()
 
 
 def label_tables(compared: dict) -> list[tuple[str, list[str], list[list[str]]]]:
