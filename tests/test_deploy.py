@@ -472,17 +472,21 @@ class TestLatency:
     # Each engine of each model is measured in a process of its own.
     @pytest.mark.parametrize("engines", [["onnx"], pytest.param(["eager", "onnx"], marks=DEEP)])
     def test_a_run_side_by_side(self, student, tmp_path, call, engines):
-        for role in ("teachers/meta-s1", "students/meta-from-meta-s1/novels"):
-            shutil.copytree(student, tmp_path / "run" / role)
-            (tmp_path / "run" / role / "stage.json").write_text("{}")
+        record = {"result": {"validation": {}}, "kept": True, "seconds": 1.0, "world_size": 1}
+        others = ("novels-as-tiny-s1/novels", "novels-s1/novels", "novels-s1/poems")
+        for place in ("teachers/meta-s1", *(f"students/{other}" for other in others)):
+            shutil.copytree(student, tmp_path / "run" / place)
+            (tmp_path / "run" / place / "stage.json").write_text(json.dumps(record))
         words = "--batch 2 --length 8 --length 500 --length 501 --device cpu --seconds 0"
         words += "".join(f" --engine {engine}" for engine in engines)
         code, out, _ = call("latency", tmp_path / "run", *words.split())
         assert code == 0
         result = json.loads((tmp_path / "run" / "latency.json").read_text())
-        assert [(m, about["role"]) for m, about in result["models"].items()] == [
-            ("teacher", "teacher"),
-            ("student", "student"),
+        models = [(m, about["role"], about["shape"]) for m, about in result["models"].items()]
+        assert models == [
+            ("teacher", "teacher", ""),
+            ("student as tiny", "student", "tiny"),
+            ("student", "student", ""),
         ]
         assert [(row["model"], row["engine"], row["length"]) for row in result["rows"]] == [
             (model, engine, 8) for model in result["models"] for engine in engines

@@ -1,4 +1,4 @@
-"""Comparisons by the number of labels, and how sure they are."""
+"""Comparisons: students of several shapes, numbers of labels, and how sure what they say is."""
 
 import csv
 import json
@@ -127,6 +127,40 @@ OPTIONS = [
     "distill.training.max_steps=2",
     "teacher.training.max_steps=2",
 ]
+
+
+def test_a_row_may_have_a_student_of_its_own(source, tmp_path):
+    small = {"preset": "tiny-2l-128"}
+    rows = [
+        {"method": "tinybert_kd", "teacher": "mix", "max_steps": 1, "student": small},
+        {"method": "tinybert_kd", "teacher": "mix", "student": {"layers": [0, 1]}},
+        {"method": "finetune", "student": {"model": str(source / "small")}},
+        {"method": "finetune"},
+    ]
+    options = [*OPTIONS[3:], f"compare.rows={json.dumps(rows)}", "compare.seeds=[1]"]
+    options.append("distill.training.num_train_epochs=2")
+    options += ["compare.keep_students=true", "distill.domains=[hiking]"]
+    path = write_config(source, tmp_path, "run")
+    scores = front.compare(str(path), options).scores
+    shapes = {
+        "tinybert_kd-from-mix-as-tiny-2l-128": (2, 128, 1),
+        "tinybert_kd-from-mix-as-layers-0-1": (2, 32, 2),
+        "finetune-as-small": (2, 24, 2),
+        "finetune": (1, 32, 2),
+    }
+    assert scores.keys() == {"teacher: mix", *shapes}
+    for row, (layers, hidden, steps) in shapes.items():
+        folder = tmp_path / "run" / "students" / f"{row}-s1" / "hiking"
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["num_hidden_layers"], config["hidden_size"]) == (layers, hidden)
+        assert max(line["step"] for line in rows_of(folder / "log.jsonl")) == steps
+
+
+def test_a_students_model_of_a_row_must_fit(source, tmp_path):
+    rows = json.dumps([{"method": "finetune", "student": {"layers": [0, 7]}}])
+    path = write_config(source, tmp_path, "run")
+    with pytest.raises(ConfigError, match=r"compare\.rows\.0\.student: .* layer outside 0\.\.1"):
+        front.run(str(path), [f"compare.rows={rows}"])
 
 
 def test_every_domain_is_scarce_in_turn(source, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import write_config
 
-from metakd.config import CompareRow, DistillConfig, load_config
+from metakd.config import CompareRow, DistillConfig, StudentConfig, load_config
 from metakd.errors import CheckpointError, ConfigError
 from metakd.method.kinds import TEACHER_KINDS, TeacherKind
 from metakd.method.methods import DEFAULT_ROWS, MEAN, METHODS, Method, Weighted, as_markdown
@@ -60,7 +60,8 @@ def test_a_row_refuses_teachers_that_cannot_teach_it():
 
 def test_places_of_outputs_tell_one_teacher_from_the_mean_of_several():
     def place(method, kind):
-        return Lesson("books", DistillConfig(method=method), kind, 3).place
+        student = StudentConfig(layers=[0])
+        return Lesson("books", student, DistillConfig(method=method), kind, 3).place
 
     assert place("logits_kd", "single") == "teachers/single-s3/books"
     assert place("mtn_kd", "single") == "teachers/single-s3-mean/books"

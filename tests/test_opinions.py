@@ -209,5 +209,5 @@ def test_scores_are_read_where_nothing_is_unlabelled(make):
     """Every row has its label: the transfer set is smaller, and no error."""
     run = make("data.labels={hiking: 12}", "distill.transfer=all+unlabelled", *ONE)
     assert run.corpus.unlabelled is None
-    lesson = Lesson("hiking", run.config.distill, "meta", 42)
+    lesson = Lesson("hiking", run.config.student, run.config.distill, "meta", 42)
     assert run.texts(lesson, lesson.texts).columns["t"].shape == (48,)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -374,6 +375,35 @@ def test_int8_counts_only_where_every_domain_is_exported(run):
     assert len(trade["points"]) == 4
     shutil.rmtree(run / "students" / "meta-from-meta-s1-t1" / "books" / "onnx")
     assert "metakd export" in section(gather(run), "tradeoff").notes[-1]
+
+
+def test_students_of_another_shape_have_a_latency_of_their_own(run):
+    compared, timed = (
+        json.loads((run / f"{name}.json").read_text()) for name in ("compare", "latency")
+    )
+    cells = [Cell(**cell) for cell in compared["cells"]]
+    for shape in ("tiny", "huge"):
+        cells += [
+            replace(cell, row=f"finetune-as-{shape}") for cell in cells if cell.row == "finetune"
+        ]
+    write(
+        run / "compare.json",
+        compared | {"summary": summarise(cells), "cells": [vars(cell) for cell in cells]},
+    )
+    timed["models"]["student as tiny"] = timed["models"]["student"] | {"shape": "tiny"}
+    timed["rows"] += [
+        row | {"model": "student as tiny", "p50_ms": row["p50_ms"] / 4}
+        for row in timed["rows"]
+        if row["model"] == "student"
+    ]
+    write(run / "latency.json", timed)
+    facts = gather(run)
+    points = {p["name"]: p["p50_ms"] for p in facts["tradeoff"]["points"]}
+    assert points["finetune"] == 2.0 and points["finetune-as-tiny"] == 0.5
+    assert facts["tradeoff"]["left_out"] == [
+        {"name": "finetune-as-huge", "reason": "no latency of its shape"}
+    ]
+    assert facts["ratios"][0]["ratio"] == 3.0  # of the shape that is the configuration's
 
 
 def test_latency_nearest_to_what_the_headline_speaks_of():

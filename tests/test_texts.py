@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_runs import losses, rows_of, write_config
 
 from metakd import demo
-from metakd.config import DataConfig, DistillConfig, RunConfig, load_config
+from metakd.config import DataConfig, DistillConfig, RunConfig, StudentConfig, load_config
 from metakd.data import corpus as corpus_module
 from metakd.data.corpus import Split, load_corpus
 from metakd.errors import ConfigError, DataError, StoppedError
@@ -171,7 +171,7 @@ def shares(split: Split) -> dict[tuple[int, bool], int]:
 def test_sources_of_texts(make, unlabelled, transfer, expected):
     corpus = make(f"data.unlabelled={unlabelled}", "data.labels={hiking: 4}").corpus
     distill = DistillConfig(method="logits_kd", transfer=transfer)
-    lesson = Lesson("hiking", distill, "mix", 1)
+    lesson = Lesson("hiking", StudentConfig(layers=[0]), distill, "mix", 1)
     assert shares(texts_of(corpus, "hiking", lesson.texts, distill)) == expected
 
 

@@ -8,6 +8,7 @@ wrong configuration is refused in well under a second.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -176,6 +177,13 @@ class StudentConfig(Block):
             )
         return self
 
+    @property
+    def shape(self) -> str:
+        """What the rows of a comparison call it."""
+        if self.layers is not None:
+            return "-".join(["layers", *map(str, self.layers)])
+        return self.preset or PurePath(str(self.model)).name
+
 
 class TermWeights(Block):
     """Weight of each distillation term; 0 switches a term off and its features are not even
@@ -253,13 +261,15 @@ class DistillConfig(Block):
 class CompareRow(Block):
     """One row of the comparison: a method and the teacher it learns from (``finetune`` has none);
     what else is given takes the place of the key of that name in ``distill`` or its ``training``,
-    for this row."""
+    and ``student`` of the whole block, for this row."""
 
     method: MethodName
     teacher: TeacherKind | None = None
     gamma2: Annotated[float, Field(ge=0.0)] | None = None
     transfer: Annotated[Transfer | None, LATER] = None
     learning_rate: Annotated[Positive | None, LATER] = None
+    max_steps: Annotated[Count | None, LATER] = None
+    student: Annotated[StudentConfig | None, LATER] = None
 
     @model_validator(mode="after")
     def _teacher_fits(self):

@@ -76,6 +76,11 @@ def check_contradictions(config: RunConfig) -> list[str]:
     models: dict[str, TeacherConfig | StudentConfig] = {
         "teacher": config.teacher,
         "student": student,
+        **{
+            f"compare.rows.{number}.student": row.student
+            for number, row in enumerate(config.compare.rows)
+            if row.student is not None
+        },
     }
     for key, block in models.items():
         if block.offload and config.sharding(block).zero == 0:
@@ -116,4 +121,5 @@ def _transfer(config: RunConfig) -> list[str]:
 def _row_name(row: CompareRow) -> str:
     gamma2 = "" if row.gamma2 is None else f" with gamma2 {row.gamma2:g}"
     transfer = "" if row.transfer is None else f" on {row.transfer}"
-    return f"{row.method} from {row.teacher}{gamma2}{transfer}"
+    shape = "" if row.student is None else f" as {row.student.shape}"
+    return f"{row.method} from {row.teacher}{gamma2}{transfer}{shape}"

@@ -18,11 +18,11 @@ import numpy as np
 from metakd.deploy import labels
 from metakd.deploy.formats import INT8_ENGINE, ONNX_FILES
 from metakd.deploy.run_folder import RunFolder, Stage
-from metakd.deploy.speedup import headline_ratio, ratios
+from metakd.deploy.speedup import fastest, headline_ratio, ratios, times
 from metakd.environment import versions
 from metakd.method.methods import METHODS
 from metakd.method.recipe import FLAT_SCORES
-from metakd.pipeline.table import ALL_DOMAINS, AVERAGE, TEACHER, Cell, summarise
+from metakd.pipeline.table import ALL_DOMAINS, AVERAGE, TEACHER, Cell, shape_of, summarise
 
 _CURVE_POINTS = 60
 _SCORE_BINS = 40
@@ -61,7 +61,7 @@ def gather(run: RunFolder, command: str = "") -> dict:
         "best": best,
         "close": _close(comparison, best),
         "evaluation": run.evaluation,
-        "tradeoff": _tradeoff(comparison, headline_ratio(compared), exports),
+        "tradeoff": _tradeoff(comparison, run.latency, headline_ratio(compared), exports),
         "terms": {row: curves for row, own in logs.items() if (curves := _curves(own))["terms"]},
         "scores": _scores(run),
         "expertise": {row: found for row, found in expertise.items() if found},
@@ -273,17 +273,21 @@ def _expertise(logs: Sequence[list[dict]]) -> dict | None:
 # Accuracy against latency
 
 
-def _tradeoff(comparison: dict | None, at: dict | None, exports: Sequence[dict]) -> dict | None:
+def _tradeoff(
+    comparison: dict | None, latency: dict | None, at: dict | None, exports: Sequence[dict]
+) -> dict | None:
     """Accuracy against the latencies ``at`` one batch and length: the teachers, every row of
     students, and int8 students where all domains of a row were exported and scored."""
-    if comparison is None or at is None:
+    if comparison is None or latency is None or at is None:
         return None
-    points = [
-        {"name": row, "accuracy": scores[AVERAGE]["mean"]} | at[_role(row)]
-        for row, scores in comparison["summary"].items()
-        if AVERAGE in scores
-    ]
-    left_out = []
+    points, left_out, took = [], [], {}
+    for row, scores in comparison["summary"].items():
+        took[row] = times(latency, _role(row), shape_of(row), at["batch"], at["length"])
+        best = fastest(took[row])
+        if best is None:
+            left_out.append({"name": row, "reason": "no latency of its shape"})
+        elif AVERAGE in scores:
+            points.append({"name": row, "accuracy": scores[AVERAGE]["mean"]} | best)
     scored: dict[str, dict[str, list[float]]] = {}
     for export in exports:
         accuracy = export["formats"].get(ONNX_FILES[INT8_ENGINE], {}).get("accuracy")
@@ -295,7 +299,7 @@ def _tradeoff(comparison: dict | None, at: dict | None, exports: Sequence[dict])
             continue
         wanted = [ALL_DOMAINS] if ALL_DOMAINS in domains else comparison["domains"]
         missing = [name for name in wanted if name not in domains]
-        if missing or at["int8_ms"] is None:
+        if missing or INT8_ENGINE not in took[row]:
             reason = f"not exported: {', '.join(missing)}" if missing else "no int8 latency"
             left_out.append({"name": f"{row}, int8", "reason": reason})
             continue
@@ -304,7 +308,7 @@ def _tradeoff(comparison: dict | None, at: dict | None, exports: Sequence[dict])
         accuracy = comparison["summary"][row][AVERAGE]["mean"] + 100 * gain
         points.append(
             {"name": f"{row}, int8", "accuracy": accuracy}
-            | {"engine": INT8_ENGINE, "p50_ms": at["int8_ms"]}
+            | {"engine": INT8_ENGINE, "p50_ms": took[row][INT8_ENGINE]}
         )
     front = pareto([(point["p50_ms"], point["accuracy"]) for point in points])
     return {

@@ -40,7 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 from metakd.deploy.engines import check_device, onnx_file, open_engine, positions, why_not
 from metakd.deploy.export import write_files
 from metakd.deploy.formats import ENGINES, INT8_ENGINE, ONNX_FILES, ONNX_FOLDER, TOKENISING
-from metakd.deploy.run_folder import stage_folders
+from metakd.deploy.run_folder import find_stages
 from metakd.deploy.sections import latency_section
 from metakd.deploy.speedup import ratios
 from metakd.environment import environment, installed
@@ -48,6 +48,7 @@ from metakd.errors import ConfigError, MetakdError, ParityError, UnsupportedErro
 from metakd.models.sources import load_config, load_tokenizer, load_trained_classifier
 from metakd.models.student import PRESETS as STUDENTS
 from metakd.models.student import bert_shape
+from metakd.pipeline.table import AS_SHAPE, shape_of
 
 BATCHES = (1, 8, 32, 128)
 LENGTHS = (32, 128, 512)
@@ -79,6 +80,7 @@ class Model:
         folder: with its weights, and its tokenizer if it has one.
         source: where a person finds it: the folder, or a preset's name.
         role: teacher or student, where it is known.
+        shape: of a student in a run that has several.
         exported: where its ONNX files are; None where they are in its own folder.
     """
 
@@ -86,6 +88,7 @@ class Model:
     folder: Path
     source: str
     role: str | None = None
+    shape: str = ""
     exported: Path | None = None
 
 
@@ -105,8 +108,8 @@ def measure_latency(
     """Measure models side by side.
 
     Args:
-        sources: folders of models, run folders (their teacher and one of their students, which are
-            all of one shape), or names of ``PRESETS``.
+        sources: folders of models, run folders (their teacher and a student of each shape), or
+            names of ``PRESETS``.
         engines: of ``formats.ENGINES``.
         batches: sizes B.
         lengths: sizes L, tokens.
@@ -215,14 +218,15 @@ def _name(folder: Path) -> str:
 
 
 def _models_of_run(run: Path) -> list[Model]:
-    """The teacher and one student: those of a run differ in their weights alone."""
-    found = []
-    kept = [folder for folder in stage_folders(run) if (folder / "config.json").exists()]
-    for role in ("teacher", "student"):
-        own = [folder for folder in kept if run / f"{role}s" in folder.parents]
-        if own:
-            found.append(Model(role, own[0], str(own[0]), role))
-    return found
+    """The teacher and a student of each shape: others differ in their weights alone."""
+    found: dict[str, Model] = {}
+    for stage in find_stages(run):
+        if (stage.folder / "config.json").exists():
+            shape = shape_of(stage.row)
+            name = stage.kind + (f" {AS_SHAPE.strip('-')} {shape}" if shape else "")
+            model = Model(name, stage.folder, str(stage.folder), stage.kind, shape)
+            found.setdefault(name, model)
+    return sorted(found.values(), key=lambda model: model.role != "teacher")
 
 
 def _random_model(preset: str, scratch: Path) -> Path:
@@ -261,6 +265,7 @@ def _describe(model: Model, workers: list[_Worker]) -> dict:
     return {
         "source": model.source,
         "role": model.role,
+        "shape": model.shape,
         "folder": None if model.source in PRESETS else str(model.folder),
         "parameters": sum(p.numel() for p in _unallocated(model.folder).parameters()),
         "layers": shape.num_hidden_layers,

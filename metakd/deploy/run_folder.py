@@ -142,7 +142,7 @@ def read_run(folder: Path) -> RunFolder:
         CheckpointError: one of its files cannot be read, or is not what a run writes; the stages'
             own files raise it when they are asked for.
     """
-    stages = _find_stages(folder)
+    stages = find_stages(folder)
     reports = {name: _read(folder / f"{name}.json", keys) for name, keys in _REPORTS.items()}
     if not stages and not any(reports.values()):
         raise ConfigError(
@@ -152,7 +152,7 @@ def read_run(folder: Path) -> RunFolder:
     return RunFolder(folder, stages, **reports)
 
 
-def stage_folders(run: Path) -> list[Path]:
+def _stage_folders(run: Path) -> list[Path]:
     """Where the finished stages of a run lie; unfinished and replaced ones are in hidden folders,
     which are passed over."""
     found = (path.parent for place in _PLACES for path in run.glob(f"{place}/stage.json"))
@@ -163,9 +163,14 @@ def stage_folders(run: Path) -> list[Path]:
     )
 
 
-def _find_stages(run: Path) -> list[Stage]:
+def find_stages(run: Path) -> list[Stage]:
+    """The finished stages of a run; none where it is no run.
+
+    Raises:
+        CheckpointError: a record cannot be read, or is not what a run writes.
+    """
     found = []
-    for folder in stage_folders(run):
+    for folder in _stage_folders(run):
         place = folder.relative_to(run).parts
         kind, label, seed, domain = place[0].removesuffix("s"), "", 0, ALL_DOMAINS
         if place == ("prototypes",):

@@ -147,8 +147,8 @@ def _tradeoff(facts: dict) -> Section:
     section.plots.append(plots.tradeoff(trade))
     section.notes.append(
         "Filled marks are on the Pareto front: nothing else is both as fast and as accurate. "
-        "Students of one run have one shape, so one was measured; each model runs on its fastest "
-        "engine with unrounded weights."
+        "One student of each shape was measured; each model runs on its fastest engine with "
+        "unrounded weights."
     )
     section.notes += [
         f"{left['name']} is left out ({left['reason']})." for left in trade["left_out"]

@@ -24,38 +24,52 @@ def ratios(latency: dict | None) -> list[dict]:
     pair = compared_models(latency) if latency else None
     if pair is None:
         return []
-    p50 = {
-        (row["model"], row["engine"], row["batch"], row["length"]): row["p50_ms"] for row in rows
-    }
-    engines = list(dict.fromkeys(row["engine"] for row in rows))
     found = []
     for batch, length in sorted({(row["batch"], row["length"]) for row in rows}):
-        times = {
-            role: {e: p50[key] for e in engines if (key := (name, e, batch, length)) in p50}
-            for role, name in zip(("teacher", "student"), pair)
-        }
-        exact = {
-            model: {engine: ms for engine, ms in own.items() if engine != INT8_ENGINE}
-            for model, own in times.items()
-        }
-        if not all(exact.values()):
+        teacher, student = (_times(latency, name, batch, length) for name in pair)
+        teachers, students = fastest(teacher), fastest(student)
+        if teachers is None or students is None:
             continue
-        fastest = {
-            model: {"engine": (engine := min(own, key=own.get)), "p50_ms": own[engine]}
-            for model, own in exact.items()
-        }
-        both = [engine for engine in times["teacher"] if engine in times["student"]]
         found.append(
             {
                 "batch": batch,
                 "length": length,
-                **fastest,
-                "ratio": fastest["teacher"]["p50_ms"] / fastest["student"]["p50_ms"],
-                "engines": {e: times["teacher"][e] / times["student"][e] for e in both},
-                "int8_ms": times["student"].get(INT8_ENGINE),
+                "teacher": teachers,
+                "student": students,
+                "ratio": teachers["p50_ms"] / students["p50_ms"],
+                "engines": {e: teacher[e] / student[e] for e in teacher if e in student},
             }
         )
     return found
+
+
+def times(latency: dict, role: str, shape: str, batch: int, length: int) -> dict[str, float]:
+    """By engine the p50 in ms of the teacher, or of students of a shape (``table.AS_SHAPE``; that
+    of the configuration has no name); empty where it was not measured."""
+    named = {
+        name
+        for name, model in latency["models"].items()
+        if (model.get("role"), model.get("shape", "")) == (role, shape)
+    }
+    if not named and not shape:
+        named = {dict(zip(("teacher", "student"), compared_models(latency) or ())).get(role)}
+    return {e: ms for name in named for e, ms in _times(latency, name, batch, length).items()}
+
+
+def _times(latency: dict, model: str | None, batch: int, length: int) -> dict[str, float]:
+    cell = (model, batch, length)
+    return {
+        row["engine"]: row["p50_ms"]
+        for row in latency["rows"]
+        if (row["model"], row["batch"], row["length"]) == cell
+    }
+
+
+def fastest(times: dict[str, float]) -> dict | None:
+    """The fastest engine that computes with unrounded weights, and its p50."""
+    exact = {engine: ms for engine, ms in times.items() if engine != INT8_ENGINE}
+    engine = min(exact, key=lambda name: exact[name], default=None)
+    return None if engine is None else {"engine": engine, "p50_ms": exact[engine]}
 
 
 def compared_models(latency: dict) -> tuple[str, str] | None:

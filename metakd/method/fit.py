@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
-from metakd.config import RunConfig
+from metakd.config import RunConfig, StudentConfig
 from metakd.errors import ConfigError
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import build_terms
@@ -27,8 +27,9 @@ def check_models(
     label2id: dict[str, int],
     recipe: Recipe = PAPER,
 ) -> None:
-    """Do teacher, student, objective and data fit together? Reads configurations and tokenizers,
-    no weights, so that a run can ask before it trains anything.
+    """Do teacher, student, objective and data fit together, and the students of a comparison's
+    rows? Reads configurations and tokenizers, no weights, so that a run can ask before it trains
+    anything.
 
     Args:
         config: the whole configuration.
@@ -49,7 +50,7 @@ def check_models(
             problems.append(f"{key}: {str(error).splitlines()[0]}")
             return None
 
-    source, student = config.teacher.model, config.student
+    source = config.teacher.model
     taught = note("teacher.model", load_config, source)
     length = config.data.max_length
     if taught is not None:
@@ -57,25 +58,33 @@ def check_models(
         note("teacher.model", check_positions, source, taught, length)
         if not TEACHER_KINDS[config.teacher.kind].head_per_domain:  # such a head is always fresh
             note("teacher.model", check_labels, source, taught, label2id)
-    if student.model is not None:
-        shape = note("student.model", load_config, student.model)
-        if shape is not None:
-            note("student.model", check_vocabulary, student.model, shape, tokenizer)
-            note("student.model", check_labels, student.model, shape, label2id)
-            note("student.model", check_positions, student.model, shape, length)
-    else:
-        shape = None if taught is None else note("student", student_shape, student, taught)
-    if taught is not None and shape is not None:
-        terms = note(
-            "distill",
-            build_terms,
-            config.distill,
-            student_layers=shape.num_hidden_layers,
-            teacher_layers=taught.num_hidden_layers,
-            recipe=recipe,
-        )
-        for term in terms or []:
-            note("distill", term.check_widths, shape.hidden_size, taught.hidden_size)
+
+    def check_student(key: str, student: StudentConfig) -> None:
+        if student.model is not None:
+            key = f"{key}.model"
+            shape = note(key, load_config, student.model)
+            if shape is not None:
+                note(key, check_vocabulary, student.model, shape, tokenizer)
+                note(key, check_labels, student.model, shape, label2id)
+                note(key, check_positions, student.model, shape, length)
+        else:
+            shape = None if taught is None else note(key, student_shape, student, taught)
+        if taught is not None and shape is not None:
+            terms = note(
+                "distill",
+                build_terms,
+                config.distill,
+                student_layers=shape.num_hidden_layers,
+                teacher_layers=taught.num_hidden_layers,
+                recipe=recipe,
+            )
+            for term in terms or []:
+                note("distill", term.check_widths, shape.hidden_size, taught.hidden_size)
+
+    check_student("student", config.student)
+    for number, row in enumerate(config.compare.rows):
+        if row.student is not None:
+            check_student(f"compare.rows.{number}.student", row.student)
     if problems:
         listed = "\n  ".join([f"{len(problems)} problems:", *problems])
         raise ConfigError(

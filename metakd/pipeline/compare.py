@@ -15,6 +15,7 @@ from metakd.pipeline.lessons import Lesson, method_label
 from metakd.pipeline.stages import Run
 from metakd.pipeline.table import (
     ALL_DOMAINS,
+    AS_SHAPE,
     TEACHER,
     Cell,
     csv_table,
@@ -89,9 +90,10 @@ def _students(
     for row in _expand(config.rows, gamma2):
         said = {"gamma2": row.gamma2, "transfer": row.transfer}
         said = {key: value for key, value in said.items() if value is not None}
-        if row.learning_rate is not None:
-            rate = {"learning_rate": row.learning_rate}
-            said["training"] = run.config.distill.training.model_copy(update=rate)
+        training = {"learning_rate": row.learning_rate, "max_steps": row.max_steps}
+        training = {key: value for key, value in training.items() if value is not None}
+        if training:
+            said["training"] = run.config.distill.training.model_copy(update=training)
         distill = run.config.distill.model_copy(update={"method": row.method, **said})
         label = method_label(distill, row.teacher)
         if row.transfer is not None:
@@ -101,10 +103,13 @@ def _students(
             label += f"-on-{name}" + ("-alone" if listed and len(row.transfer) == 1 else "")
         if row.gamma2 is not None:
             label += f"-gamma2-{row.gamma2:g}"
+        if row.student is not None:
+            label += AS_SHAPE + row.student.shape
+        student = row.student or run.config.student
         for number, seed in enumerate(config.seeds):
             teacher_seed = teacher_seeds[number % len(teacher_seeds)]
             for domain in run.student_domains:
-                lesson = Lesson(domain, distill, row.teacher, teacher_seed)
+                lesson = Lesson(domain, student, distill, row.teacher, teacher_seed)
                 if run.has_teacher(lesson):
                     yield lesson, {"seed": seed, "keep": config.keep_students, "label": label}
 
@@ -116,7 +121,7 @@ def _expand(rows: Sequence[CompareRow], gamma2: Sequence[float]) -> list[Compare
             expanded += [row.model_copy(update={"gamma2": value}) for value in gamma2]
         else:
             expanded.append(row)
-    return list(dict.fromkeys(expanded))
+    return [row for number, row in enumerate(expanded) if row not in expanded[:number]]
 
 
 def _write(folder: Path, result: dict) -> None:

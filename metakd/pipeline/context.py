@@ -166,9 +166,14 @@ class Context:
         )
 
     @cached_property
-    def student_content(self) -> str:
-        """Digest of the student's pre-trained model."""
-        return self._content(self.config.student.model)
+    def _contents(self) -> dict[str | None, str]:
+        return {}
+
+    def content_of(self, model: str | None) -> str:
+        """Digest of a student's pre-trained model, which is read once."""
+        if model not in self._contents:
+            self._contents[model] = self._content(model)
+        return self._contents[model]
 
     def _content(self, *sources: str | None) -> str:
         """Digest of files and folders, which the first rank reads; a hub id names none and adds

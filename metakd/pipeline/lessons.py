@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from metakd.config import DistillConfig, TrainingConfig
+from metakd.config import DistillConfig, StudentConfig, TrainingConfig
 from metakd.errors import ConfigError
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import METHODS, Method, build_terms
@@ -28,12 +28,13 @@ def method_label(distill: DistillConfig, teacher_kind: str | None) -> str:
 
 
 class Lesson(NamedTuple):
-    """Who teaches a student what.
+    """Who teaches which student what.
 
     ``domain`` is the student's, or ``all``; ``teacher_kind`` None for fine-tuning alone.
     """
 
     domain: str
+    student: StudentConfig
     distill: DistillConfig
     teacher_kind: str | None
     teacher_seed: int
@@ -141,7 +142,7 @@ class TeacherOutputs:
             bytes_of(
                 signals,
                 run.texts(lesson),
-                self.shapes[0],
+                self.taught,
                 len(run.corpus.label2id),
                 BYTES[config.precision],
             )
@@ -157,17 +158,16 @@ class TeacherOutputs:
             )
 
     @cached_property
-    def shapes(self) -> tuple[PretrainedConfig, PretrainedConfig]:
-        """Of teacher and student."""
+    def taught(self) -> PretrainedConfig:
+        """The teacher's configuration."""
         with configured("teacher.model"):
-            taught = load_config(self._run.config.teacher.model)
-        with configured("student"):
-            return taught, student_shape(self._run.config.student, taught)
+            return load_config(self._run.config.teacher.model)
 
     def asked_of(self, lesson: Lesson) -> list[frozenset[Signal]]:
         """What each phase asks the teacher for."""
-        taught, learning = self.shapes
-        depth = taught.num_hidden_layers
+        with configured("student"):
+            learning = student_shape(lesson.student, self.taught)
+        depth = self.taught.num_hidden_layers
         with configured("distill"):
             terms = build_terms(
                 lesson.distill,
@@ -199,7 +199,7 @@ class TeacherOutputs:
                 teachers,
                 settings,
                 run.texts(lesson),
-                self.shapes[0].num_hidden_layers,
+                self.taught.num_hidden_layers,
                 run.world,
                 run.say,
             )

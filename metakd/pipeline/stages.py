@@ -100,7 +100,8 @@ class Run(TeacherStage):
         return [self._configured_student(domain) for domain in domains or self.student_domains]
 
     def _configured_lesson(self, domain: str) -> Lesson:
-        return Lesson(domain, self.config.distill, self.teacher_kind, self.config.seed)
+        config = self.config
+        return Lesson(domain, config.student, config.distill, self.teacher_kind, config.seed)
 
     def _configured_student(self, domain: str) -> Path:
         return self.student(self._configured_lesson(domain), self.config.seed)[0]
@@ -244,7 +245,7 @@ class Run(TeacherStage):
         self, lesson: Lesson, seed: int, keep: bool = True, label: str | None = None
     ) -> tuple[Path, dict, bool]:
         """Folder and inputs of what ``student`` makes, and whether its files are kept."""
-        domain, distill, teacher_kind, teacher_seed = lesson
+        domain, student, distill, teacher_kind, teacher_seed = lesson
         label = label or method_label(distill, teacher_kind)
         lineage = f"s{seed}"
         if teacher_kind and teacher_seed != seed:
@@ -258,9 +259,9 @@ class Run(TeacherStage):
             "teacher_seed": teacher_seed if teacher_kind else None,
             "teacher_kind": teacher_kind,
             "encoder": self.config.teacher.model,
-            "student_content": self.student_content,
+            "student_content": self.content_of(student.model),
+            "student": student.inputs(),
             **self.settings(
-                "student",
                 *(["teacher"] if teacher_kind else []),
                 *(["prototypes"] if teacher_kind or lesson.reads_scores else []),
             ),
@@ -279,7 +280,7 @@ class Run(TeacherStage):
         seed: int,
         label: str,
     ) -> dict:
-        domain, distill, *_ = lesson
+        domain, shape, distill, *_ = lesson
         corpus = self.corpus
         validation = self.part(corpus.validation, domain)
         labelled = len(self.part(corpus.train, domain))
@@ -298,27 +299,27 @@ class Run(TeacherStage):
             service = TeacherService(teacher_folders, self.config, self.recipe, self.world)
         seed_everything(seed)
         one = bool(teacher_folders) and not lesson.method.mixes(lesson.teacher_kind)
-        copied = teacher_folders[0] if one and self.config.student.copy_from == "teacher" else None
+        copied = teacher_folders[0] if one and shape.copy_from == "teacher" else None
         with configured("student"):
             student = build_student(
-                self.config.student,
+                shape,
                 source=str(copied or self.config.teacher.model),
                 tokenizer=self.tokenizer,
                 label2id=corpus.label2id,
                 max_length=self.config.data.max_length,
             )
-        shape = self.outputs.shapes[0] if teacher_folders else student.config
+        taught = self.outputs.taught if teacher_folders else student.config
         with configured("distill"):
             terms = build_terms(
                 distill,
                 student_layers=student.config.num_hidden_layers,
-                teacher_layers=shape.num_hidden_layers,
+                teacher_layers=taught.num_hidden_layers,
                 recipe=self.recipe,
             )
             module = Distillation(
                 student,
                 terms,
-                teacher_hidden=shape.hidden_size,
+                teacher_hidden=taught.hidden_size,
                 num_domains=len(corpus.domains),
                 weigh_by_expertise=lesson.method.by_expertise,
                 recipe=self.recipe,
@@ -355,8 +356,8 @@ class Run(TeacherStage):
                 part = f", stage {number + 1} of {len(phases)}" if len(phases) > 1 else ""
                 showing, pad = nullcontext(), self.collate
                 if cached[number]:
-                    taught = kept.teacher(asked[number])
-                    showing, pad = nullcontext(taught), taught.collate(self.collate)
+                    answers = kept.teacher(asked[number])
+                    showing, pad = nullcontext(answers), answers.collate(self.collate)
                 elif service is not None:
                     showing = service.showing(needs, distill.teacher_stream)
                 with showing as teacher:
@@ -369,7 +370,7 @@ class Run(TeacherStage):
                         pad,
                         config=self.config,
                         training=phase.training,
-                        sharding=self.config.sharding(self.config.student),
+                        sharding=self.config.sharding(shape),
                         world=self.world,
                         log=log,
                         teacher=teacher,

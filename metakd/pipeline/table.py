@@ -20,6 +20,12 @@ from metakd.errors import CheckpointError
 ALL_DOMAINS = "all"  # in place of a domain: the one student, or teacher, that serves them all
 AVERAGE = "average"
 TEACHER = "teacher: "  # what the rows of teachers begin with, before their kind
+AS_SHAPE = "-as-"  # what comes before the shape of students that have one of their own
+
+
+def shape_of(row: str) -> str:
+    """The shape of a row's students, if it has one of its own."""
+    return row.partition(AS_SHAPE)[2]
 
 
 @dataclass(frozen=True)
