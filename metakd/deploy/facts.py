@@ -18,7 +18,7 @@ import numpy as np
 from metakd.deploy import labels
 from metakd.deploy.formats import INT8_ENGINE, ONNX_FILES
 from metakd.deploy.run_folder import RunFolder, Stage
-from metakd.deploy.speedup import fastest, headline_ratio, ratios, times
+from metakd.deploy.speedup import fastest, headline_ratio, model_of, ratios, times
 from metakd.environment import versions
 from metakd.method.methods import METHODS
 from metakd.method.recipe import FLAT_SCORES
@@ -282,7 +282,8 @@ def _tradeoff(
         return None
     points, left_out, took = [], [], {}
     for row, scores in comparison["summary"].items():
-        took[row] = times(latency, _role(row), shape_of(row), at["batch"], at["length"])
+        model = model_of(latency, _role(row), shape_of(row))
+        took[row] = times(latency, model, at["batch"], at["length"])
         best = fastest(took[row])
         if best is None:
             left_out.append({"name": row, "reason": "no latency of its shape"})

@@ -14,10 +14,11 @@ from metakd.deploy.extra import need
 from metakd.deploy.facts import gather
 from metakd.deploy.run_folder import RunFolder, read_run
 from metakd.deploy.sections import Section, headline, sections
+from metakd.deploy.speedup import model_of
 from metakd.environment import machine
 from metakd.errors import ConfigError
 from metakd.pipeline.card import Measured, write_card
-from metakd.pipeline.table import ALL_DOMAINS, AVERAGE, plain
+from metakd.pipeline.table import ALL_DOMAINS, AVERAGE, plain, shape_of
 
 _TEMPLATE = "report.html.jinja"
 
@@ -91,8 +92,6 @@ def html(facts: dict, parts: Sequence[Section]) -> str:
 
 def _rewrite_cards(run: RunFolder, facts: dict) -> None:
     comparison, latency = facts["comparison"], facts["latency"]
-    rows = [row for row in latency["rows"] if row["model"] == "student"] if latency else []
-    least = min((row["batch"] for row in rows), default=None)
     for stage in run.of_kind("student"):
         # Without weights there is no model; without its origin the card was written before that was
         # kept, and says more than could be said now.
@@ -100,6 +99,11 @@ def _rewrite_cards(run: RunFolder, facts: dict) -> None:
             continue
         column = AVERAGE if stage.domain == ALL_DOMAINS else stage.domain
         spread = comparison["summary"].get(stage.row, {}).get(column) if comparison else None
+        rows = []
+        if latency:
+            model = model_of(latency, stage.kind, shape_of(stage.row))
+            rows = [row for row in latency["rows"] if row["model"] == model]
+        least = min((row["batch"] for row in rows), default=None)
         measured = Measured(
             spread=spread and {"split": comparison["split"], **spread},
             latency=[row for row in rows if row["batch"] == least],

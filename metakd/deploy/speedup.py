@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from metakd.deploy.formats import INT8_ENGINE
 
+ROLES = ("teacher", "student")
 LATENCY_AT = (1, 128)  # batch and length that the headline and the trade-off speak of
 
 
@@ -26,7 +27,7 @@ def ratios(latency: dict | None) -> list[dict]:
         return []
     found = []
     for batch, length in sorted({(row["batch"], row["length"]) for row in rows}):
-        teacher, student = (_times(latency, name, batch, length) for name in pair)
+        teacher, student = (times(latency, name, batch, length) for name in pair)
         teachers, students = fastest(teacher), fastest(student)
         if teachers is None or students is None:
             continue
@@ -43,20 +44,19 @@ def ratios(latency: dict | None) -> list[dict]:
     return found
 
 
-def times(latency: dict, role: str, shape: str, batch: int, length: int) -> dict[str, float]:
-    """By engine the p50 in ms of the teacher, or of students of a shape (``table.AS_SHAPE``; that
-    of the configuration has no name); empty where it was not measured."""
-    named = {
-        name
-        for name, model in latency["models"].items()
-        if (model.get("role"), model.get("shape", "")) == (role, shape)
-    }
-    if not named and not shape:
-        named = {dict(zip(("teacher", "student"), compared_models(latency) or ())).get(role)}
-    return {e: ms for name in named for e, ms in _times(latency, name, batch, length).items()}
+def model_of(latency: dict, role: str, shape: str) -> str | None:
+    """Name of the model that stands for the teacher, or for students of a shape (``shape_of`` their
+    row; that of the configuration has no name); None where none was measured."""
+    wanted = (role, shape)
+    models = latency["models"].items()
+    known = [name for name, m in models if (m.get("role"), m.get("shape", "")) == wanted]
+    if not known and not shape:  # as ``ratios`` has it
+        known = [name for name, at in zip(compared_models(latency) or (), ROLES) if at == role]
+    return known[0] if known else None
 
 
-def _times(latency: dict, model: str | None, batch: int, length: int) -> dict[str, float]:
+def times(latency: dict, model: str | None, batch: int, length: int) -> dict[str, float]:
+    """By engine the p50 of a model in ms; empty where it was not measured."""
     cell = (model, batch, length)
     return {
         row["engine"]: row["p50_ms"]
@@ -78,7 +78,7 @@ def compared_models(latency: dict) -> tuple[str, str] | None:
     names = list(models)
     found = [
         next((name for name in names if models[name].get("role") == role), instead)
-        for role, instead in (("teacher", names[0]), ("student", names[-1]))
+        for role, instead in zip(ROLES, (names[0], names[-1]))
     ]
     return None if found[0] == found[1] else (found[0], found[1])
 
