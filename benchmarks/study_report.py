@@ -1,4 +1,5 @@
-"""``docs/results/study.md``: what the finished groups of ``benchmarks.study`` say, claim by claim.
+"""``docs/results/study``: what the finished groups of ``benchmarks.study`` say, claim by claim, and
+the curve over labels as a report.
 
 A comparison counts the seeds for which all of its rows and domains are there. Intervals are those
 of ``metakd.pipeline.statistics``: 95 of 100 paired draws of seeds and test examples.
@@ -6,8 +7,10 @@ of ``metakd.pipeline.statistics``: 95 of 100 paired draws of seeds and test exam
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from benchmarks.study import (
     Results,
     groups,
 )
+from metakd.deploy.report import write_report
 from metakd.pipeline.labels import against_base, as_markdown, point
 from metakd.pipeline.statistics import Interval, accuracy_difference
 from metakd.pipeline.table import (
@@ -34,13 +38,15 @@ from metakd.pipeline.table import (
     summarise,
 )
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "results" / "study.md"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path("docs") / "results" / "study"  # as a reader of the report sees it
 META = "meta-from-meta-on-unlabelled"
 TINYBERT = "tinybert_kd-from-meta-on-unlabelled"
 ITS_TEACHER = "teacher: meta"
 CURVE_ROWS = (ITS_TEACHER, "finetune", "finetune_all", TINYBERT, META)
 MAIN = ("baselines", "students", "today", "pseudo", "foreign", "mix", "then_own", "logits")
 MAIN += ("labelled", "single")
+CURVE_OF = "short"
 SETS = ("own", "unlabelled", "all", "all+unlabelled")
 CLAIMS = (
     ("Meta-KD on unlabelled texts, over fine-tuning on its labels", META, "finetune"),
@@ -67,7 +73,7 @@ def write(results: Results) -> None:
             parts += _part(part, wanted, done)
         elif wanted:
             parts.append(f"## {part}\n\nNone of {len(wanted)} groups is done at these settings.")
-    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (ROOT / FOLDER / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _about() -> str:
@@ -75,7 +81,8 @@ def _about() -> str:
         "# The study\n\n"
         "What students are worth with few labels, and which parts of the method help. Made by "
         "`python -m benchmarks.study train` and `report`; every cell, with its commit, is in "
-        "[study.json](study.json). CPU, fp32; MiniLM (6 layers of 384), students of three of its "
+        "[cells.json](cells.json), the curve over labels also in [a report](report.md). "
+        "CPU, fp32; MiniLM (6 layers of 384), students of three of its "
         f"layers. Teachers: {_said(TEACHER)}. Students: {_said(STUDENT)}, batches of 32, the "
         "attention term weighted 0.1. Short texts: at most "
         f"{_said(SHORT_SIZES)} a domain (Hutto, Gilbert 2014, as `metakd quickstart` fetches "
@@ -127,7 +134,11 @@ def _part(part: str, wanted: Sequence[Group], done: dict[Group, dict]) -> list[s
         labels: [cell for block in MAIN for cell in _cells(done, labels).get(block, [])]
         for labels in dict.fromkeys(group.labels for group in wanted)
     }
-    paragraphs = [f"## {part}: {', '.join(domains)}", _curve(at, domains, done)]
+    paragraphs = [f"## {part}: {', '.join(domains)}"]
+    if curve := _curve(at, domains, done):
+        paragraphs.append(as_markdown(curve))
+        if part == CURVE_OF:
+            _write_report(curve)
     paragraphs += ["### With 100 labels", _sets(at[100], domains), _claims(at[100], domains)]
     paragraphs += ["### One change at a time", _variants(done, at[100])]
     lacking = Counter(f"{g.block.name} ({g.labels} labels)" for g in wanted if g not in done)
@@ -141,7 +152,13 @@ def _part(part: str, wanted: Sequence[Group], done: dict[Group, dict]) -> list[s
     return [text for text in paragraphs if text]
 
 
-def _curve(at: dict, domains: Sequence[str], done: dict[Group, dict]) -> str:
+def _write_report(curve: dict) -> None:
+    (ROOT / FOLDER / "labels.json").write_text(json.dumps(curve, indent=1) + "\n")
+    with chdir(ROOT):
+        write_report(FOLDER, command="python -m benchmarks.study report")
+
+
+def _curve(at: dict, domains: Sequence[str], done: dict[Group, dict]) -> dict | None:
     points = []
     for labels in sorted(at, key=lambda number: (number == ALL, number)):
         cells = _whole(at[labels], CURVE_ROWS, domains)
@@ -155,10 +172,10 @@ def _curve(at: dict, domains: Sequence[str], done: dict[Group, dict]) -> str:
                 }
             points.append(point(labels, counts, cells))
     if not points:
-        return ""
+        return None
     seeds = sorted({cell["seed"] for point in points for cell in point["cells"]})
     result = {"split": "test", "seeds": seeds, "points": points, **against_base(points)}
-    return as_markdown(result | {"command": "python -m benchmarks.study train"})
+    return result | {"command": "python -m benchmarks.study train"}
 
 
 def _sets(cells: Sequence[Cell], domains: Sequence[str]) -> str:

@@ -159,12 +159,14 @@ class TeacherConfig(Block):
 
 class StudentConfig(Block):
     """The student: exactly one of a preset, teacher layers to copy (0-based), or a directory / hub
-    id. ``zero`` and ``offload`` shard its training."""
+    id. ``freeze_embeddings`` leaves its word embeddings as they were copied, so that words which no
+    training text has keep their meaning. ``zero`` and ``offload`` shard its training."""
 
     preset: Literal["tinybert-4l-312", "mini-4l-256", "tiny-2l-128"] | None = None
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     copy_from: Literal["teacher", "encoder"] = "teacher"
     model: str | None = None
+    freeze_embeddings: Annotated[bool, LATER] = False
     zero: ZeroStage | None = None
     offload: bool = False
 
@@ -175,6 +177,8 @@ class StudentConfig(Block):
             raise ValueError(
                 f"give exactly one of preset, layers, model (given: {', '.join(given) or 'none'})"
             )
+        if self.freeze_embeddings and self.preset is not None:
+            raise ValueError("freeze_embeddings: those of a preset are random, and must be trained")
         return self
 
     @property

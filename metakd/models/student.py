@@ -86,11 +86,24 @@ def build_student(
         shape = load_config(config.model)
         check_vocabulary(config.model, shape, tokenizer)
         check_positions(config.model, shape, max_length)
-        return load_classifier(config.model, label2id)
-    if config.layers is not None:
-        return keep_layers(load_classifier(source, label2id), config.layers)
+        student = load_classifier(config.model, label2id)
+    elif config.layers is not None:
+        student = keep_layers(load_classifier(source, label2id), config.layers)
+    else:
+        student = _random_bert(PRESETS[config.preset], tokenizer, label2id, max_length)
+    if config.freeze_embeddings:
+        student.get_input_embeddings().requires_grad_(False)
+    return student
+
+
+def _random_bert(
+    sizes: tuple[int, int, int, int],
+    tokenizer: PreTrainedTokenizerBase,
+    label2id: dict[str, int],
+    max_length: int,
+) -> PreTrainedModel:
     shape = bert_shape(
-        PRESETS[config.preset],
+        sizes,
         len(tokenizer),
         max_position_embeddings=max(512, max_length),
         pad_token_id=tokenizer.pad_token_id,
