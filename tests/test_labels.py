@@ -6,10 +6,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_runs import rows_of, write_config
 
 from metakd import front
 from metakd.cli import app, main
+from metakd.config import load_config
 from metakd.errors import ConfigError
 from metakd.pipeline import labels as by_labels
 from metakd.pipeline.statistics import (
@@ -131,9 +134,10 @@ OPTIONS = [
 
 def test_a_row_may_have_a_student_of_its_own(source, tmp_path):
     small = {"preset": "tiny-2l-128"}
+    frozen = {"layers": [0, 1], "freeze_embeddings": True}
     rows = [
         {"method": "tinybert_kd", "teacher": "mix", "max_steps": 1, "student": small},
-        {"method": "tinybert_kd", "teacher": "mix", "student": {"layers": [0, 1]}},
+        {"method": "tinybert_kd", "teacher": "mix", "student": frozen},
         {"method": "finetune", "student": {"model": str(source / "small")}},
         {"method": "finetune"},
     ]
@@ -154,6 +158,18 @@ def test_a_row_may_have_a_student_of_its_own(source, tmp_path):
         config = json.loads((folder / "config.json").read_text())
         assert (config["num_hidden_layers"], config["hidden_size"]) == (layers, hidden)
         assert max(line["step"] for line in rows_of(folder / "log.jsonl")) == steps
+    # Frozen word embeddings are the teacher's, what is beside them has learned.
+    folders = ["teachers/mix-s1", "students/tinybert_kd-from-mix-as-layers-0-1-s1/hiking"]
+    teacher, student = (load_file(tmp_path / "run" / f / "model.safetensors") for f in folders)
+    for name, same in {"word_embeddings": True, "position_embeddings": False}.items():
+        name = f"bert.embeddings.{name}.weight"
+        assert torch.equal(teacher[name], student[name]) is same
+
+
+def test_random_embeddings_are_not_to_be_frozen(source, tmp_path):
+    options = ["student={preset: tiny-2l-128, freeze_embeddings: true}"]
+    with pytest.raises(ConfigError, match="freeze_embeddings: those of a preset are random"):
+        load_config(write_config(source, tmp_path, "run"), options)
 
 
 def test_a_students_model_of_a_row_must_fit(source, tmp_path):
