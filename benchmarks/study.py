@@ -1,7 +1,8 @@
 """The study: what students are worth with few labels, and which parts of the method help.
 
 ``python -m benchmarks.study train`` trains what is missing, for hours if it is let; stopped and
-started again it goes on where it was, and several may run side by side on other domains.
+started again it goes on where it was, and several may run side by side on other domains. ``python
+-m benchmarks.study latency`` times students of each shape, which wants a quiet machine.
 ``python -m benchmarks.study report`` writes ``docs/results/study`` from what is there, and says
 what is missing. Each group of results is one comparison with one seed; its cells are kept in
 ``cells.json`` there, so that a machine without the run directories goes on all the same.
@@ -19,6 +20,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +35,7 @@ SHORT_SIZES = {"train": 3000, "validation": 200, "test": 800, "unlabelled": 2000
 OTHERS_LABELS = 1500  # that each of the domains which are not scarce has
 STUDENT = {"max_steps": 250, "num_train_epochs": 1000, "learning_rate": 4e-4, "selection": "last"}
 TEACHER = {"num_train_epochs": 2, "learning_rate": 1e-4, "selection": "last"}
+SHAPE = {"layers": [0, 2, 5], "freeze_embeddings": True}
 ALL = "all"
 
 
@@ -42,7 +45,9 @@ class Part:
 
     domains: tuple[str, ...]
     max_length: int
-    files: str  # where they are, "" for the rated corpus
+    few: int = 100  # labels of a scarce domain
+    files: str = ""  # where they are, "" for the rated corpus
+    columns: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +63,11 @@ class Block:
     parts: tuple[str, ...] = ("short",)
 
 
+PAIRS = {"text": "premise", "text_pair": "hypothesis", "domain": "genre"}
 PARTS = {
-    "short": Part(("electronics", "films", "news", "tweets"), 64, ""),
-    "reviews": Part(("books", "dvd", "electronics", "kitchen"), 96, "reviews"),
-    "mnli": Part(("fiction", "government", "slate", "telephone", "travel"), 96, "mnli"),
+    "short": Part(("electronics", "films", "news", "tweets"), 64),
+    "reviews": Part(("books", "dvd", "electronics", "kitchen"), 96, files="reviews"),
+    "mnli": Part(("fiction", "government", "slate", "telephone", "travel"), 96, 300, "mnli", PAIRS),
 }
 
 
@@ -111,27 +117,31 @@ BLOCKS += tuple(
     )
     for name, changes in VARIANTS.items()
 )
-# Students of another shape, in search of one with a ninth of the teacher's latency.
-SHAPES = {
-    "one layer": {"student": {"layers": [2]}, "distill": {"training": {"max_steps": 600}}},
-    "tiny-2l-128": {
-        "student": {"layers": None, "preset": "tiny-2l-128", "freeze_embeddings": False},
-        "distill": {"training": {"max_steps": 4000, "learning_rate": 1e-3}},
-    },
-    "mini-4l-256": {
-        "student": {"layers": None, "preset": "mini-4l-256", "freeze_embeddings": False},
-        "distill": {"training": {"max_steps": 1500, "learning_rate": 1e-3}},
-    },
-}
-BLOCKS += tuple(
+# Students of another shape, in search of one with a ninth of the teacher's latency: by number of
+# steps and learning rate.
+SHAPES = (
+    ({"layers": [0, 5], "freeze_embeddings": True}, 400, 4e-4),
+    ({"layers": [2], "freeze_embeddings": True}, 600, 4e-4),
+    ({"preset": "tiny-2l-128"}, 4000, 1e-3),
+    ({"preset": "mini-4l-256"}, 1500, 1e-3),
+)
+BLOCKS += (
     Block(
-        name,
-        (_kd("tinybert_kd", "unlabelled"), _kd("tinybert_kd", "all+unlabelled")),
+        "shapes",
+        tuple(
+            _kd("tinybert_kd", "unlabelled")
+            | {"student": shape, "max_steps": steps, "learning_rate": rate}
+            for shape, steps, rate in SHAPES
+        ),
         seeds=(1, 2),
-        domains=("electronics", "news"),
-        changes=changes,
-    )
-    for name, changes in SHAPES.items()
+    ),
+)
+ELSEWHERE = {"reviews": (100, ALL), "mnli": (300,)}  # which has no texts without labels but those
+BLOCKS += tuple(
+    Block(block.name, block.rows, (labels,), (1, 2), changes=block.changes, parts=(part,))
+    for part, counts in ELSEWHERE.items()
+    for labels in counts
+    for block in BLOCKS[:3]
 )
 
 
@@ -156,9 +166,9 @@ class Group:
         labels = dict.fromkeys(part.domains, OTHERS_LABELS)
         labels[self.domain] = SHORT_SIZES["train"] if self.labels == ALL else self.labels
         settings = {
-            "data": {"max_length": part.max_length, "labels": labels},
+            "data": {"max_length": part.max_length, "labels": labels, **part.columns},
             "teacher": {"training": dict(TEACHER)},
-            "student": {"layers": [0, 2, 5], "freeze_embeddings": True},
+            "student": dict(SHAPE),
             "distill": {
                 "domains": [self.domain],
                 "cache_teacher": "all",
@@ -285,6 +295,7 @@ def train(group: Group, runs: Path, encoder: Path) -> dict:
         for cell in result.details["cells"]
         if cell["domain"] == group.domain
     ]
+    domain = PARTS[group.part].columns.get("domain", "domain")
     rows = map(json.loads, (files / "train.jsonl").read_text(encoding="utf-8").splitlines())
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
@@ -294,17 +305,53 @@ def train(group: Group, runs: Path, encoder: Path) -> dict:
         "commit": commit,
         "versions": versions("torch", "transformers", "deepspeed"),
         "seconds": round(time.perf_counter() - since),
-        "labels": sum(row["domain"] == group.domain for row in rows)
+        "labels": sum(row[domain] == group.domain for row in rows)
         if group.labels == ALL
         else group.labels,
         "cells": cells,
     }
 
 
+def measure(encoder: Path) -> None:
+    """Time the teacher and a student of each shape, weights as they come; writes ``latency.*``."""
+    from metakd.config import StudentConfig
+    from metakd.deploy.latency import measure_latency, write_latency
+    from metakd.models.sources import load_classifier, load_tokenizer
+    from metakd.models.student import build_student
+    from metakd.pipeline.table import AS_SHAPE
+
+    labels = {"negative": 0, "positive": 1}
+    tokenizer = load_tokenizer(str(encoder))
+    models = {("teacher", ""): load_classifier(str(encoder), labels)}
+    for number, shape in enumerate((SHAPE, *(shape for shape, *_ in SHAPES))):
+        config = StudentConfig(**shape)
+        models["student", config.shape if number else ""] = build_student(
+            config, source=str(encoder), tokenizer=tokenizer, label2id=labels
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {}
+        for (role, shape), model in models.items():
+            folder = Path(scratch) / (role + (AS_SHAPE + shape if shape else ""))
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            folders[folder.name] = {"role": role, "shape": shape, "folder": None}
+        found = measure_latency(
+            [str(Path(scratch) / name) for name in folders],
+            engines=("onnx", "onnx-int8"),
+            batches=(1,),
+            lengths=(128,),
+            threads=len(os.sched_getaffinity(0)),
+            command="python -m benchmarks.study latency",
+        )
+    for name, about in folders.items():
+        found["models"][name] |= about | {"source": name}
+    write_latency(found, KEPT.parent)
+
+
 def main() -> None:
-    """Train or report."""
+    """Train, measure or report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["train", "report", "list"])
+    parser.add_argument("action", choices=["train", "latency", "report", "list"])
     parser.add_argument("--part", choices=PARTS, action="append", help="only these")
     parser.add_argument("--block", action="append", help="only these")
     parser.add_argument("--domain", action="append", help="only these")
@@ -314,6 +361,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study")
     parser.add_argument("--encoder", type=Path, default=ROOT / "models" / "minilm")
     options = parser.parse_args()
+    if options.action == "latency":
+        measure(options.encoder)
+        return
     results, since = Results(options.runs), time.perf_counter()
     wanted = [
         group

@@ -25,14 +25,18 @@ from benchmarks.study import (
     Results,
     groups,
 )
+from metakd.deploy.facts import pareto
 from metakd.deploy.report import write_report
+from metakd.deploy.speedup import LATENCY_AT, model_of, times
 from metakd.pipeline.labels import against_base, as_markdown, point
 from metakd.pipeline.statistics import Interval, accuracy_difference
 from metakd.pipeline.table import (
+    AS_SHAPE,
     AVERAGE,
     Cell,
     answers_of,
     markdown_table,
+    shape_of,
     show,
     show_interval,
     summarise,
@@ -46,6 +50,7 @@ ITS_TEACHER = "teacher: meta"
 CURVE_ROWS = (ITS_TEACHER, "finetune", "finetune_all", TINYBERT, META)
 MAIN = ("baselines", "students", "today", "pseudo", "foreign", "mix", "then_own", "logits")
 MAIN += ("labelled", "single")
+APART = (*MAIN, "shapes")
 CURVE_OF = "short"
 SETS = ("own", "unlabelled", "all", "all+unlabelled")
 CLAIMS = (
@@ -82,8 +87,8 @@ def _about() -> str:
         "What students are worth with few labels, and which parts of the method help. Made by "
         "`python -m benchmarks.study train` and `report`; every cell, with its commit, is in "
         "[cells.json](cells.json), the curve over labels also in [a report](report.md). "
-        "CPU, fp32; MiniLM (6 layers of 384), students of three of its "
-        f"layers. Teachers: {_said(TEACHER)}. Students: {_said(STUDENT)}, batches of 32, the "
+        "CPU, fp32; MiniLM (6 layers of 384), students of its layers 0, 2 and 5, word embeddings "
+        f"frozen. Teachers: {_said(TEACHER)}. Students: {_said(STUDENT)}, batches of 32, the "
         "attention term weighted 0.1. Short texts: at most "
         f"{_said(SHORT_SIZES)} a domain (Hutto, Gilbert 2014, as `metakd quickstart` fetches "
         "them). The student's domain is scarce, in turn, its other texts unlabelled; the "
@@ -139,8 +144,17 @@ def _part(part: str, wanted: Sequence[Group], done: dict[Group, dict]) -> list[s
         paragraphs.append(as_markdown(curve))
         if part == CURVE_OF:
             _write_report(curve)
-    paragraphs += ["### With 100 labels", _sets(at[100], domains), _claims(at[100], domains)]
-    paragraphs += ["### One change at a time", _variants(done, at[100])]
+    few = PARTS[part].few
+    for labels in sorted(at, key=lambda number: (number != few, number == ALL, number)):
+        sets = _sets(at[labels], domains)
+        if sets:
+            paragraphs += [f"### With {labels} labels", sets, _claims(at[labels], domains)]
+    if variants := _variants(done, at[few]):
+        paragraphs += ["### One change at a time", variants]
+    latency = ROOT / FOLDER / "latency.json"
+    if part == CURVE_OF and latency.is_file():
+        cells = [*at[few], *_cells(done, few).get("shapes", [])]
+        paragraphs += ["### Sizes", _sizes(cells, domains, json.loads(latency.read_text()))]
     lacking = Counter(f"{g.block.name} ({g.labels} labels)" for g in wanted if g not in done)
     missing = [f"{count} of {name}" for name, count in lacking.items()]
     hours = sum(result["seconds"] for result in done.values()) / 3600
@@ -188,6 +202,8 @@ def _sets(cells: Sequence[Cell], domains: Sequence[str]) -> str:
             score = summarise(whole)[row][AVERAGE]
             column = texts if texts in SETS else ""
             found.setdefault(name, {})[column] = f"{show(score)} ({score['n']})"
+    if not found:
+        return ""
     header = ["", "no set", *SETS]
     rows = [[name, *(by.get(column, "-") for column in ("", *SETS))] for name, by in found.items()]
     return (
@@ -223,7 +239,7 @@ def _verdict(found: Interval) -> str:
 def _variants(done: dict[Group, dict], cells: Sequence[Cell]) -> str:
     """Blocks that change a setting, each row against the same row without the change."""
     by_block, rows = _cells(done, 100), []
-    for block in dict.fromkeys(group.block for group in done if group.block.name not in MAIN):
+    for block in dict.fromkeys(group.block for group in done if group.block.name not in APART):
         for row in dict.fromkeys(cell.row for cell in by_block[block.name] if "-from-" in cell.row):
             changed = [
                 replace(cell, row=block.name) for cell in by_block[block.name] if cell.row == row
@@ -237,6 +253,39 @@ def _variants(done: dict[Group, dict], cells: Sequence[Cell]) -> str:
     header = ["row", "changed", "accuracy", "points (95 %)", "", "seeds"]
     about = (
         "The same row, electronics and news, with a setting changed (`balance`: attention weighted "
-        "1 besides; other shapes: more steps, `VARIANTS` and `SHAPES` in the script):"
+        "1 besides; `VARIANTS` in the script):"
     )
     return f"{about}\n\n{markdown_table(header, rows)}" if rows else ""
+
+
+def _sizes(cells: Sequence[Cell], domains: Sequence[str], latency: dict) -> str:
+    """Accuracy against latency, by shape and engine."""
+    rows, points = [], []
+    at = LATENCY_AT
+    teacher = times(latency, model_of(latency, "teacher", ""), *at)
+    for row in dict.fromkeys((ITS_TEACHER, TINYBERT, *(cell.row for cell in cells))):
+        if row != ITS_TEACHER and row.partition(AS_SHAPE)[0] != TINYBERT:
+            continue
+        role = "teacher" if row == ITS_TEACHER else "student"
+        name = model_of(latency, role, shape_of(row))
+        found = _difference(cells, row, ITS_TEACHER, domains)
+        if found is None or name is None:
+            continue
+        accuracy = summarise(_whole(cells, [row, ITS_TEACHER], domains))[row][AVERAGE]["mean"]
+        model = latency["models"][name]
+        for engine, ms in times(latency, name, *at).items():
+            points.append((ms, accuracy))
+            size = [str(model["layers"]), str(model["hidden"])]
+            speed = [f"{ms:.2f}", f"{teacher[engine] / ms:.1f}"]
+            said = "" if row == ITS_TEACHER else show_interval(found[0])
+            rows.append([shape_of(row) or role, *size, engine, *speed, f"{accuracy:.1f}", said])
+    for line, on_front in zip(rows, pareto(points)):
+        line.append("yes" if on_front else "no")
+    header = ["shape", "layers", "width", "engine", "p50, ms", "times the teacher's speed"]
+    header += ["accuracy", "over the teacher (95 %)", "Pareto front"]
+    about = (
+        f"TinyBERT-KD on unlabelled texts; latency at batch {at[0]} and {at[1]} tokens "
+        "([measured](latency.md)), each engine against the teacher's same engine; accuracy is that "
+        "of unrounded weights:"
+    )
+    return f"{about}\n\n{markdown_table(header, rows)}"
