@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import stat
 from pathlib import Path
 
@@ -14,12 +13,12 @@ import torch
 from processes import run_ranks
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import losses, rows_of, write_config
+from tiny_runs import assert_same_bits, distil_until_stopped, losses, rows_of, write_config
 
 from metakd.config import DistillConfig, load_config
 from metakd.data.cache import Draft, TensorCache
 from metakd.data.corpus import Split, Tokens
-from metakd.errors import CheckpointError, ConfigError, StoppedError
+from metakd.errors import CheckpointError, ConfigError
 from metakd.method.methods import build_terms
 from metakd.method.teachers import FrozenTeacher, Teacher
 from metakd.models.packing import real_tokens
@@ -28,7 +27,6 @@ from metakd.pipeline import compare as comparison
 from metakd.pipeline import lessons, stages
 from metakd.pipeline.stages import Run
 from metakd.pipeline.teacher_cache import KeptOutputs, Signal, bytes_of, is_kept, signals_of
-from metakd.training import engine
 from metakd.training.world import World, join_world
 
 DOMAINS = ["a", "b", "c"]
@@ -578,19 +576,13 @@ def test_a_stopped_run_ends_with_the_same_bits(make, monkeypatch, lost):
     [whole] = make(*options, output="whole").distill()
     run = make(*options, output="stopped")
     run.teach()
-    polls = iter([0, 0, 0, 0, signal.SIGTERM])
-    with monkeypatch.context() as patched:
-        patched.setattr(engine.StopRequest, "poll", lambda self: next(polls))
-        with pytest.raises(StoppedError):
-            run.distill()
+    distil_until_stopped(run, monkeypatch)
     if lost:
         shutil.rmtree(run.folder / ".cache" / "teachers")
     resumed = make(*options, output="stopped")
     [place] = resumed.distill()
     assert any("going on from checkpoint" in line for line in resumed.said)
-    expected = load_file(whole / "model.safetensors")
-    seen = load_file(place / "model.safetensors")
-    assert all(torch.equal(value, expected[name]) for name, value in seen.items())
+    assert_same_bits(whole, place)
     logged = [[r["loss"] for r in rows_of(p / "log.jsonl") if "loss" in r] for p in (whole, place)]
     assert logged[0] == logged[1] and len(logged[0]) == 6
 

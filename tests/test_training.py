@@ -14,7 +14,14 @@ from oracle import backend_dtypes
 from processes import run_command, run_ranks
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import launched, losses, rows_of, write_config
+from tiny_runs import (
+    assert_same_bits,
+    distil_until_stopped,
+    launched,
+    losses,
+    rows_of,
+    write_config,
+)
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from metakd import demo
@@ -754,14 +761,10 @@ def test_a_mean_that_was_interrupted_ends_with_the_same_bits(make, monkeypatch):
     options += ["distill.domains=[hiking]", "distill.training.num_train_epochs=4"]
     options += ["distill.training.per_device_train_batch_size=1"]
     [whole] = make(*options, output="whole").distill()
-    polls = iter([0] * 41 + [signal.SIGTERM])  # of 48 steps, between two of the mean
-    with monkeypatch.context() as patched:
-        patched.setattr(engine.StopRequest, "poll", lambda self: next(polls))
-        with pytest.raises(StoppedError):
-            make(*options, output="stopped").distill()
+    # Of 48 steps, between two of the mean.
+    distil_until_stopped(make(*options, output="stopped"), monkeypatch, looks=41)
     [again] = make(*options, output="stopped").distill()
-    first, second = (load_file(place / "model.safetensors") for place in (whole, again))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_bits(whole, again)
     scores = [json.loads((place / "stage.json").read_text())["result"] for place in (whole, again)]
     assert scores[0] == scores[1]
 

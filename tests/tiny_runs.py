@@ -1,14 +1,21 @@
 """Runs on a corpus and encoders of the tiniest size, for the tests of training."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
 from processes import unjoined
+from safetensors.torch import load_file
 
 from metakd import demo
+from metakd.errors import StoppedError
+from metakd.pipeline.stages import Run
+from metakd.training import engine
 
 SETTINGS = {
     "data": {"max_length": 24},
@@ -90,3 +97,19 @@ def losses(folder: Path) -> dict[str, list[float]]:
         ]
         for log in sorted(folder.rglob("log.jsonl"))
     }
+
+
+def distil_until_stopped(run: Run, monkeypatch, looks: int = 4) -> None:
+    """Train students until a SIGTERM that comes after so many looks for it."""
+    asked = iter([0] * looks + [signal.SIGTERM])
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.StopRequest, "poll", lambda self: next(asked))
+        with pytest.raises(StoppedError):
+            run.distill()
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    """The models of both folders have the same weights, to the bit."""
+    expected, seen = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert expected.keys() == seen.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in seen.items())
