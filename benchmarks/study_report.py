@@ -27,16 +27,16 @@ from benchmarks.study import (
 )
 from metakd.deploy.facts import pareto
 from metakd.deploy.report import write_report
-from metakd.deploy.speedup import LATENCY_AT, model_of, times
+from metakd.deploy.speedup import LATENCY_AT, fastest, model_of, times
 from metakd.pipeline.labels import against_base, as_markdown, point
 from metakd.pipeline.statistics import Interval, accuracy_difference
 from metakd.pipeline.table import (
-    AS_SHAPE,
     AVERAGE,
     Cell,
     answers_of,
     markdown_table,
     shape_of,
+    shapeless,
     show,
     show_interval,
     summarise,
@@ -260,32 +260,31 @@ def _variants(done: dict[Group, dict], cells: Sequence[Cell]) -> str:
 
 def _sizes(cells: Sequence[Cell], domains: Sequence[str], latency: dict) -> str:
     """Accuracy against latency, by shape and engine."""
-    rows, points = [], []
-    at = LATENCY_AT
+    lines, at = [], LATENCY_AT
     teacher = times(latency, model_of(latency, "teacher", ""), *at)
-    for row in dict.fromkeys((ITS_TEACHER, TINYBERT, *(cell.row for cell in cells))):
-        if row != ITS_TEACHER and row.partition(AS_SHAPE)[0] != TINYBERT:
-            continue
+    known = dict.fromkeys(cell.row for cell in cells if shapeless(cell.row) == TINYBERT)
+    cells = _whole(cells, (ITS_TEACHER, *known), domains)
+    for row in (ITS_TEACHER, *known):
         role = "teacher" if row == ITS_TEACHER else "student"
         name = model_of(latency, role, shape_of(row))
         found = _difference(cells, row, ITS_TEACHER, domains)
         if found is None or name is None:
             continue
-        accuracy = summarise(_whole(cells, [row, ITS_TEACHER], domains))[row][AVERAGE]["mean"]
-        model = latency["models"][name]
-        for engine, ms in times(latency, name, *at).items():
-            points.append((ms, accuracy))
-            size = [str(model["layers"]), str(model["hidden"])]
-            speed = [f"{ms:.2f}", f"{teacher[engine] / ms:.1f}"]
-            said = "" if row == ITS_TEACHER else show_interval(found[0])
-            rows.append([shape_of(row) or role, *size, engine, *speed, f"{accuracy:.1f}", said])
-    for line, on_front in zip(rows, pareto(points)):
-        line.append("yes" if on_front else "no")
-    header = ["shape", "layers", "width", "engine", "p50, ms", "times the teacher's speed"]
+        took = times(latency, name, *at)
+        accuracy = summarise(cells)[row][AVERAGE]["mean"]
+        speeds = [f"{ms:.2f} ({teacher[e] / ms:.1f})" for e, ms in took.items() if e in teacher]
+        said = "" if row == ITS_TEACHER else show_interval(found[0])
+        line = [shape_of(row) or role, *speeds, f"{accuracy:.1f}", said]
+        lines.append((line, (fastest(took)["p50_ms"], accuracy)))
+    if not lines:
+        return ""
+    front = pareto([point for _, point in lines])
+    rows = [[*line, "yes" if on else "no"] for (line, _), on in zip(lines, front)]
+    header = ["shape", *(f"{engine}, ms (times the teacher's speed)" for engine in teacher)]
     header += ["accuracy", "over the teacher (95 %)", "Pareto front"]
+    seeds = len({cell.seed for cell in cells})
     about = (
-        f"TinyBERT-KD on unlabelled texts; latency at batch {at[0]} and {at[1]} tokens "
-        "([measured](latency.md)), each engine against the teacher's same engine; accuracy is that "
-        "of unrounded weights:"
+        f"TinyBERT-KD on unlabelled texts, {seeds} seeds; p50 at batch {at[0]} and {at[1]} tokens "
+        "([measured](latency.md)). Accuracy, and the front, are those of unrounded weights:"
     )
     return f"{about}\n\n{markdown_table(header, rows)}"

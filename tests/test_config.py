@@ -476,6 +476,22 @@ def test_byte_order_mark_and_crlf(write):
     assert load_config(write(b"\xef\xbb\xbf" + VALID.replace("\n", "\r\n").encode())).seed == 42
 
 
+@pytest.mark.parametrize(
+    "text, transfer",
+    [
+        ("{}", "own"),
+        ("{data: {train: t, unlabelled: u}}", "unlabelled"),
+        ("{data: {train: t, labels: {a: 5}}}", "unlabelled"),
+        ("{compare: {labels: [5, all]}}", "unlabelled"),
+        ("{data: {train: t, unlabelled: u}, distill: {transfer: all}}", "all"),
+        ("{data: {train: t, unlabelled: u}, compat: paper}", "own"),
+    ],
+)
+def test_texts_without_labels_are_used_unless_the_paper_is_asked_for(write, text, transfer):
+    config = load_config(write(yaml.safe_dump(yaml.safe_load(VALID) | yaml.safe_load(text))))
+    assert config.distill.transfer == transfer and config.form == "paper"
+
+
 def test_defaults_do_not_leak(write):
     load_config(write(VALID), ["distill.terms.hidden=0.5"])
     assert load_config(write(VALID)).distill == DistillConfig()

@@ -485,8 +485,8 @@ class TestLatency:
         models = [(m, about["role"], about["shape"]) for m, about in result["models"].items()]
         assert models == [
             ("teacher", "teacher", ""),
-            ("student as tiny", "student", "tiny"),
             ("student", "student", ""),
+            ("student as tiny", "student", "tiny"),
         ]
         assert [(row["model"], row["engine"], row["length"]) for row in result["rows"]] == [
             (model, engine, 8) for model in result["models"] for engine in engines

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from metakd import front
 from metakd.cli import app, main
 from metakd.config import load_config
 from metakd.errors import ConfigError
+from metakd.method.fit import check_models
+from metakd.models.sources import load_tokenizer
 from metakd.pipeline import labels as by_labels
 from metakd.pipeline.statistics import (
     accuracy_difference,
@@ -135,22 +138,22 @@ OPTIONS = [
 def test_a_row_may_have_a_student_of_its_own(source, tmp_path):
     small = {"preset": "tiny-2l-128"}
     frozen = {"layers": [0, 1], "freeze_embeddings": True}
+    longer = {"num_train_epochs": 2}  # of one step each
     rows = [
         {"method": "tinybert_kd", "teacher": "mix", "max_steps": 1, "student": small},
-        {"method": "tinybert_kd", "teacher": "mix", "student": frozen},
-        {"method": "finetune", "student": {"model": str(source / "small")}},
+        {"method": "tinybert_kd", "teacher": "mix", "student": frozen, **longer},
+        {"method": "finetune", "student": {"model": str(source / "small")}, **longer},
         {"method": "finetune"},
     ]
     options = [*OPTIONS[3:], f"compare.rows={json.dumps(rows)}", "compare.seeds=[1]"]
-    options.append("distill.training.num_train_epochs=2")
     options += ["compare.keep_students=true", "distill.domains=[hiking]"]
     path = write_config(source, tmp_path, "run")
     scores = front.compare(str(path), options).scores
     shapes = {
         "tinybert_kd-from-mix-as-tiny-2l-128": (2, 128, 1),
-        "tinybert_kd-from-mix-as-layers-0-1": (2, 32, 2),
+        "tinybert_kd-from-mix-as-layers-0-1-frozen": (2, 32, 2),
         "finetune-as-small": (2, 24, 2),
-        "finetune": (1, 32, 2),
+        "finetune": (1, 32, 1),
     }
     assert scores.keys() == {"teacher: mix", *shapes}
     for row, (layers, hidden, steps) in shapes.items():
@@ -159,7 +162,7 @@ def test_a_row_may_have_a_student_of_its_own(source, tmp_path):
         assert (config["num_hidden_layers"], config["hidden_size"]) == (layers, hidden)
         assert max(line["step"] for line in rows_of(folder / "log.jsonl")) == steps
     # Frozen word embeddings are the teacher's, what is beside them has learned.
-    folders = ["teachers/mix-s1", "students/tinybert_kd-from-mix-as-layers-0-1-s1/hiking"]
+    folders = ["teachers/mix-s1", "students/tinybert_kd-from-mix-as-layers-0-1-frozen-s1/hiking"]
     teacher, student = (load_file(tmp_path / "run" / f / "model.safetensors") for f in folders)
     for name, same in {"word_embeddings": True, "position_embeddings": False}.items():
         name = f"bert.embeddings.{name}.weight"
@@ -174,9 +177,20 @@ def test_random_embeddings_are_not_to_be_frozen(source, tmp_path):
 
 def test_a_students_model_of_a_row_must_fit(source, tmp_path):
     rows = json.dumps([{"method": "finetune", "student": {"layers": [0, 7]}}])
-    path = write_config(source, tmp_path, "run")
+    path = str(write_config(source, tmp_path, "run"))
     with pytest.raises(ConfigError, match=r"compare\.rows\.0\.student: .* layer outside 0\.\.1"):
-        front.run(str(path), [f"compare.rows={rows}"])
+        front.run(path, [f"compare.rows={rows}"])
+    # It is the row's method that it must fit, not the configuration's.
+    wide = {"student": {"layers": [0, 1]}}
+    options = ["distill.layer_map=[1]"]
+    for method, fits in (("finetune", True), ("tinybert_kd", False)):
+        teacher = {"teacher": "mix"} if method == "tinybert_kd" else {}
+        config = load_config(
+            path, [*options, f"compare.rows={json.dumps([{'method': method, **teacher, **wide}])}"]
+        )
+        tokenizer, labels = load_tokenizer(config.teacher.model), {"a": 0, "b": 1}
+        with nullcontext() if fits else pytest.raises(ConfigError, match=r"compare\.rows\.0: "):
+            check_models(config, tokenizer, labels)
 
 
 def test_every_domain_is_scarce_in_turn(source, tmp_path, monkeypatch, capsys):

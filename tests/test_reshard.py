@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from processes import run_ranks
 from rich.console import Console
@@ -26,16 +27,17 @@ STEPS = 3
 
 
 class Classifier(torch.nn.Module):
-    """Sizes that two processes cannot share evenly, and both parameter groups."""
+    """Sizes that two processes cannot share evenly, both parameter groups, and what is frozen."""
 
     def __init__(self):
         super().__init__()
         self.words = torch.nn.Embedding(31, 7)
         self.norm = torch.nn.LayerNorm(7)
         self.out = torch.nn.Linear(7, 3)
+        self.scale = torch.nn.Parameter(torch.randn(1, 7), requires_grad=False)
 
     def forward(self, batch):
-        logits = self.out(self.norm(self.words(batch["input_ids"]).mean(1))).float()
+        logits = self.out(self.norm(self.words(batch["input_ids"]).mean(1)) * self.scale).float()
         rows = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
         return StepOutput(rows, {})
 
@@ -94,7 +96,10 @@ def states(ds_engine) -> dict[str, str]:
     plain = ds_engine.optimizer.state if not ds_engine.zero_optimization() else {}
     found = {}
     for name, parameter in ds_engine.module.named_parameters():
-        if ds_engine.zero_optimization():
+        if not parameter.requires_grad:
+            with GatheredParameters(parameter):
+                values = [parameter.float().clone()]
+        elif ds_engine.zero_optimization():
             values = [safe_get_full_fp32_param(parameter)] + [
                 safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")
             ]

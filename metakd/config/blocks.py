@@ -159,8 +159,9 @@ class TeacherConfig(Block):
 
 class StudentConfig(Block):
     """The student: exactly one of a preset, teacher layers to copy (0-based), or a directory / hub
-    id. ``freeze_embeddings`` leaves its word embeddings as they were copied, so that words which no
-    training text has keep their meaning. ``zero`` and ``offload`` shard its training."""
+    id. ``freeze_embeddings`` leaves its word embeddings as they were copied, but for the rounding
+    of bf16 and fp16, so that words which no training text has keep their meaning. ``zero`` and
+    ``offload`` shard its training."""
 
     preset: Literal["tinybert-4l-312", "mini-4l-256", "tiny-2l-128"] | None = None
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
@@ -184,9 +185,11 @@ class StudentConfig(Block):
     @property
     def shape(self) -> str:
         """What the rows of a comparison call it."""
+        name = self.preset or PurePath(str(self.model)).name or "model"
         if self.layers is not None:
-            return "-".join(["layers", *map(str, self.layers)])
-        return self.preset or PurePath(str(self.model)).name
+            name = "-".join(["layers", *map(str, self.layers)])
+        marks = {"-frozen": self.freeze_embeddings, "-of-encoder": self.copy_from == "encoder"}
+        return name + "".join(mark for mark, is_set in marks.items() if is_set)
 
 
 class TermWeights(Block):
@@ -265,13 +268,15 @@ class DistillConfig(Block):
 class CompareRow(Block):
     """One row of the comparison: a method and the teacher it learns from (``finetune`` has none);
     what else is given takes the place of the key of that name in ``distill`` or its ``training``,
-    and ``student`` of the whole block, for this row."""
+    and ``student`` of the whole block, for this row. Training ends after the epochs or
+    ``max_steps``, whichever are over first."""
 
     method: MethodName
     teacher: TeacherKind | None = None
     gamma2: Annotated[float, Field(ge=0.0)] | None = None
     transfer: Annotated[Transfer | None, LATER] = None
     learning_rate: Annotated[Positive | None, LATER] = None
+    num_train_epochs: Annotated[Count | None, LATER] = None
     max_steps: Annotated[Count | None, LATER] = None
     student: Annotated[StudentConfig | None, LATER] = None
 
@@ -282,6 +287,21 @@ class CompareRow(Block):
         if self.transfer is not None and METHODS[self.method].texts is not None:
             raise ValueError(f"method {self.method} has its own texts, and no transfer")
         return self
+
+    def taught(self, distill: DistillConfig) -> DistillConfig:
+        """How this row's students are taught, where ``distill`` says what the row does not."""
+
+        def given(*names: str) -> dict[str, Any]:
+            values = {name: getattr(self, name) for name in names}
+            return {name: value for name, value in values.items() if value is not None}
+
+        training = given("learning_rate", "num_train_epochs", "max_steps")
+        return distill.model_copy(
+            update={
+                **given("method", "gamma2", "transfer"),
+                "training": distill.training.model_copy(update=training),
+            }
+        )
 
 
 class CompareConfig(Block):
@@ -321,6 +341,10 @@ class RunConfig(Block):
     checkpoint is written every ``save_steps`` optimizer steps, and the newest
     ``save_total_limit`` are kept. Processes that train together end when one of them has made no
     progress for ``step_timeout`` seconds.
+
+    ``compat`` asks for the method as the paper or the released code has it. Without it the
+    equations are the paper's, and a student learns from the texts without labels, too, where there
+    are some (``distill.transfer: unlabelled``).
     """
 
     output_dir: str
@@ -330,7 +354,7 @@ class RunConfig(Block):
     prototypes: PrototypeConfig = PrototypeConfig()
     distill: DistillConfig = DistillConfig()
     compare: CompareConfig = CompareConfig()
-    compat: Literal["paper", "easytransfer"] = "paper"
+    compat: Literal["paper", "easytransfer"] | None = None
     seed: int = 42
     bf16: bool = False
     fp16: bool = False
@@ -342,6 +366,25 @@ class RunConfig(Block):
     save_total_limit: Count = 2
     step_timeout: Positive = 45.0
     report_to: list[Literal["tensorboard", "jsonl"]] = ["jsonl", "tensorboard"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _texts_are_there_to_be_used(cls, given):
+        if not isinstance(given, Mapping) or given.get("compat") is not None:
+            return given
+        data, compare = (given.get(block) or {} for block in ("data", "compare"))
+        distill = given.get("distill") or {}
+        said = [block for block in (data, compare, distill) if not isinstance(block, Mapping)]
+        if said or "transfer" in distill:
+            return given
+        if not (data.get("unlabelled") or data.get("labels") or compare.get("labels")):
+            return given
+        return {**given, "distill": {**distill, "transfer": "unlabelled"}}
+
+    @property
+    def form(self) -> str:
+        """Whose form the method's equations have."""
+        return self.compat or "paper"
 
     @property
     def precision(self) -> str:

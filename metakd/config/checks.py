@@ -59,6 +59,10 @@ def check_contradictions(config: RunConfig) -> list[str]:
     }
     if distill.schedule == "two_stage":
         runs["distill.intermediate"] = (distill.intermediate, student)
+    for number, row in enumerate(config.compare.rows):
+        taught = row.taught(distill).training
+        if row.student is not None or taught != distill.training:
+            runs[f"compare.rows.{number}"] = (taught, row.student or student)
     for key, (training, block) in runs.items():
         if training.warmup_steps >= 1 and 0 < training.max_steps < training.warmup_steps:
             warmup, limit = f"{training.warmup_steps:g}", training.max_steps

@@ -18,11 +18,19 @@ import numpy as np
 from metakd.deploy import labels
 from metakd.deploy.formats import INT8_ENGINE, ONNX_FILES
 from metakd.deploy.run_folder import RunFolder, Stage
-from metakd.deploy.speedup import fastest, headline_ratio, model_of, ratios, times
+from metakd.deploy.speedup import fastest, model_of, nearest, ratios, times
 from metakd.environment import versions
 from metakd.method.methods import METHODS
 from metakd.method.recipe import FLAT_SCORES
-from metakd.pipeline.table import ALL_DOMAINS, AVERAGE, TEACHER, Cell, shape_of, summarise
+from metakd.pipeline.table import (
+    ALL_DOMAINS,
+    AVERAGE,
+    TEACHER,
+    Cell,
+    shape_of,
+    shapeless,
+    summarise,
+)
 
 _CURVE_POINTS = 60
 _SCORE_BINS = 40
@@ -46,7 +54,7 @@ def gather(run: RunFolder, command: str = "") -> dict:
     ]
     comparison = _comparison(run)
     best = _best(comparison, run)
-    compared = ratios(run.latency)
+    compared = ratios(run.latency, shape_of(best["row"]) if best else "")
     logs: dict[str, list[list[dict]]] = {}
     for stage in students:
         if stage.steps:
@@ -61,7 +69,7 @@ def gather(run: RunFolder, command: str = "") -> dict:
         "best": best,
         "close": _close(comparison, best),
         "evaluation": run.evaluation,
-        "tradeoff": _tradeoff(comparison, run.latency, headline_ratio(compared), exports),
+        "tradeoff": _tradeoff(comparison, run.latency, exports),
         "terms": {row: curves for row, own in logs.items() if (curves := _curves(own))["terms"]},
         "scores": _scores(run),
         "expertise": {row: found for row, found in expertise.items() if found},
@@ -124,7 +132,7 @@ def _student_rows(comparison: dict | None) -> dict[str, dict]:
 
 def teacher_of(row: str, summary: dict) -> str | None:
     """The row of a student's teacher; of a student without one, the first teacher there is."""
-    own = re.search(r"-from-(\w+)", row)
+    own = re.search(r"-from-(\w+)", shapeless(row))
     if own and TEACHER + own[1] in summary:
         return TEACHER + own[1]
     return next((name for name in summary if name.startswith(TEACHER)), None)
@@ -274,10 +282,11 @@ def _expertise(logs: Sequence[list[dict]]) -> dict | None:
 
 
 def _tradeoff(
-    comparison: dict | None, latency: dict | None, at: dict | None, exports: Sequence[dict]
+    comparison: dict | None, latency: dict | None, exports: Sequence[dict]
 ) -> dict | None:
-    """Accuracy against the latencies ``at`` one batch and length: the teachers, every row of
-    students, and int8 students where all domains of a row were exported and scored."""
+    """Accuracy against latency at one batch and length: the teachers, every row of students, and
+    int8 students where all domains of a row were exported and scored."""
+    at = nearest(latency["rows"]) if latency else None
     if comparison is None or latency is None or at is None:
         return None
     points, left_out, took = [], [], {}

@@ -226,7 +226,7 @@ def _models_of_run(run: Path) -> list[Model]:
             name = stage.kind + (f" {AS_SHAPE.strip('-')} {shape}" if shape else "")
             model = Model(name, stage.folder, str(stage.folder), stage.kind, shape)
             found.setdefault(name, model)
-    return sorted(found.values(), key=lambda model: model.role != "teacher")
+    return sorted(found.values(), key=lambda model: (model.role != "teacher", model.shape))
 
 
 def _random_model(preset: str, scratch: Path) -> Path:

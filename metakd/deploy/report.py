@@ -102,7 +102,8 @@ def _rewrite_cards(run: RunFolder, facts: dict) -> None:
         rows = []
         if latency:
             model = model_of(latency, stage.kind, shape_of(stage.row))
-            rows = [row for row in latency["rows"] if row["model"] == model]
+            own = model is not None and latency["models"][model].get("role")
+            rows = [row for row in latency["rows"] if own and row["model"] == model]
         least = min((row["batch"] for row in rows), default=None)
         measured = Measured(
             spread=spread and {"split": comparison["split"], **spread},

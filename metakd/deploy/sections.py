@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from metakd.deploy import labels, plots
 from metakd.deploy.formats import INT8_ENGINE
 from metakd.deploy.parts import Section, Table
-from metakd.deploy.speedup import compared_models, headline_ratio
+from metakd.deploy.speedup import nearest
 from metakd.environment import flat, machine
 from metakd.pipeline.table import AVERAGE, show
 
@@ -61,7 +61,7 @@ def headline(facts: dict) -> str:
             f"{_count(best['teacher_parameters'])} "
             f"({_times(best['teacher_parameters'] / best['parameters'])} fewer)"
         )
-    if at := headline_ratio(facts["ratios"]):
+    if at := nearest(facts["ratios"]):
         gains.append(
             f"{_ms(at['student']['p50_ms'])} ms against {_ms(at['teacher']['p50_ms'])} ms "
             f"({_times(at['ratio'])} as fast; p50 at batch {at['batch']} and {at['length']} "
@@ -328,7 +328,7 @@ def latency_section(latency: dict, ratios: Sequence[dict]) -> Section:
     section.notes.append(f"Measured on {machine(latency['environment'])}.")
     section.tables.append(_models(latency))
     if ratios:
-        section.tables.append(_ratios(ratios, *compared_models(latency)))
+        section.tables.append(_ratios(ratios))
     section.tables.append(
         Table(
             "Every measurement: latency of a call in ms (a percentile needs enough calls), "
@@ -416,7 +416,8 @@ def _models(latency: dict) -> Table:
     )
 
 
-def _ratios(ratios: Sequence[dict], teacher: str, student: str) -> Table:
+def _ratios(ratios: Sequence[dict]) -> Table:
+    teacher, student = (ratios[0][role]["model"] for role in ("teacher", "student"))
     engines = list(dict.fromkeys(engine for row in ratios for engine in row["engines"]))
     return Table(
         f"How many times as fast as the {teacher} the {student} is: on the fastest engine of each "

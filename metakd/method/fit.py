@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
-from metakd.config import RunConfig, StudentConfig
+from metakd.config import DistillConfig, RunConfig, StudentConfig
 from metakd.errors import ConfigError
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import build_terms
@@ -59,7 +59,7 @@ def check_models(
         if not TEACHER_KINDS[config.teacher.kind].head_per_domain:  # such a head is always fresh
             note("teacher.model", check_labels, source, taught, label2id)
 
-    def check_student(key: str, student: StudentConfig) -> None:
+    def check_student(key: str, student: StudentConfig, name: str, distill: DistillConfig) -> None:
         if student.model is not None:
             key = f"{key}.model"
             shape = note(key, load_config, student.model)
@@ -71,20 +71,21 @@ def check_models(
             shape = None if taught is None else note(key, student_shape, student, taught)
         if taught is not None and shape is not None:
             terms = note(
-                "distill",
+                name,
                 build_terms,
-                config.distill,
+                distill,
                 student_layers=shape.num_hidden_layers,
                 teacher_layers=taught.num_hidden_layers,
                 recipe=recipe,
             )
             for term in terms or []:
-                note("distill", term.check_widths, shape.hidden_size, taught.hidden_size)
+                note(name, term.check_widths, shape.hidden_size, taught.hidden_size)
 
-    check_student("student", config.student)
+    check_student("student", config.student, "distill", config.distill)
     for number, row in enumerate(config.compare.rows):
         if row.student is not None:
-            check_student(f"compare.rows.{number}.student", row.student)
+            key = f"compare.rows.{number}"
+            check_student(f"{key}.student", row.student, key, row.taught(config.distill))
     if problems:
         listed = "\n  ".join([f"{len(problems)} problems:", *problems])
         raise ConfigError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -92,8 +93,21 @@ def build_student(
     else:
         student = _random_bert(PRESETS[config.preset], tokenizer, label2id, max_length)
     if config.freeze_embeddings:
-        student.get_input_embeddings().requires_grad_(False)
+        word_embeddings(student).requires_grad_(False)
     return student
+
+
+def word_embeddings(model: PreTrainedModel) -> nn.Module:
+    """The table that is not trained where ``freeze_embeddings`` says so.
+
+    Raises:
+        ValueError: this architecture has none.
+    """
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        name = type(model).__name__
+        raise ValueError(f"student.freeze_embeddings: {name} has no table of words") from None
 
 
 def _random_bert(

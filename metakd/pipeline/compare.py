@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from metakd.config import CompareRow
+from metakd.errors import ConfigError
 from metakd.method.methods import METHODS
 from metakd.pipeline.lessons import Lesson, method_label
 from metakd.pipeline.stages import Run
@@ -86,15 +87,9 @@ def _students(
     run: Run, gamma2: Sequence[float], teacher_seeds: Sequence[int]
 ) -> Iterator[tuple[Lesson, dict]]:
     """Lesson of every student of the table, and the other arguments of ``Run.student``."""
-    config = run.config.compare
+    config, labels = run.config.compare, set()
     for row in _expand(config.rows, gamma2):
-        said = {"gamma2": row.gamma2, "transfer": row.transfer}
-        said = {key: value for key, value in said.items() if value is not None}
-        training = {"learning_rate": row.learning_rate, "max_steps": row.max_steps}
-        training = {key: value for key, value in training.items() if value is not None}
-        if training:
-            said["training"] = run.config.distill.training.model_copy(update=training)
-        distill = run.config.distill.model_copy(update={"method": row.method, **said})
+        distill = row.taught(run.config.distill)
         label = method_label(distill, row.teacher)
         if row.transfer is not None:
             listed = not isinstance(row.transfer, str)
@@ -105,6 +100,9 @@ def _students(
             label += f"-gamma2-{row.gamma2:g}"
         if row.student is not None:
             label += AS_SHAPE + row.student.shape
+        if label in labels:
+            raise ConfigError(f"compare.rows: two rows are called {label}", "leave one of them out")
+        labels.add(label)
         student = row.student or run.config.student
         for number, seed in enumerate(config.seeds):
             teacher_seed = teacher_seeds[number % len(teacher_seeds)]

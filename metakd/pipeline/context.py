@@ -86,7 +86,7 @@ class Context:
     @cached_property
     def recipe(self) -> Recipe:
         """Paper or released form of the method."""
-        return RECIPES[self.config.compat]
+        return RECIPES[self.config.form]
 
     @cached_property
     def tokenizer(self):
@@ -152,7 +152,7 @@ class Context:
             "precision": config.precision,
             "packed": config.packed,
             "deepspeed": config.deepspeed,
-            "compat": config.compat,
+            "compat": config.form,
         }
         return StageStore(
             self.folder,

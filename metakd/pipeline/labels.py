@@ -33,6 +33,7 @@ from metakd.pipeline.table import (
     csv_table,
     label_tables,
     markdown_table,
+    shapeless,
     summarise,
 )
 
@@ -145,7 +146,8 @@ def against_base(points: Sequence[dict]) -> dict:
     how many times the labels that one needs to come as far."""
     cells = [[Cell(**cell) for cell in point["cells"]] for point in points]
     rows = list(dict.fromkeys(cell.row for own in cells for cell in own))
-    base = next((row for row in rows if "-from-" not in row and not row.startswith(TEACHER)), None)
+    alone = [row for row in rows if not row.startswith(TEACHER) and "-from-" not in shapeless(row)]
+    base = next(iter(sorted(alone, key=lambda row: shapeless(row) != row)), None)
     found: list[dict] = []
     if base is not None:
         curve = [answers_of(own, base) for own in cells]

@@ -102,6 +102,7 @@ class TeacherOutputs:
         # By place in the cache: a lesson and what such lessons ask for; what was found or made.
         self._asked: dict[str, tuple[Lesson, set[Signal]]] = {}
         self._kept: dict[str, KeptOutputs] = {}
+        self._shapes: dict[str, PretrainedConfig] = {}
 
     def __bool__(self) -> bool:
         """Is anything to be kept?"""
@@ -163,10 +164,17 @@ class TeacherOutputs:
         with configured("teacher.model"):
             return load_config(self._run.config.teacher.model)
 
+    def _learning(self, student: StudentConfig) -> PretrainedConfig:
+        """The student's configuration, read once."""
+        key = student.model_dump_json()
+        if key not in self._shapes:
+            with configured("student"):
+                self._shapes[key] = student_shape(student, self.taught)
+        return self._shapes[key]
+
     def asked_of(self, lesson: Lesson) -> list[frozenset[Signal]]:
         """What each phase asks the teacher for."""
-        with configured("student"):
-            learning = student_shape(lesson.student, self.taught)
+        learning = self._learning(lesson.student)
         depth = self.taught.num_hidden_layers
         with configured("distill"):
             terms = build_terms(

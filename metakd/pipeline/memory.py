@@ -7,7 +7,7 @@ device: no weights are read and none allocated.
 With P parameters, N processes and b bytes of the dtype (4 for fp32, 2 for bf16 and fp16):
 
 - weights ``b P``, divided by N at stage 3;
-- gradients ``b P``, divided by N from stage 2 on;
+- gradients ``b P``, divided by N from stage 2 on (here and below, of the P that are trained);
 - optimizer ``8 P`` for two moments in fp32, and ``4 P`` more for fp32 copies of the weights, which
   DeepSpeed keeps in half precision and, whatever the dtype, from stage 1 on; all of it divided by N
   from stage 1 on;
@@ -33,12 +33,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from metakd.config import RunConfig
 from metakd.errors import ConfigError
 from metakd.models.sources import load_config
-from metakd.models.student import student_shape
+from metakd.models.student import student_shape, word_embeddings
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STAGES = (0, 1, 2, 3)
@@ -84,11 +84,12 @@ def estimate(
     hidden: int,
     heads: int,
     checkpointing: bool = False,
+    frozen: int = 0,
 ) -> Memory:
     """Memory of a model under training with AdamW.
 
     Args:
-        parameters: P, all of them trained.
+        parameters: P.
         zero: stage, 0 to 3.
         offload: the optimizer's part, and at stage 3 the weights, lie on the host.
         dtype: fp32, bf16 or fp16.
@@ -99,15 +100,17 @@ def estimate(
         hidden: H.
         heads: A per layer.
         checkpointing: activations are computed again in the backward pass.
+        frozen: of the parameters, not trained.
     """
     size = BYTES[dtype]
 
-    def part(sharded: bool) -> int:
-        """P, or the part of one process, rounded up as DeepSpeed pads it."""
-        return -(-parameters // world_size) if sharded else parameters
+    def part(count: int, sharded: bool) -> int:
+        """All, or the part of one process, rounded up as DeepSpeed pads it."""
+        return -(-count // world_size) if sharded else count
 
-    own = part(zero >= 1)
-    weights = size * part(zero >= 3)
+    trained = parameters - frozen
+    own = part(trained, zero >= 1)
+    weights = size * part(parameters, zero >= 3)
     optimizer = (8 + 4 * (size < 4 or zero >= 1)) * own
     host = 0
     if offload:
@@ -119,7 +122,7 @@ def estimate(
     per_token = layers * size * hidden + layer if checkpointing else layers * layer
     return Memory(
         weights=weights,
-        gradients=size * part(zero >= 2),
+        gradients=size * part(trained, zero >= 2),
         optimizer=optimizer,
         activations=batch * length * per_token,
         host=host,
@@ -151,9 +154,18 @@ def estimate_frozen(
 
 def count_parameters(shape: PretrainedConfig) -> int:
     """P of a sequence classifier of this shape; nothing is allocated."""
+    return sum(parameter.numel() for parameter in _unallocated(shape).parameters())
+
+
+def count_embeddings(shape: PretrainedConfig) -> int:
+    """Numbers of its table of words."""
+    table = word_embeddings(_unallocated(shape))
+    return sum(parameter.numel() for parameter in table.parameters())
+
+
+def _unallocated(shape: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(shape, trust_remote_code=False)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return AutoModelForSequenceClassification.from_config(shape, trust_remote_code=False)
 
 
 def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
@@ -177,9 +189,10 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
         ) from error
     dtype = config.precision
     table = {"counted for": f"{world_size} process{'es' * (world_size > 1)}, {dtype}"}
-    for title, shape, sharding, training in (
-        ("teacher training", taught, teacher, config.teacher.training),
-        ("student training", learning, student, config.distill.training),
+    held = count_embeddings(learning) if config.student.freeze_embeddings else 0
+    for title, shape, frozen, sharding, training in (
+        ("teacher training", taught, 0, teacher, config.teacher.training),
+        ("student training", learning, held, student, config.distill.training),
     ):
         parameters = count_parameters(shape)
         table[title] = f"{parameters / 1e6:.1f} M parameters"
@@ -198,6 +211,7 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
                     hidden=shape.hidden_size,
                     heads=shape.num_attention_heads,
                     checkpointing=training.gradient_checkpointing,
+                    frozen=frozen,
                 )
             )
     beside = "while its outputs are made for the cache"

@@ -7,7 +7,7 @@
                                      what those say who have not seen an example
 <output_dir>/.cache/teachers/<kind>-s<seed>[-mean]/<domain>[-on-<texts>]/
                                      what teachers say of training examples, see ``teacher_cache``
-<output_dir>/students/<method>[-from-<teacher>]-s<seed>/<domain>/
+<output_dir>/students/<method>[-from-<teacher>]...-s<seed>/<domain>/
                                      a plain AutoModelForSequenceClassification
 """
 

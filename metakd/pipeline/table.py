@@ -23,6 +23,11 @@ TEACHER = "teacher: "  # what the rows of teachers begin with, before their kind
 AS_SHAPE = "-as-"  # what comes before the shape of students that have one of their own
 
 
+def shapeless(row: str) -> str:
+    """The row without the shape of its students."""
+    return row.partition(AS_SHAPE)[0]
+
+
 def shape_of(row: str) -> str:
     """The shape of a row's students, if it has one of its own."""
     return row.partition(AS_SHAPE)[2]

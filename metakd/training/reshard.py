@@ -53,6 +53,8 @@ class ReshardedFiles(CheckpointEngine):
         if not name.endswith("optim_states.pt"):
             state = safe_load(self._folder / _of_rank(name, 0), map_location)
             state["dp_world_size"] = self._world.size
+            if self._stage == 3 and state["frozen_param_fragments"]:
+                self._cut_frozen(state, name, map_location)
             return state
         shards = [safe_load(self._folder / _of_rank(name, rank)) for rank in range(self._before)]
         held = [shard["optimizer_state_dict"] for shard in shards]
@@ -61,6 +63,16 @@ class ReshardedFiles(CheckpointEngine):
         else:
             self._cut_each_group(held)
         return shards[0]
+
+    def _cut_frozen(self, mine: dict, name: str, map_location) -> None:
+        """Stage 3: what is not trained is in no optimizer's vector, but here in shards as well."""
+        ranks = range(1, self._before)
+        held = [mine, *(safe_load(self._folder / _of_rank(name, r), map_location) for r in ranks)]
+        for key, shape in mine["frozen_param_shapes"].items():
+            shards = [state["frozen_param_fragments"][key] for state in held]
+            whole = torch.cat(shards)[: math.prod(shape)]
+            size = math.ceil(len(whole) / self._world.size)
+            mine["frozen_param_fragments"][key] = _part(whole, self._world.rank * size, size)
 
     def _cut_each_group(self, held: list[dict]) -> None:
         """Stages 1 and 2: the first shard becomes this rank's."""
