@@ -225,10 +225,10 @@ def test_the_table_of_a_configuration(tiny_bert, tmp_path):
 
 
 def test_frozen_parameters_have_neither_gradient_nor_moments():
-    options = {"offload": False, "dtype": "bf16", "world_size": 2, "batch": 1, "length": 8}
+    options = {"offload": False, "dtype": "bf16", "world_size": 2, **SHAPE}
     for zero in range(4):
-        whole = estimate(1000, zero=zero, frozen=400, **options, **SHAPE)
-        trained = estimate(600, zero=zero, **options, **SHAPE)
+        whole = estimate(1000, zero=zero, frozen=400, **options)
+        trained = estimate(600, zero=zero, **options)
         assert whole.weights == 2 * (500 if zero == 3 else 1000)
         assert (whole.gradients, whole.optimizer) == (trained.gradients, trained.optimizer)
     shape = BertConfig(vocab_size=50, hidden_size=12, num_hidden_layers=1)
