@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import chdir
 from dataclasses import replace
-from pathlib import Path
 
-from benchmarks.study import (
+from benchmarks.study_plan import (
     ALL,
+    KEPT,
     OTHERS_LABELS,
     PARTS,
+    ROOT,
     SHORT_SIZES,
     STUDENT,
     TEACHER,
@@ -42,8 +43,7 @@ from metakd.pipeline.table import (
     summarise,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = Path("docs") / "results" / "study"  # as a reader of the report sees it
+FOLDER = KEPT.parent.relative_to(ROOT)  # as a reader of the report sees it
 META = "meta-from-meta-on-unlabelled"
 TINYBERT = "tinybert_kd-from-meta-on-unlabelled"
 ITS_TEACHER = "teacher: meta"
@@ -253,7 +253,7 @@ def _variants(done: dict[Group, dict], cells: Sequence[Cell]) -> str:
     header = ["row", "changed", "accuracy", "points (95 %)", "", "seeds"]
     about = (
         "The same row, electronics and news, with a setting changed (`balance`: attention weighted "
-        "1 besides; `VARIANTS` in the script):"
+        "1 besides; `VARIANTS` in `study_plan.py`):"
     )
     return f"{about}\n\n{markdown_table(header, rows)}" if rows else ""
 
