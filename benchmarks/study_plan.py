@@ -23,6 +23,16 @@ SHAPE = {"layers": [0, 2, 5], "freeze_embeddings": True}
 ALL = "all"
 
 
+def joined(first: dict, second: dict) -> dict:
+    """The settings of both; where they say different things, the second's."""
+    both = copy.deepcopy(first)
+    for name, value in second.items():
+        known = both.get(name)
+        inner = isinstance(known, dict) and isinstance(value, dict)
+        both[name] = joined(known, value) if inner else value
+    return both
+
+
 @dataclass(frozen=True)
 class Part:
     """A corpus and how it is trained on."""
@@ -43,7 +53,7 @@ class Block:
     labels: tuple[int | str, ...] = (100,)
     seeds: tuple[int, ...] = (1, 2, 3)
     domains: tuple[str, ...] | None = None  # None: all
-    changes: dict = field(default_factory=dict)
+    changes: dict = field(default_factory=lambda: TAUGHT)
     parts: tuple[str, ...] = ("short",)
 
 
@@ -61,6 +71,7 @@ def _kd(method: str, transfer: str | None = None, teacher: str = "meta") -> dict
 
 REST_OF_CURVE = (ALL, 300, 32)
 BASELINES = {"distill": {"training": {"learning_rate": 1e-4}}}
+TAUGHT = {"distill": {"layer_map": "copied"}}
 FINETUNED = ({"method": "finetune"}, {"method": "finetune_all"})
 STUDENTS = (_kd("tinybert_kd", "unlabelled"), _kd("meta", "unlabelled"))
 BLOCKS = (
@@ -78,6 +89,7 @@ BLOCKS = (
     Block("single", (_kd("tinybert_kd", "unlabelled", "single"),)),
 )
 VARIANTS = {
+    "layer_map uniform": {"distill": {"layer_map": "uniform"}},
     "embeddings trained": {"student": {"freeze_embeddings": False}},
     "layers 1, 3, 5": {"student": {"layers": [1, 3, 5]}},
     "balance": {"distill": {"balance": "variance", "terms": {"attention": 1.0}}},
@@ -97,7 +109,7 @@ BLOCKS += tuple(
         name,
         (_kd("meta", "all+unlabelled" if name == "by_score" else "unlabelled"),),
         domains=("electronics", "news"),
-        changes=changes,
+        changes=joined(TAUGHT, changes),
     )
     for name, changes in VARIANTS.items()
 )
@@ -178,16 +190,6 @@ class Group:
         """Of what decides its results."""
         decided = json.dumps([self.settings(), self.part, SHORT_SIZES], sort_keys=True)
         return hashlib.sha256(decided.encode()).hexdigest()[:16]
-
-
-def joined(first: dict, second: dict) -> dict:
-    """The settings of both; where they say different things, the second's."""
-    both = copy.deepcopy(first)
-    for name, value in second.items():
-        known = both.get(name)
-        inner = isinstance(known, dict) and isinstance(value, dict)
-        both[name] = joined(known, value) if inner else value
-    return both
 
 
 def groups() -> Iterator[Group]:

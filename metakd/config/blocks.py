@@ -246,7 +246,7 @@ class DistillConfig(Block):
     gamma2: Annotated[float, Field(ge=0.0)] = 0.2
     terms: TermWeights = TermWeights()
     attention: Literal["scores", "probabilities", "kl"] = "scores"
-    layer_map: Literal["uniform", "last"] | list[Annotated[int, Field(ge=0)]] = "uniform"
+    layer_map: Literal["uniform", "last", "copied"] | list[Annotated[int, Field(ge=0)]] = "uniform"
     relation_heads: Count = 12
     backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
     teacher_stream: bool = False
@@ -263,6 +263,12 @@ class DistillConfig(Block):
     intermediate: TrainingConfig = TrainingConfig(
         learning_rate=5e-5, num_train_epochs=10, lr_scheduler_type="constant"
     )
+
+    def towards(self, student: StudentConfig) -> DistillConfig:
+        """This, with the layers that the student copies in place of ``copied``."""
+        if self.layer_map != "copied":
+            return self
+        return self.model_copy(update={"layer_map": student.layers or "uniform"})
 
 
 class CompareRow(Block):

@@ -73,7 +73,7 @@ def check_models(
             terms = note(
                 name,
                 build_terms,
-                distill,
+                distill.towards(student),
                 student_layers=shape.num_hidden_layers,
                 teacher_layers=taught.num_hidden_layers,
                 recipe=recipe,

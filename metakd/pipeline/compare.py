@@ -89,7 +89,8 @@ def _students(
     """Lesson of every student of the table, and the other arguments of ``Run.student``."""
     config, labels = run.config.compare, set()
     for row in _expand(config.rows, gamma2):
-        distill = row.taught(run.config.distill)
+        student = row.student or run.config.student
+        distill = row.taught(run.config.distill).towards(student)
         label = method_label(distill, row.teacher)
         if row.transfer is not None:
             listed = not isinstance(row.transfer, str)
@@ -103,7 +104,6 @@ def _students(
         if label in labels:
             raise ConfigError(f"compare.rows: two rows are called {label}", "leave one of them out")
         labels.add(label)
-        student = row.student or run.config.student
         for number, seed in enumerate(config.seeds):
             teacher_seed = teacher_seeds[number % len(teacher_seeds)]
             for domain in run.student_domains:

@@ -101,7 +101,8 @@ class Run(TeacherStage):
 
     def _configured_lesson(self, domain: str) -> Lesson:
         config = self.config
-        return Lesson(domain, config.student, config.distill, self.teacher_kind, config.seed)
+        distill = config.distill.towards(config.student)
+        return Lesson(domain, config.student, distill, self.teacher_kind, config.seed)
 
     def _configured_student(self, domain: str) -> Path:
         return self.student(self._configured_lesson(domain), self.config.seed)[0]
