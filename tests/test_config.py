@@ -492,6 +492,17 @@ def test_texts_without_labels_are_used_unless_the_paper_is_asked_for(write, text
     assert config.distill.transfer == transfer and config.form == "paper"
 
 
+def test_copied_layers_are_matched_with_those_they_come_from(write):
+    rows = "[{method: finetune, student: {preset: tiny-2l-128}}]"
+    options = ["student={layers: [0, 2, 5]}", f"compare.rows={rows}"]
+    config = load_config(write(VALID), [*options, "distill.layer_map=copied"])
+    row = config.compare.rows[0]
+    assert config.distill.towards(config.student).layer_map == [0, 2, 5]
+    assert row.taught(config.distill).towards(row.student).layer_map == "uniform"
+    config = load_config(write(VALID), [*options, "distill.layer_map=last"])
+    assert config.distill.towards(config.student) is config.distill
+
+
 def test_defaults_do_not_leak(write):
     load_config(write(VALID), ["distill.terms.hidden=0.5"])
     assert load_config(write(VALID)).distill == DistillConfig()
