@@ -167,7 +167,7 @@ WRONG = {
     "blank": ("output_dir: ' '", ["output_dir: must not be blank"]),
     "union, near the word": (
         "distill: {layer_map: unifrm}",
-        ["distill.layer_map: must be 'uniform' or 'last' or must be a valid list (got 'unifrm')"],
+        ["distill.layer_map: must be 'uniform', 'last' or 'copied' or must be a valid list (got"],
     ),
     "union, near the list": (
         "distill: {layer_map: [0, -1]}",
