@@ -141,7 +141,7 @@ def _part(part: str, wanted: Sequence[Group], done: dict[Group, dict]) -> list[s
     }
     paragraphs = [f"## {part}: {', '.join(domains)}"]
     if curve := _curve(at, domains, done):
-        paragraphs.append(as_markdown(curve))
+        paragraphs.append(as_markdown(curve).strip())
         if part == CURVE_OF:
             _write_report(curve)
     few = PARTS[part].few
@@ -284,7 +284,7 @@ def _sizes(cells: Sequence[Cell], domains: Sequence[str], latency: dict) -> str:
     header += ["accuracy", "over the teacher (95 %)", "Pareto front"]
     seeds = len({cell.seed for cell in cells})
     about = (
-        f"TinyBERT-KD on unlabelled texts, {seeds} seeds; p50 at batch {at[0]} and {at[1]} tokens "
+        f"TinyBERT-KD on unlabelled texts, seeds: {seeds}; p50 at batch {at[0]} and {at[1]} tokens "
         "([measured](latency.md)). Accuracy, and the front, are those of unrounded weights:"
     )
     return f"{about}\n\n{markdown_table(header, rows)}"

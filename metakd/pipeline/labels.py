@@ -172,7 +172,7 @@ def _efficiency(
         for at, side in zip(points, curve)
         if answers.keys() <= side.keys()
     ]
-    if not answers or not known:
+    if not answers or len(known) < 2:  # one point is no curve
         return None
     counts, curves = zip(*known, strict=True)
     found = label_efficiency(counts, curves, answers, _mean_labels(point, answers))

@@ -238,7 +238,9 @@ def label_tables(compared: dict) -> list[tuple[str, list[str], list[list[str]]]]
         "efficiency": f"Times the labels that {base} needs to reach as much, and between what 95 "
         "of 100 draws lie: 0 is less than it reaches with the fewest, ∞ more than with all.",
     }
-    for name, caption in captions.items() if base is not None else ():
+    for name, caption in captions.items():
+        if not any(entry[name] for entry in found.values()):  # no base, or no curve of it
+            continue
         cells = [
             [row, *(show_interval(found.get((row, p["asked"]), {}).get(name)) for p in points)]
             for row in rows
