@@ -39,6 +39,7 @@ pytest.importorskip("onnxruntime", reason="the extra 'deploy' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'deploy' is not installed")
 
 DEEP = pytest.mark.deep
+RECORD = {"result": {"validation": {}}, "kept": True, "seconds": 1.0, "world_size": 1}
 TEXTS = demo.made_up_texts(40)
 LABELS = ("bad", "good")
 
@@ -472,11 +473,10 @@ class TestLatency:
     # Each engine of each model is measured in a process of its own.
     @pytest.mark.parametrize("engines", [["onnx"], pytest.param(["eager", "onnx"], marks=DEEP)])
     def test_a_run_side_by_side(self, student, tmp_path, call, engines):
-        record = {"result": {"validation": {}}, "kept": True, "seconds": 1.0, "world_size": 1}
         others = ("novels-as-tiny-s1/novels", "novels-s1/novels", "novels-s1/poems")
         for place in ("teachers/meta-s1", *(f"students/{other}" for other in others)):
             shutil.copytree(student, tmp_path / "run" / place)
-            (tmp_path / "run" / place / "stage.json").write_text(json.dumps(record))
+            (tmp_path / "run" / place / "stage.json").write_text(json.dumps(RECORD))
         words = "--batch 2 --length 8 --length 500 --length 501 --device cpu --seconds 0"
         words += "".join(f" --engine {engine}" for engine in engines)
         code, out, _ = call("latency", tmp_path / "run", *words.split())
@@ -537,7 +537,7 @@ class TestLatency:
         for name in (".gone-novels", "novels"):
             place = tmp_path / "run" / "students" / "meta-s1-t1" / name
             shutil.copytree(student, place, ignore=shutil.ignore_patterns("onnx"))
-            (place / "stage.json").write_text("{}")
+            (place / "stage.json").write_text(json.dumps(RECORD))
         [model] = latency._find_models([str(tmp_path / "run")], tmp_path)
         assert (model.role, model.folder.name) == ("student", "novels")
 
