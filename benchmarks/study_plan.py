@@ -65,7 +65,7 @@ PARTS = {
 }
 
 
-def _kd(method: str, transfer: str | None = None, teacher: str = "meta") -> dict:
+def _kd(method: str, transfer: str, teacher: str = "meta") -> dict:
     return {"method": method, "teacher": teacher, "transfer": transfer}
 
 

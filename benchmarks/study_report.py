@@ -149,7 +149,7 @@ def _part(part: str, wanted: Sequence[Group], done: dict[Group, dict]) -> list[s
         sets = _sets(at[labels], domains)
         if sets:
             paragraphs += [f"### With {labels} labels", sets, _claims(at[labels], domains)]
-    if variants := _variants(done, at[few]):
+    if variants := _variants(_cells(done, few), done, at[few]):
         paragraphs += ["### One change at a time", variants]
     latency = ROOT / FOLDER / "latency.json"
     if part == CURVE_OF and latency.is_file():
@@ -236,9 +236,9 @@ def _verdict(found: Interval) -> str:
     return "worse" if found.high < 0 else "no difference shown"
 
 
-def _variants(done: dict[Group, dict], cells: Sequence[Cell]) -> str:
+def _variants(by_block: dict[str, list[Cell]], done: Iterable[Group], cells: Sequence[Cell]) -> str:
     """Blocks that change a setting, each row against the same row without the change."""
-    by_block, rows = _cells(done, 100), []
+    rows = []
     for block in dict.fromkeys(group.block for group in done if group.block.name not in APART):
         for row in dict.fromkeys(cell.row for cell in by_block[block.name] if "-from-" in cell.row):
             changed = [

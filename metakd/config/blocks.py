@@ -296,17 +296,11 @@ class CompareRow(Block):
 
     def taught(self, distill: DistillConfig) -> DistillConfig:
         """How this row's students are taught, where ``distill`` says what the row does not."""
-
-        def given(*names: str) -> dict[str, Any]:
-            values = {name: getattr(self, name) for name in names}
-            return {name: value for name, value in values.items() if value is not None}
-
-        training = given("learning_rate", "num_train_epochs", "max_steps")
+        said = self.model_dump(exclude={"teacher", "student"}, exclude_none=True)
+        of_training = said.keys() & TrainingConfig.model_fields.keys()
+        training = {name: said.pop(name) for name in of_training}
         return distill.model_copy(
-            update={
-                **given("method", "gamma2", "transfer"),
-                "training": distill.training.model_copy(update=training),
-            }
+            update={**said, "training": distill.training.model_copy(update=training)}
         )
 
 
@@ -378,12 +372,12 @@ class RunConfig(Block):
     def _texts_are_there_to_be_used(cls, given):
         if not isinstance(given, Mapping) or given.get("compat") is not None:
             return given
-        data, compare = (given.get(block) or {} for block in ("data", "compare"))
-        distill = given.get("distill") or {}
-        said = [block for block in (data, compare, distill) if not isinstance(block, Mapping)]
-        if said or "transfer" in distill:
+        blocks = [given.get(name) or {} for name in ("data", "compare", "distill")]
+        if not all(isinstance(block, Mapping) for block in blocks):
             return given
-        if not (data.get("unlabelled") or data.get("labels") or compare.get("labels")):
+        data, compare, distill = blocks
+        unlabelled = data.get("unlabelled") or data.get("labels") or compare.get("labels")
+        if "transfer" in distill or not unlabelled:
             return given
         return {**given, "distill": {**distill, "transfer": "unlabelled"}}
 

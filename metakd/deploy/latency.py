@@ -31,9 +31,7 @@ import torch
 from scipy.stats import binom
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
-    AutoModelForSequenceClassification,
     BertForSequenceClassification,
-    PreTrainedModel,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -45,10 +43,16 @@ from metakd.deploy.sections import latency_section
 from metakd.deploy.speedup import ratios
 from metakd.environment import environment, installed
 from metakd.errors import ConfigError, MetakdError, ParityError, UnsupportedError
-from metakd.models.sources import load_config, load_tokenizer, load_trained_classifier
+from metakd.models.sources import (
+    load_config,
+    load_tokenizer,
+    load_trained_classifier,
+    unallocated,
+)
 from metakd.models.student import PRESETS as STUDENTS
 from metakd.models.student import bert_shape
-from metakd.pipeline.table import AS_SHAPE, shape_of
+from metakd.pipeline.memory import count_parameters
+from metakd.pipeline.table import shape_of
 
 BATCHES = (1, 8, 32, 128)
 LENGTHS = (32, 128, 512)
@@ -223,7 +227,7 @@ def _models_of_run(run: Path) -> list[Model]:
     for stage in find_stages(run):
         if (stage.folder / "config.json").exists():
             shape = shape_of(stage.row)
-            name = stage.kind + (f" {AS_SHAPE.strip('-')} {shape}" if shape else "")
+            name = f"{stage.kind} as {shape}" if shape else stage.kind
             model = Model(name, stage.folder, str(stage.folder), stage.kind, shape)
             found.setdefault(name, model)
     return sorted(found.values(), key=lambda model: (model.role != "teacher", model.shape))
@@ -267,27 +271,22 @@ def _describe(model: Model, workers: list[_Worker]) -> dict:
         "role": model.role,
         "shape": model.shape,
         "folder": None if model.source in PRESETS else str(model.folder),
-        "parameters": sum(p.numel() for p in _unallocated(model.folder).parameters()),
+        "parameters": count_parameters(shape),
         "layers": shape.num_hidden_layers,
         "hidden": shape.hidden_size,
         "bytes": own,
     }
 
 
-def _unallocated(folder: Path) -> PreTrainedModel:
-    # Eager attention is made of matrix products, which is what the counter of flops knows.
-    shape = load_config(str(folder))
-    with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(shape, attn_implementation="eager")
-
-
 @lru_cache
 def flops_of_text(folder: Path, length: int) -> int:
     """Floating-point operations of one text of ``length`` tokens, matrix products alone, a
     multiplication and an addition being two."""
+    # Eager attention is made of matrix products, which is what the counter of flops knows.
+    model = unallocated(load_config(str(folder)), attn_implementation="eager")
     counter = FlopCounterMode(display=False)
     with counter, torch.device("meta"), torch.no_grad():
-        _unallocated(folder)(torch.ones(1, length, dtype=torch.long))
+        model(torch.ones(1, length, dtype=torch.long))
     return counter.get_total_flops()
 
 

@@ -31,6 +31,14 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _SHOWN = 3
 
 
+def unallocated(shape: PretrainedConfig, **options) -> PreTrainedModel:
+    """A classifier of this shape on the ``meta`` device, where weights take no room."""
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(
+            shape, trust_remote_code=False, **options
+        )
+
+
 def load_config(source: str) -> PretrainedConfig:
     """The configuration of a directory or hub id.
 

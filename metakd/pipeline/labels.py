@@ -147,7 +147,7 @@ def against_base(points: Sequence[dict]) -> dict:
     cells = [[Cell(**cell) for cell in point["cells"]] for point in points]
     rows = list(dict.fromkeys(cell.row for own in cells for cell in own))
     alone = [row for row in rows if not row.startswith(TEACHER) and "-from-" not in shapeless(row)]
-    base = next(iter(sorted(alone, key=lambda row: shapeless(row) != row)), None)
+    base = min(alone, key=lambda row: shapeless(row) != row, default=None)
     found: list[dict] = []
     if base is not None:
         curve = [answers_of(own, base) for own in cells]

@@ -32,12 +32,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from metakd.config import RunConfig
 from metakd.errors import ConfigError
-from metakd.models.sources import load_config
+from metakd.models.sources import load_config, unallocated
 from metakd.models.student import student_shape, word_embeddings
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -154,18 +153,13 @@ def estimate_frozen(
 
 def count_parameters(shape: PretrainedConfig) -> int:
     """P of a sequence classifier of this shape; nothing is allocated."""
-    return sum(parameter.numel() for parameter in _unallocated(shape).parameters())
+    return sum(parameter.numel() for parameter in unallocated(shape).parameters())
 
 
 def count_embeddings(shape: PretrainedConfig) -> int:
     """Numbers of its table of words."""
-    table = word_embeddings(_unallocated(shape))
+    table = word_embeddings(unallocated(shape))
     return sum(parameter.numel() for parameter in table.parameters())
-
-
-def _unallocated(shape: PretrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(shape, trust_remote_code=False)
 
 
 def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
