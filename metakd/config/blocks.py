@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from metakd.config.deepspeed import AUTO
 from metakd.method.kinds import DEFAULT_KIND, TEACHER_KINDS
@@ -50,6 +50,14 @@ def _one_of(table: Mapping[str, Any]) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _text_encoding(name: str) -> str:
+    try:
+        "a".encode(name)
+    except (LookupError, UnicodeError) as error:
+        raise ValueError("must be an encoding that Python knows, such as cp1252") from error
+    return name
+
+
 TeacherKind = Annotated[str, _one_of(TEACHER_KINDS)]
 MethodName = Annotated[str, _one_of(METHODS)]
 
@@ -85,6 +93,14 @@ class DataConfig(Block):
     from (``distill.transfer``). ``labels`` says how many labels of a domain are used, a number or a
     share: the other rows of ``train`` count as unlabelled, and as many at most of ``validation``
     are looked at.
+
+    ``domain: null`` is for texts that are all of one domain. ``on_problem: drop`` leaves out rows
+    with which alone something is wrong (an empty text, a missing label, broken quoting or bytes),
+    and counts them; ``overlap`` says what becomes of rows of ``train`` and ``unlabelled`` that
+    validation or test have, too: left out (``drop_train``), or kept (``allow``) where more than a
+    few are refused otherwise. ``encoding``, ``delimiter`` and ``quoting`` (``none``: a quote is
+    a character like others) say how CSV and TSV are written where they are not UTF-8, separated by
+    their kind's character, and quoted as CSV is.
     """
 
     train: str
@@ -93,13 +109,18 @@ class DataConfig(Block):
     text: str = "text"
     text_pair: str | None = None
     label: str = "label"
-    domain: str = "domain"
+    domain: str | None = "domain"
     max_length: Annotated[int, Field(ge=4, le=8192)] = 128
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     data_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     withhold: list[str] = []
     unlabelled: Annotated[str | None, LATER] = None
     labels: Annotated[dict[str, Count | Annotated[float, Field(gt=0.0, lt=1.0)]], LATER] = {}
+    on_problem: Annotated[Literal["refuse", "drop"], LATER] = "refuse"
+    overlap: Annotated[Literal["refuse", "drop_train", "allow"], LATER] = "refuse"
+    encoding: Annotated[Annotated[str, AfterValidator(_text_encoding)] | None, LATER] = None
+    delimiter: Annotated[Annotated[str, Field(pattern=r"^[^\r\n\"]$")] | None, LATER] = None
+    quoting: Annotated[Literal["csv", "none"], LATER] = "csv"
 
 
 class PrototypeConfig(Block):

@@ -23,8 +23,12 @@ from metakd import __version__
 from metakd.config import DataConfig
 from metakd.data.cache import TensorCache, content_key
 from metakd.data.reading import UNLABELLED, Row, read_corpus
+from metakd.data.tables import LeftOut
 from metakd.errors import ConfigError, DataError
 from metakd.method.terms import NO_LABEL
+
+UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.2, 0.8
+"""Shares of tokens unknown to the tokenizer above which a corpus is doubtful, and useless."""
 
 _TOKENISE_AT_ONCE = 1024
 _OWN_COLUMNS = (
@@ -178,6 +182,7 @@ class Corpus:
     domains: list[str]
     label2id: dict[str, int]
     unlabelled: Split | None = None  # its indices go on after those of train
+    left_out: Sequence[LeftOut] = ()  # rows of the sources that the configuration drops
 
 
 def _warn(text: str) -> None:
@@ -236,7 +241,7 @@ def load_corpus(
     if unlabelled is not None:
         index = unlabelled.index + len(whole.splits["train"])
         unlabelled = replace(unlabelled, index=index)
-    corpus = Corpus(train, validation, test, whole.domains, label2id, unlabelled)
+    corpus = Corpus(train, validation, test, whole.domains, label2id, unlabelled, whole.left_out)
     for name, wanted in config.labels.items():
         if name not in whole.domains:
             raise ConfigError(
@@ -286,6 +291,7 @@ class _Whole:
     domains: list[str]
     labels: list[str]
     warnings: list[str]  # of the checks
+    left_out: list[LeftOut]
 
 
 def _cached(
@@ -332,7 +338,7 @@ def _to_tensors(whole: _Whole) -> tuple[dict[str, Tensor], dict]:
         if split.token_type_ids is not None:
             tensors[f"{name}.token_type_ids"] = split.token_type_ids.flat
     described = {"domains": whole.domains, "labels": whole.labels, "warnings": whole.warnings}
-    return tensors, described | {"splits": list(whole.splits)}
+    return tensors, described | {"splits": list(whole.splits), "left_out": whole.left_out}
 
 
 def _from_tensors(tensors: dict[str, Tensor], described: dict) -> _Whole:
@@ -346,7 +352,8 @@ def _from_tensors(tensors: dict[str, Tensor], described: dict) -> _Whole:
             torch.arange(len(lengths)),
             None if kinds is None else Tokens(kinds, lengths),
         )
-    return _Whole(splits, tensors["first_alike"], **described)
+    left_out = [LeftOut(*one) for one in described.pop("left_out")]
+    return _Whole(splits, tensors["first_alike"], left_out=left_out, **described)
 
 
 def _read_and_tokenise(config: DataConfig, tokenizer) -> _Whole:
@@ -361,7 +368,30 @@ def _read_and_tokenise(config: DataConfig, tokenizer) -> _Whole:
     first: dict[tuple, int] = {}
     alike = [first.setdefault(row.example, i) for i, row in enumerate(raw.splits["train"])]
     said = [str(warning.message) for warning in raised]
-    return _Whole(splits, torch.tensor(alike), raw.domains, raw.labels, said)
+    said += _unknown_tokens(splits["train"], tokenizer, config.train)
+    return _Whole(splits, torch.tensor(alike), raw.domains, raw.labels, said, raw.left_out)
+
+
+def _unknown_tokens(train: Split, tokenizer, source: str) -> list[str]:
+    """A warning of a tokenizer that does not know many of the words.
+
+    Raises:
+        DataError: it knows next to nothing, and a model would learn from the texts' lengths.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return []
+    ids = train.input_ids.flat
+    special = torch.tensor([i for i in tokenizer.all_special_ids if i != unknown], dtype=ids.dtype)
+    words = ids[~torch.isin(ids, special)]
+    share = (words == unknown).double().mean().item() if len(words) else 0.0
+    if share <= UNKNOWN_WARNED:
+        return []
+    said = f"{source}: {share:.0%} of the tokens are unknown to the tokenizer"
+    remedy = "take an encoder of the texts' language and script as teacher.model"
+    if share > UNKNOWN_REFUSED:
+        raise DataError(said, remedy)
+    return [f"{said}; {remedy}"]
 
 
 def _tokenise(

@@ -1,31 +1,24 @@
 """Strict reading of labelled examples: all problems of all files in one pass, each with its place.
 
-CSV, TSV and JSONL are parsed with the standard library and not with a data-frame reader, for two
-reasons: each problem needs the exact ``file:row:column: reason``, and a text that reads ``NA`` or
-``null`` must stay a text. Parquet files and hub ids go through ``datasets``. ``row`` is the 1-based
-line an editor shows (for Parquet and hub ids the 1-based row), ``column`` the column's name; either
-is ``-`` where it has no meaning.
-
-Nothing is repaired and nothing is dropped: a source with a problem is refused whole.
-Imports ``metakd.config`` and ``metakd.errors`` only (``datasets`` when a source needs it).
+``tables`` reads files; here columns and cells are checked, and the splits against each other. What
+has a problem is refused whole unless ``data.on_problem`` and ``data.overlap`` say to leave out the
+rows concerned, and then it is counted which.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import re
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from metakd.config import DataConfig
+from metakd.data.tables import LeftOut, Problems, Table, read_file, read_hub, show
 from metakd.errors import DataError
 
 PROBLEMS_SHOWN = 20
@@ -33,25 +26,28 @@ OVERLAP_ALLOWED = 0.01
 """Share of the rows of validation or test that may also be in train without being a problem."""
 
 UNLABELLED = "unlabelled"
+ONE_DOMAIN = "all"
+"""Name of the domain where a corpus says nothing of domains."""
+
+_MOST = 0.5
+"""Share of rows with something wrong from which on it is the file that is meant otherwise."""
+
+_SPLIT_NAMES = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing"},
+    UNLABELLED: {UNLABELLED, "unlabeled"},
+}
+_TAUGHT = dict.fromkeys(("train", UNLABELLED)).keys()  # in this order
+_SCORED = dict.fromkeys(("validation", "test")).keys()
 
 LONGEST_DOMAIN = 200
 """Bytes of a domain's name; file systems allow 255, and stages are built beside their place."""
 
-_LINE_END = re.compile(rb"(?<=\n)|(?<=\r)(?!\n)")
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")
-
-
-class Problem(NamedTuple):
-    """One thing wrong with the data, and where."""
-
-    file: str
-    row: int | None
-    column: str | None
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.row or '-'}:{self.column or '-'}: {self.reason}"
 
 
 class Row(NamedTuple):
@@ -71,53 +67,40 @@ class Row(NamedTuple):
         return self.text, self.pair, self.domain
 
 
-class _Problems(list[Problem]):
-    """All problems so far; ``rows_lost`` once a file, or a part of one, could not be read."""
-
-    rows_lost = False
-
-    def add(self, file: str, row: int | None, column: str | None, reason: str) -> None:
-        self.append(Problem(file, row, column, reason))
-
-    def lose_rows(self, file: str, row: int | None, reason: str) -> None:
-        self.add(file, row, None, reason)
-        self.rows_lost = True
-
-
 # A value that was checked and is what it should be, else None; and what is wrong with it.
 Checked = tuple[str | None, str | None]
 
 
 class RawCorpus(NamedTuple):
-    """The checked rows of each configured split, and domains and labels in their final order."""
+    """The checked rows of each split, domains and labels in their final order, and what the
+    policies of the ``data`` block left out."""
 
     splits: dict[str, list[Row]]
     domains: list[str]
     labels: list[str]
-
-
-class _Table(NamedTuple):
-    file: str
-    columns: list[str]
-    header: int | None  # the row that names the columns, if one does
-    rows: list[tuple[int, dict[str, Any]]]
+    left_out: list[LeftOut]
 
 
 def read_corpus(config: DataConfig) -> RawCorpus:
     """Reads and checks every split that the configuration names.
 
-    A source is a ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file, a folder of such files (one
-    per domain, the file's stem being the domain, whatever a domain column says; names starting with
-    a dot are skipped) or a hub id ``owner/name``. UTF-8 with or without a byte order mark, and any
-    line ending, are accepted; TSV follows the quoting rules of CSV. Labels are strings or integers;
-    integers are kept as their decimal text.
+    A source is a ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file, a hub id ``owner/name``, or a
+    folder (names starting with a dot are skipped) of such files: one per domain, the file's stem
+    being the domain, whatever a domain column says; or one per split, named ``train``,
+    ``validation`` (``valid``, ``val``, ``dev``), ``test``. If ``data.train`` is such a folder its
+    validation and test files are taken, too, unless the configuration names others. Without
+    ``data.domain`` all texts are of one domain. UTF-8 with or without a byte order mark (or
+    ``data.encoding``) and any line ending are accepted; TSV follows the quoting rules of CSV unless
+    ``data.quoting`` is ``none``. Labels are strings or integers; integers are kept as their decimal
+    text.
 
     Labels and domains come from the training split; one of them that only validation or test has is
     a problem. A row of validation or test whose text, pair and domain are also in train leaks: up
     to 1 % of the rows of that split this gives a warning with the count, since large collections do
-    contain some; above, each such row is a problem. Unlabelled texts leak likewise: a student would
-    learn what its teacher says of the very texts it is scored on. Their label column is not looked
-    at. Duplicates inside a split are accepted.
+    contain some; above, each such row is a problem, unless ``data.overlap`` says otherwise.
+    Unlabelled texts leak likewise: a student would learn what its teacher says of the very texts it
+    is scored on. Their label column is not looked at. Duplicates inside a split are accepted; texts
+    of several labels, and names that differ only in spelling, are counted in a warning.
 
     Args:
         config: the ``data`` block.
@@ -125,14 +108,18 @@ def read_corpus(config: DataConfig) -> RawCorpus:
     Raises:
         DataError: naming the first 20 problems and how many each file has.
     """
-    problems = _Problems()
-    train = _read_source(config.train, "train", config, problems)
-    train_is_whole = not problems.rows_lost
-    splits = {"train": train}
-    for split in ("validation", "test", UNLABELLED):
-        if (source := getattr(config, split)) is not None:
-            unneeded = {"label"} if split == UNLABELLED else set()
-            splits[split] = _read_source(source, split, config, problems, unneeded)
+    problems = Problems(drop=config.on_problem == "drop")
+    splits = {}
+    for split, source in _sources(config).items():
+        unneeded = {"label"} if split == UNLABELLED else set()
+        splits[split] = _read_source(source, split, config, problems, unneeded)
+        if split == "train":
+            train_is_whole = not problems.rows_lost
+    if config.overlap == "drop_train":
+        for split in _SCORED & splits.keys():
+            for source in _TAUGHT & splits.keys():
+                splits[source] = _without(splits[source], splits[split], split, problems)
+    train = splits["train"]
     domains = sorted({row.domain for row in train if row.domain is not None})
     labels = _ordered({row.label for row in train if row.label is not None})
     if train:
@@ -146,12 +133,15 @@ def read_corpus(config: DataConfig) -> RawCorpus:
         for split in list(splits)[1:]:
             if train_is_whole:  # else what train lacks says nothing
                 _check_names_are_known(splits[split], domains, labels, config, problems)
-            if split != UNLABELLED:
-                for source in filter(splits.get, ("train", UNLABELLED)):
+            if split in _SCORED:
+                for source in filter(splits.get, _TAUGHT):
                     _check_overlap(splits, split, source, config, problems)
     if problems:
-        raise _error(problems)
-    return RawCorpus(splits, domains, labels)
+        raise _error(problems, rows=splits.values())
+    _warn_of_spellings("domains", domains)
+    _warn_of_spellings("labels", labels)
+    _warn_of_conflicts(train)
+    return RawCorpus(splits, domains, labels, problems.left_out)
 
 
 def read_texts(
@@ -169,12 +159,12 @@ def read_texts(
     Raises:
         DataError: as ``read_corpus``.
     """
-    problems = _Problems()
+    problems = Problems()
     columns = {} if label is None else {"label": label}
     config = DataConfig.model_validate(
         {"train": file, "text": text, "text_pair": text_pair, **columns}
     )
-    table = _read_file(Path(file), problems)
+    table = read_file(Path(file), config, problems)
     rows = []
     if table is not None:
         present = set(table.columns if columns else ()) - {text, text_pair}
@@ -188,12 +178,14 @@ def read_texts(
 
 def _ordered(labels: set[str]) -> list[str]:
     in_order = sorted(labels)
-    are_integers = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in labels)
+    are_integers = all(map(_INTEGER.fullmatch, labels))
     return sorted(in_order, key=int) if are_integers else in_order
 
 
 def _error(
-    problems: _Problems, place: str = "the files, or the paths and column names in the `data` block"
+    problems: Problems,
+    place: str = "the files, or the paths and column names in the `data` block",
+    rows: Iterable[list[Row]] = (),
 ) -> DataError:
     totals = Counter(problem.file for problem in problems)
     places = list(totals)
@@ -206,10 +198,16 @@ def _error(
     if len(problems) > PROBLEMS_SHOWN:
         count += f", the first {PROBLEMS_SHOWN}"
     shown = "\n".join(f"  {problem}" for problem in ordered[:PROBLEMS_SHOWN])
-    return DataError(
-        f"{count}:\n{shown}",
-        f"Correct {place}; no row was skipped or changed.",
-    )
+    ways = [f"Correct {place}; no row was skipped or changed."]
+    known = {(row.file, row.row) for split in rows for row in split}
+    wrong = problems.of_rows
+    share = len(wrong) / len(known | wrong) if known else 1.0
+    if wrong and share < _MOST:
+        ways.append(
+            f"{len(wrong)} of {len(known | wrong)} rows ({share:.2%}) have something wrong with "
+            "them alone (none is accepted): data.on_problem: drop leaves them out, and says so"
+        )
+    return DataError(f"{count}:\n{shown}", "\n  ".join([*ways, *problems.ways_out]))
 
 
 def _unknown(name: str, known: list[str]) -> str:
@@ -219,31 +217,78 @@ def _unknown(name: str, known: list[str]) -> str:
     return f"{name!r} is unknown{hint} (there are: {listed or 'none'})"
 
 
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _sources(config: DataConfig) -> dict[str, str]:
+    """Where each split is; a folder with a file per split gives several."""
+    splits = ("train", *_SCORED, UNLABELLED)
+    found = {name: source for name in splits if (source := getattr(config, name)) is not None}
+    files = _files_by_split(Path(config.train))
+    for split in _SCORED - found.keys():
+        if split in files:
+            found[split] = config.train
+    return {name: found[name] for name in splits if name in found}
+
+
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder that are named as splits are."""
+    found: dict[str, list[Path]] = {}
+    for path in _files_in(folder) if folder.is_dir() else ():
+        for split, names in _SPLIT_NAMES.items():
+            if path.stem.lower() in names:
+                found.setdefault(split, []).append(path)
+    return found
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _read_source(
     source: str,
     split: str,
     config: DataConfig,
-    problems: _Problems,
+    problems: Problems,
     unneeded: Collection[str] = (),
 ) -> list[Row]:
     path = Path(source)
+    by_split = _files_by_split(path)
+    if by_split:
+        return _read_split_of(path, by_split, split, config, problems, unneeded)
     if path.is_dir():
         return _read_folder(path, config, problems, unneeded)
     if path.exists():
-        table = _read_file(path, problems)
+        table = read_file(path, config, problems)
     elif _is_hub_id(source):
-        table = _read_hub(source, split, problems)
+        table = read_hub(source, split, problems)
     else:
         near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         close = get_close_matches(path.name, near, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         problems.lose_rows(source, None, f"no such file or folder, nor a hub id owner/name{hint}")
         return []
+    return _check_rows(table, config, None, problems, unneeded) if table else []
+
+
+def _read_split_of(
+    folder: Path,
+    by_split: dict[str, list[Path]],
+    split: str,
+    config: DataConfig,
+    problems: Problems,
+    unneeded: Collection[str],
+) -> list[Row]:
+    """The file of a split, in a folder with nothing but a file for each."""
+    others = set(_files_in(folder)) - {path for paths in by_split.values() for path in paths}
+    own = by_split.get(split, [])
+    if others or len(own) != 1:
+        listed = ", ".join(path.name for path in _files_in(folder))
+        question = "are these domains, or splits?" if others else f"which one is {split}?"
+        problems.lose_rows(str(folder), None, f"{listed}: {question}")
+        problems.offer(
+            "a folder holds one file per domain or one per split (train, validation, test): name "
+            "the files in data.train, data.validation and data.test, or rename the domain"
+        )
+        return []
+    table = read_file(own[0], config, problems)
     return _check_rows(table, config, None, problems, unneeded) if table else []
 
 
@@ -255,18 +300,18 @@ def _is_hub_id(source: str) -> bool:
 
 
 def _read_folder(
-    folder: Path, config: DataConfig, problems: _Problems, unneeded: Collection[str]
+    folder: Path, config: DataConfig, problems: Problems, unneeded: Collection[str]
 ) -> list[Row]:
     rows: list[Row] = []
-    tables: dict[str, _Table] = {}
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    tables: dict[str, Table] = {}
+    files = _files_in(folder)
     if not files:
         problems.lose_rows(str(folder), None, "empty folder: one file per domain is expected")
     for path in files:
         if path.stem in tables:
             reason = f"domain {path.stem!r} is also in {tables[path.stem].file}"
             problems.add(str(path), None, None, reason)
-        table = _read_file(path, problems)
+        table = read_file(path, config, problems)
         if table is None:
             continue
         first = next(iter(tables.values()), table)
@@ -277,177 +322,16 @@ def _read_folder(
             )
             problems.add(table.file, table.header, None, reason)
         tables[path.stem] = table
-        rows += _check_rows(table, config, path.stem, problems, unneeded)
+        domain = None if config.domain is None else path.stem
+        rows += _check_rows(table, config, domain, problems, unneeded)
     return rows
 
 
-def _read_file(path: Path, problems: _Problems) -> _Table | None:
-    readers = {
-        ".csv": lambda path, problems: _read_csv(path, ",", problems),
-        ".tsv": lambda path, problems: _read_csv(path, "\t", problems),
-        ".jsonl": _read_jsonl,
-        ".parquet": _read_parquet,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        what = "a folder" if path.is_dir() else f"file extension {path.suffix!r} is not known"
-        problems.lose_rows(str(path), None, f"{what}; expected {', '.join(readers)}")
-        return None
-    try:
-        table = reader(path, problems)
-    except OSError as error:
-        problems.lose_rows(str(path), None, f"cannot be read: {error.strerror or error}")
-        return None
-    if table is not None and not table.rows and not any(p.file == table.file for p in problems):
-        reason = "header only, no rows" if table.header else "no rows"
-        problems.add(table.file, table.header, None, reason)
-    return table
-
-
-def _read_lines(path: Path, problems: _Problems) -> list[str]:
-    """The file's lines with their ends; bad bytes are reported and replaced, so parsing goes on."""
-    file, data = str(path), path.read_bytes()
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        problems.lose_rows(file, 1, "UTF-16 text at byte offset 0; save the file as UTF-8")
-        return []
-    offset = 3 if data.startswith(b"\xef\xbb\xbf") else 0
-    lines = []
-    for row, raw in enumerate(_LINE_END.split(data[offset:]), start=1):
-        try:
-            line = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            at = f"byte 0x{raw[error.start]:02x} at byte offset {offset + error.start}"
-            reason = f"bad UTF-8, {at}"
-            problems.add(file, row, None, reason)
-            line = raw.decode("utf-8", errors="replace")
-        if b"\0" in raw:
-            reason = f"NUL byte at byte offset {offset + raw.index(0)}"
-            problems.add(file, row, None, reason)
-            line = line.replace("\0", "\ufffd")
-        lines.append(line)
-        offset += len(raw)
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
-        problems.lose_rows(file, None, "empty file")
-    return lines
-
-
-def _read_csv(path: Path, delimiter: str, problems: _Problems) -> _Table | None:
-    file, lines = str(path), _read_lines(path, problems)
-    if not lines:
-        return None
-    header: list[str] | None = None
-    rows = []
-    previous_limit = csv.field_size_limit(sys.maxsize)  # long documents are legitimate
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    try:
-        while True:
-            row = reader.line_num + 1  # where the record starts: quoted fields may span lines
-            try:
-                fields = next(reader)
-            except StopIteration:
-                break
-            except csv.Error as error:
-                reason = f"unclosed or misplaced quote ({error}); lines after it not checked"
-                problems.lose_rows(file, row, reason)
-                break
-            if header is None:
-                header = fields
-                for name, count in Counter(header).items():
-                    if count > 1:
-                        problems.add(file, row, name, f"column name given {count} times")
-            elif not fields:
-                problems.add(file, row, None, "blank line")
-            elif len(fields) != len(header):
-                reason = f"{len(fields)} fields where the header has {len(header)}"
-                problems.add(file, row, None, reason)
-            else:
-                rows.append((row, dict(zip(header, fields, strict=True))))
-    finally:
-        csv.field_size_limit(previous_limit)
-    return _Table(file, header, 1, rows) if header is not None else None
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {twice!r} given twice")
-    return values
-
-
-def _read_jsonl(path: Path, problems: _Problems) -> _Table | None:
-    file, lines = str(path), _read_lines(path, problems)
-    rows, columns = [], {}
-    for row, line in enumerate(lines, start=1):
-        if not line.strip():
-            problems.add(file, row, None, "blank line")
-            continue
-        try:
-            values = json.loads(line, object_pairs_hook=_object_without_duplicates)
-        except json.JSONDecodeError as error:
-            problems.add(file, row, None, f"invalid JSON: {error.msg} at character {error.colno}")
-            continue
-        except (ValueError, RecursionError) as error:
-            problems.add(file, row, None, f"invalid JSON: {error}")
-            continue
-        if not isinstance(values, dict):
-            problems.add(file, row, None, f"{_show(values)} is not a JSON object")
-            continue
-        columns.update(dict.fromkeys(values))
-        rows.append((row, values))
-    return _Table(file, list(columns), 1, rows) if rows else None
-
-
-def _read_parquet(path: Path, problems: _Problems) -> _Table | None:
-    import pyarrow
-    import pyarrow.parquet
-    from datasets import Dataset
-
-    try:
-        # The table is read directly: Dataset.from_parquet would copy it into a cache on disk first.
-        return _from_dataset(str(path), Dataset(pyarrow.parquet.read_table(path)))
-    except (pyarrow.ArrowException, ValueError) as error:
-        problems.lose_rows(str(path), None, f"unreadable Parquet: {str(error).splitlines()[0]}")
-        return None
-
-
-def _read_hub(name: str, split: str, problems: _Problems) -> _Table | None:
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(name, split=split)
-    except Exception as error:  # its own, the network's and every parser's
-        first = (str(error).splitlines() or ["no reason given"])[0]
-        reason = f"no such file, and as a hub id: {type(error).__name__}: {first}"
-        problems.lose_rows(name, None, reason)
-        return None
-    table = _from_dataset(f"{name}[{split}]", dataset)
-    if not table.rows:
-        problems.add(table.file, None, None, "no rows")
-    return table
-
-
-def _from_dataset(file: str, dataset) -> _Table:
-    from datasets import ClassLabel
-
-    values = dataset.to_dict()
-    for name, feature in dataset.features.items():
-        # An id that has a name is kept by its name; -1 means unlabelled.
-        if isinstance(feature, ClassLabel):
-            values[name] = [
-                None if i is None or i < 0 else feature.int2str(i) for i in values[name]
-            ]
-    rows = [dict(zip(values, row)) for row in zip(*values.values())]
-    return _Table(file, list(values), None, list(enumerate(rows, start=1)))
-
-
 def _check_rows(
-    table: _Table,
+    table: Table,
     config: DataConfig,
     domain: str | None,
-    problems: _Problems,
+    problems: Problems,
     unneeded: Collection[str] = (),
 ) -> list[Row]:
     """Checks columns and cells, except for a label or domain that is not needed; ``domain`` is
@@ -459,12 +343,19 @@ def _check_rows(
     if config.text_pair is not None:
         checks.append(("pair", config.text_pair, _check_text))
     if domain is None:
-        checks.append(("domain", config.domain, _check_domain))
+        if config.domain is None:
+            domain = ONE_DOMAIN
+        else:
+            checks.append(("domain", config.domain, _check_domain))
     checks = [check for check in checks if check[0] not in unneeded]
-    for _, column, _ in checks:
+    for name, column, _ in checks:
         if column not in table.columns:
             reason = f"missing column: {_unknown(column, table.columns)}"
             problems.add(table.file, table.header, column, reason)
+            if name == "domain":
+                problems.offer("if all texts are of one domain, set data.domain: null")
+        elif (times := table.columns.count(column)) > 1:
+            problems.add(table.file, table.header, column, f"column name given {times} times")
     checks = [(name, column, check) for name, column, check in checks if column in table.columns]
     if domain is not None and (wrong := _check_domain(domain)[1]):
         problems.add(table.file, None, None, wrong)
@@ -474,14 +365,40 @@ def _check_rows(
         for name, column, check in checks:
             fields[name], wrong = check(values.get(column))
             if wrong:
-                problems.add(table.file, row, column, wrong)
-        rows.append(Row(table.file, row, **fields))
+                is_gap = wrong.startswith(("empty", "missing"))
+                kind = wrong if is_gap else f"{name} that cannot be used"
+                problems.add_row(table.file, row, column, kind, wrong)
+        if not problems.drops(table.file, row):
+            rows.append(Row(table.file, row, **fields))
+    if table.rows and not rows:
+        problems.add(table.file, table.header, None, "no row is left")
     if "label" not in unneeded:
         _check_label_types(table, config.label, problems)
+        _check_label_values(table, config.label, problems)
     return rows
 
 
-def _check_label_types(table: _Table, column: str, problems: _Problems) -> None:
+def _check_label_values(table: Table, column: str, problems: Problems) -> None:
+    """Numbers and lists are no classes, in files that can only write them as texts either."""
+    given = [(row, values.get(column)) for row, values in table.rows]
+    words = [(row, value) for row, value in given if isinstance(value, str) and value.strip()]
+    different = {value for _, value in words}
+    if words and all(map(_NUMBER.fullmatch, different)):
+        for row, value in words:
+            if not _INTEGER.fullmatch(value):
+                reason = f"float {value} is not a label: give a string or an integer"
+                problems.add(table.file, row, column, reason)
+    lists = sorted(value for value in different if "," in value)
+    names = {part.strip() for value in different for part in value.split(",")}
+    if lists and len(names) < len(different):
+        reason = (
+            f"labels are lists of {len(names)} names in {len(different)} combinations, such as "
+            f"{show(lists[0])}: give each text one label"
+        )
+        problems.add(table.file, words[0][0], column, reason)
+
+
+def _check_label_types(table: Table, column: str, problems: Problems) -> None:
     first_type, first_row = None, None
     for row, values in table.rows:
         kind = type(values.get(column))
@@ -491,7 +408,7 @@ def _check_label_types(table: _Table, column: str, problems: _Problems) -> None:
             first_type, first_row = kind, row
         elif kind is not first_type:
             reason = (
-                f"label {_show(values[column])} is {kind.__name__}, "
+                f"label {show(values[column])} is {kind.__name__}, "
                 f"in row {first_row} it is {first_type.__name__}"
             )
             problems.add(table.file, row, column, reason)
@@ -503,7 +420,7 @@ def _check_text(value: Any) -> Checked:
     if isinstance(value, float) and math.isnan(value):
         return None, "NaN is not a text"
     if not isinstance(value, str):
-        return None, f"{type(value).__name__} {_show(value)} is not a text"
+        return None, f"{type(value).__name__} {show(value)} is not a text"
     if not value.strip():
         return None, "empty text"
     return _check_characters(value)
@@ -517,10 +434,10 @@ def _check_name(what: str, value: Any) -> Checked:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value), None
     if not isinstance(value, str):
-        found = f"{type(value).__name__} {_show(value)}"
+        found = f"{type(value).__name__} {show(value)}"
         return None, f"{found} is not a {what}: give a string or an integer"
     if value != value.strip():
-        return None, f"{what} {_show(value)} has white space around it"
+        return None, f"{what} {show(value)} has white space around it"
     return _check_characters(value)
 
 
@@ -532,7 +449,7 @@ def _check_domain(value: Any) -> Checked:
         or re.search(r"[/\\\x00-\x1f\x7f]", name)
         or len(name.encode()) > LONGEST_DOMAIN
     ):
-        return None, f"domain {_show(name)} cannot name a folder"
+        return None, f"domain {show(name)} cannot name a folder"
     return name, reason
 
 
@@ -550,7 +467,7 @@ def _check_names_are_known(
     domains: list[str],
     labels: list[str],
     config: DataConfig,
-    problems: _Problems,
+    problems: Problems,
 ) -> None:
     for row in rows:
         if labels and row.label is not None and row.label not in labels:
@@ -561,24 +478,72 @@ def _check_names_are_known(
             problems.add(row.file, row.row, config.domain, reason)
 
 
+def _without(taught: list[Row], scored: list[Row], split: str, problems: Problems) -> list[Row]:
+    """The rows that a split does not have."""
+    theirs = {row.example for row in scored if row.text is not None}
+    for row in taught:
+        if row.example in theirs:
+            problems.drop_overlap(row.file, split)
+    return [row for row in taught if row.example not in theirs]
+
+
 def _check_overlap(
     splits: dict[str, list[Row]],
     split: str,
     source: str,
     config: DataConfig,
-    problems: _Problems,
+    problems: Problems,
 ) -> None:
     rows = splits[split]
     first = {row.example: row for row in reversed(splits[source]) if row.text is not None}
     shared = [(row, first[row.example]) for row in rows if row.example in first]
-    if len(shared) > OVERLAP_ALLOWED * len(rows):
-        for row, twin in shared:
-            reason = f"the same example is in {source}, {twin.file}:{twin.row}"
-            problems.add(row.file, row.row, config.text, reason)
-    elif shared:
-        row, twin = shared[0]
+    if not shared:
+        return
+    row, twin = shared[0]
+    count = f"{len(shared)} of {len(rows)} rows of {split} are also in {source}"
+    if config.overlap == "allow" or len(shared) <= OVERLAP_ALLOWED * len(rows):
+        places = f"{row.file}:{row.row} and {twin.file}:{twin.row}"
+        warnings.warn(f"{count}, the first at {places}", stacklevel=4)
+        return
+    for row, twin in shared:
+        reason = f"the same example is in {source}, {twin.file}:{twin.row}"
+        problems.add(row.file, row.row, config.text, reason)
+    problems.offer(
+        f"{count}, {len(shared) / len(rows):.1%}, and {OVERLAP_ALLOWED:.0%} are accepted: "
+        "data.overlap: drop_train leaves them out of what is learned from, allow keeps them there "
+        "(scores then say less)"
+    )
+
+
+def _warn_of_spellings(what: str, names: list[str]) -> None:
+    """Names that differ in case, space or the format of a number, and may be meant as one."""
+    numbers = [name for name in names if _NUMBER.fullmatch(name)]
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        plain = f"{float(name):g}" if name in numbers else re.sub(r"\s+", "", name.casefold())
+        alike.setdefault(plain, []).append(name)
+    groups = [", ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+    if numbers and len(numbers) < len(names):
+        groups.append("numbers among words: " + ", ".join(map(repr, numbers)))
+    if groups:
         warnings.warn(
-            f"{len(shared)} of {len(rows)} rows of {split} are also in {source}, "
-            f"the first at {row.file}:{row.row} and {twin.file}:{twin.row}",
-            stacklevel=4,
+            f"{what} that may be meant as the same count as different ones: {'; '.join(groups)}",
+            stacklevel=3,
+        )
+
+
+def _warn_of_conflicts(rows: list[Row]) -> None:
+    """The same example with several labels."""
+    labels: dict[tuple, dict[str | None, Row]] = {}
+    for row in rows:
+        labels.setdefault(row.example, {}).setdefault(row.label, row)
+    several = [list(found.values()) for found in labels.values() if len(found) > 1]
+    if several:
+        first, second, *_ = several[0]
+        one = len(several) == 1
+        who = "1 text of train has" if one else f"{len(several)} texts of train have"
+        warnings.warn(
+            f"{who} more than one label, the first at {first.file}:{first.row} and "
+            f"{second.file}:{second.row}",
+            stacklevel=3,
         )

@@ -13,7 +13,7 @@ import json
 import random
 import tarfile
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ _FILES = {
 _CLEAR = 0.8  # ratings at least so far from 0 become labels
 _TEST, _VALIDATION = 0.25, 0.1
 SPLITS = ("train", "validation", "test", "unlabelled")
+Most = int | Mapping[str, int] | None
 
 
 class _Rated(NamedTuple):
@@ -45,10 +46,10 @@ class _Rated(NamedTuple):
 def rated_corpus(
     folder: str | Path,
     *,
-    train: int | None = None,
-    validation: int | None = None,
-    test: int | None = None,
-    unlabelled: int | None = None,
+    train: Most = None,
+    validation: Most = None,
+    test: Most = None,
+    unlabelled: Most = None,
     seed: int = 0,
 ) -> Path:
     """Writes ``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` and ``unlabelled.jsonl``.
@@ -60,8 +61,9 @@ def rated_corpus(
 
     Args:
         folder: made if it does not exist; existing files of these names are replaced.
-        train: at most so many examples of each domain, drawn at random, as ``validation``,
-            ``test`` and ``unlabelled``; by default all.
+        train: at most so many examples of each domain, drawn at random, or by domain, with none
+            of a domain that is not named; by default all. ``validation``, ``test`` and
+            ``unlabelled`` likewise.
         seed: of the parts and of what is drawn.
 
     Returns:
@@ -83,6 +85,7 @@ def rated_corpus(
     for domain, texts in _read(archive).items():
         parts = _split(texts, domain, random.Random(f"{seed} {domain}"))
         for name, most in zip(SPLITS, (train, validation, test, unlabelled), strict=True):
+            most = most.get(domain, 0) if isinstance(most, Mapping) else most
             rows[name] += parts[name][:most]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,7 @@ def gather(run: RunFolder, command: str = "") -> dict:
         "command": command,
         "versions": versions(),
         "labels": labels.gather(run.labels) if run.labels else None,
+        "left_out": _left_out(stages),
         "comparison": comparison,
         "best": best,
         "close": _close(comparison, best),
@@ -384,6 +385,12 @@ def _warnings(facts: dict) -> list[dict]:
             }
         )
     return found
+
+
+def _left_out(stages: Sequence[Stage]) -> list[dict]:
+    """Rows of the sources that were not read, by file and reason, as stages recorded them."""
+    found = [one for stage in stages for one in stage.record.get("left_out", [])]
+    return [dict(one) for one in dict.fromkeys(tuple(one.items()) for one in found)]
 
 
 def _commands(run: RunFolder, exports: Sequence[dict]) -> list[str]:

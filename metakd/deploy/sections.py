@@ -30,6 +30,7 @@ def sections(facts: dict) -> list[Section]:
         _confusion(facts),
         _latency(facts),
         _exports(facts),
+        *([_data(facts["left_out"])] if facts["left_out"] else []),
         _environment(facts),
         _reproduce(facts),
     ]
@@ -485,6 +486,20 @@ def _exports(facts: dict) -> Section:
 
 def _accuracy_percent(share: float | None) -> str:
     return _MISSING if share is None else f"{100 * share:.1f}"
+
+
+def _data(left_out: Sequence[dict]) -> Section:
+    section = Section("data", "Rows left out")
+    section.tables.append(
+        Table(
+            "What the sources hold and nothing here has read, as data.on_problem and data.overlap "
+            "ask for.",
+            ["file", "reason", "rows"],
+            [[one["file"], one["reason"], _count(one["rows"])] for one in left_out],
+            names=2,
+        )
+    )
+    return section
 
 
 def _environment(facts: dict) -> Section:

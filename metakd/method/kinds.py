@@ -68,6 +68,10 @@ class TeacherKind:
         """Numbers beside which its losses are to be read, for the record of its training."""
         return {}
 
+    def remark(self, teacher: Teacher) -> str:
+        """What its user should know before it is trained, if there is anything."""
+        return ""
+
 
 class SingleTeacher(TeacherKind):
     """A teacher of one domain."""
@@ -133,6 +137,11 @@ class MetaTeacher(TeacherKind):
     def corrupts(self, teacher: Teacher) -> bool:
         """Is L_DA part of the loss?"""
         return teacher.recipe.domain_loss and teacher.gamma1 > 0 and teacher.num_taught > 1
+
+    def remark(self, teacher):
+        if teacher.num_taught > 1:
+            return ""
+        return "with one domain a meta-teacher has no domain loss, and learns by its scores alone"
 
     def loss(self, teacher, features, batch):
         cross_entropy = _cross_entropy(features.logits, batch["labels"])

@@ -44,7 +44,8 @@ def _check_domains(corpus: Corpus) -> None:
     problems = [
         f"domain {name!r} cannot name a folder"
         for name in corpus.domains
-        if name == ALL_DOMAINS  # `metakd.data.reading` refuses what would lead elsewhere
+        # The only one may have it; `metakd.data.reading` refuses what would lead elsewhere.
+        if name == ALL_DOMAINS and len(corpus.domains) > 1
     ]
     for title in ("train", "validation", "test"):
         split = getattr(corpus, title)
@@ -126,6 +127,8 @@ class Context:
                 "data.withhold: names every domain, which leaves nothing to teach", "keep one"
             )
         _check_domains(corpus)
+        for one in corpus.left_out:
+            self.say(f"data: {one}")
         check_models(self.config, self.tokenizer, corpus.label2id, self.recipe)
         return corpus
 
@@ -163,7 +166,14 @@ class Context:
             resume=self.resume,
             reshard=self.reshard,
             keep=config.save_total_limit,
+            prepare=self._look_at_data,
         )
+
+    def _look_at_data(self) -> dict:
+        """What every stage records of the corpus, which is refused, if it is, before a stage has
+        begun."""
+        left_out = self.corpus.left_out
+        return {"left_out": [one._asdict() for one in left_out]} if left_out else {}
 
     @cached_property
     def _contents(self) -> dict[str | None, str]:

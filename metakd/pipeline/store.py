@@ -43,6 +43,7 @@ class StageStore:
         reshard: see ``engine.Saves``.
         keep: checkpoints that stay on the disk while a stage is built.
         disk: see ``checkpoint.Disk``.
+        prepare: called on every rank before a stage is built, with what its record is to keep.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class StageStore:
     reshard: bool = False
     keep: int = 2
     disk: Disk = field(default_factory=Disk)
+    prepare: Callable[[], dict] = dict
     _finished: dict[Path, dict] = field(default_factory=dict, repr=False)
     _asked: dict[Path, tuple[str, bool]] = field(default_factory=dict, repr=False)
 
@@ -111,6 +113,7 @@ class StageStore:
         if not self.may_build:
             state = "was built from other inputs" if stored else "is missing"
             raise CheckpointError(f"{place}: {state}", "build it first: metakd run")
+        noted = self.prepare()
         self.say(f"{name}: running")
         building = place.with_name(f".tmp-{place.name}")
         self._on_first(lambda: self._prepare(building, digest))
@@ -123,6 +126,7 @@ class StageStore:
             "command": self.command,
             "seconds": round(time.perf_counter() - since, 1),
             "world_size": self.world.size,
+            **noted,
             "result": result,
         }
         self._on_first(lambda: self._publish(building, place, done))

@@ -167,6 +167,8 @@ class TeacherStage(PrototypeStage):
             self.config.data.withhold,
             self.config.packed,
         )
+        if remark := rules.remark(teacher):
+            self.say(f"teacher {kind}: {remark}")
         recompute_activations(model, [config.training])
         train = self._taught_part(self.scored_train() if rules.by_score else corpus.train, domain)
         validation = self._taught_part(corpus.validation, domain)
