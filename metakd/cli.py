@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metakd import front
-from metakd.config import load_config
+from metakd.config import Stage, load_config
 from metakd.errors import ConfigError, DataError, MetakdError, UnsupportedError
 from metakd.front import Result
 
@@ -64,14 +64,19 @@ def _command() -> str:
 
 
 def _open(
-    config: str, overrides: list[str] | None, resume: str = "auto", reshard: bool = False
+    config: str,
+    overrides: list[str] | None,
+    resume: str = "auto",
+    reshard: bool = False,
+    last: Stage = "students",
 ) -> Run:
-    checked = load_config(config, overrides or [])
-    return front.open_run(checked, (), console, resume, reshard, _command())
+    return front.open_run(config, overrides or [], console, resume, reshard, _command(), last)
 
 
-def _stage(name: str | None = None) -> Callable[[Callable[[Run], None]], None]:
-    """Makes a command of what is done with an opened run."""
+def _stage(
+    name: str | None = None, last: Stage = "students"
+) -> Callable[[Callable[[Run], None]], None]:
+    """Makes a command of what is done with a run that is opened up to its last stage."""
 
     def register(do: Callable[[Run], None]) -> None:
         def command(
@@ -80,7 +85,7 @@ def _stage(name: str | None = None) -> Callable[[Callable[[Run], None]], None]:
             resume: Resume = "auto",
             reshard: Reshard = False,
         ):
-            do(_open(config, overrides, resume, reshard))
+            do(_open(config, overrides, resume, reshard, last))
 
         app.command(name=name or do.__name__, help=do.__doc__)(command)
 
@@ -90,11 +95,11 @@ def _stage(name: str | None = None) -> Callable[[Callable[[Run], None]], None]:
 @app.command()
 def prototypes(config: ConfigPath, overrides: Overrides = None):
     """Score every training example against class x domain prototypes."""
-    run = _open(config, overrides)
+    run = _open(config, overrides, last="prototypes")
     run.say(f"prototypes are in {run.prototypes()}")
 
 
-@_stage()
+@_stage(last="teacher")
 def teach(run: Run):
     """Train the teacher (teacher.kind: meta, mix, mtl or single)."""
     for place in run.teach():
@@ -309,7 +314,8 @@ def predict(
     student: StudentFolder,
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...")] = None,
     input: Annotated[
-        str | None, typer.Option(metavar="FILE", help="texts: CSV, TSV, JSONL or Parquet")
+        str | None,
+        typer.Option(metavar="FILE", help="texts: CSV, TSV, JSONL, Parquet, a .txt or - of lines"),
     ] = None,
     output: Annotated[
         str | None, typer.Option(metavar="FILE", help="JSONL; the terminal by default")
@@ -332,6 +338,8 @@ def predict(
         raise ConfigError(f"{output}: there is no such folder", "give another --output")
     front.quiet_transformers()
     rows = [Row("", number, text=given) for number, given in enumerate(texts or [])]
+    if empty := [str(row.row + 1) for row in rows if not (row.text or "").strip()]:
+        raise DataError(f"TEXT {', '.join(empty)}: empty text", "leave it out")
     if input:
         rows = read_texts(input, text=text, text_pair=text_pair)
     predictor = Predictor(student, engine=engine, device=device, threads=threads)

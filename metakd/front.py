@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metakd.config import RunConfig, load_config
+from metakd.config import RunConfig, Stage, load_config
 from metakd.pipeline.table import TEACHER, Cell, Score, markdown, summarise
 
 if TYPE_CHECKING:
@@ -219,9 +219,11 @@ def open_run(
     resume: str = "auto",
     reshard: bool = False,
     command: str = "",
+    last: Stage = "students",
 ) -> Run:
-    """A run with its world, before anything of it is read; arguments as for ``run``."""
-    checked = _checked(config, overrides)
+    """A run with its world, before anything of it is read; arguments as for ``run``, and ``last``,
+    the last stage that it is opened for."""
+    checked = _checked(config, overrides, last)
     # Here and not above, since torch and DeepSpeed take seconds to import.
     from rich.console import Console
 
@@ -231,7 +233,7 @@ def open_run(
     quiet_transformers()
     # Names come from the data: no bracket or colon of theirs is an instruction.
     console = console or Console(markup=False, emoji=False)
-    return Run(checked, join_world(), console, command=command, resume=resume, reshard=reshard)
+    return Run(checked, join_world(), console, command, resume, reshard, last)
 
 
 def quiet_transformers() -> None:
@@ -249,9 +251,11 @@ def _leave_in_order() -> None:
     atexit.register(leave_world)
 
 
-def _checked(config: Configuration, overrides: Sequence[str]) -> RunConfig:
+def _checked(
+    config: Configuration, overrides: Sequence[str], last: Stage = "students"
+) -> RunConfig:
     if not isinstance(config, RunConfig):
-        return load_config(config, overrides)
+        return load_config(config, overrides, last)
     if not overrides:
         return config
-    return load_config(config.model_dump(mode="json", exclude_unset=True), overrides)
+    return load_config(config.model_dump(mode="json", exclude_unset=True), overrides, last)

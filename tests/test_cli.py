@@ -62,7 +62,7 @@ def read_broken(call, encoder, folder, files: dict, data: dict) -> str:
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     message = refused(call("prototypes", folder / "config.yaml"), 3)
-    assert not (folder / "run" / "prototypes").exists()
+    assert not (folder / "run").exists()
     return message
 
 
@@ -84,7 +84,8 @@ def test_broken_data_ends_with_exit_code_3(name, call, encoder, tmp_path):
 def test_every_damage_in_every_format_is_told_with_its_place(name, call, encoder, tmp_path):
     case = CASES[name]
     head, *lines = read_broken(call, encoder, tmp_path, case.files, case.keys).splitlines()
-    found, (remedy,) = lines[:-1], lines[-1:]
+    at = next(number for number, line in enumerate(lines) if line.startswith("remedy: "))
+    found, remedy = lines[:at], lines[at]
     assert head.startswith(f"metakd: {len(case.expected)} problem") and "no row was" in remedy
     assert len(found) == min(len(case.expected), 20)
     for line, reason in zip(found, case.expected, strict=False):
@@ -207,8 +208,8 @@ def test_doctor_estimates_the_memory_of_a_configuration(call, encoder, tmp_path,
     code, out, _ = call("doctor", tmp_path / "config.yaml", "bf16=true", "--json")
     table = json.loads(out)["memory per process, estimated"]
     assert code == 0 and table["counted for"] == "1 process, bf16"
-    assert {f"student training, ZeRO {stage}" for stage in (1, 2, 3)} < set(table)
-    assert "weights" in table["teacher training, ZeRO 0 (configured)"]
+    assert "weights" in table["student training, any ZeRO stage"]
+    assert "weights" in table["teacher training, any ZeRO stage"]
     code, out, _ = call("doctor", tmp_path / "config.yaml")
     assert code == 0 and "frozen teacher beside the student" in out
     assert "seed" in refused(call("doctor", tmp_path / "config.yaml", "seed=x"), 2)
@@ -251,6 +252,34 @@ def test_every_stage_starts(stage, call, encoder, tmp_path):
     if stage == "teach":
         message = refused(call("evaluate", tmp_path / "config.yaml", "seed=7"), 4)
         assert "students/meta-from-meta-s7/novels: is missing" in message
+
+
+def test_a_stage_checks_what_it_uses(call, encoder, tmp_path):
+    """A teacher may be of a kind that the configured students cannot learn from, students may not
+    fit it, and prototypes ask for no validation of each domain."""
+    demo.write_corpus(tmp_path, train=8, validation=2, test=2)
+    lines = (tmp_path / "validation.jsonl").read_text().splitlines(keepends=True)
+    some = [line for line in lines if "novels" not in line]
+    put(tmp_path / "some.jsonl", "".join(some))
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "data": {n: str(tmp_path / f"{n}.jsonl") for n in ("train", "validation")}
+        | {"max_length": 16},
+        "teacher": {"model": str(encoder), "training": {"num_train_epochs": 1}},
+        "student": {"layers": [1]},
+        "distill": {"layer_map": [7]},
+    }
+    put(tmp_path / "config.yaml", yaml.safe_dump(settings))
+    code, out, err = call("teach", tmp_path / "config.yaml", "teacher.kind=mix")
+    assert code == 0 and "teachers/mix-s42" in out, err
+    assert "needs teacher meta" in refused(
+        call("distill", tmp_path / "config.yaml", "teacher.kind=mix"), 2
+    )
+    assert "layer" in refused(call("distill", tmp_path / "config.yaml"), 2)
+    only = f"data.validation={tmp_path / 'some.jsonl'}"
+    assert call("prototypes", tmp_path / "config.yaml", only)[0] == 0
+    message = refused(call("teach", tmp_path / "config.yaml", only), 3)
+    assert "'novels' has no validation examples" in message and "leave the domain out" in message
 
 
 def test_quickstart(call, tmp_path, monkeypatch):

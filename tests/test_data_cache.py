@@ -17,6 +17,7 @@ from metakd.data import corpus
 from metakd.data.batches import collate, prefetch
 from metakd.data.cache import TensorCache, content_key
 from metakd.data.corpus import Tokens, load_corpus
+from metakd.data.tables import LeftOut
 from metakd.demo import train_tokenizer
 from metakd.errors import DataError
 from metakd.models.packing import real_tokens
@@ -126,8 +127,17 @@ def test_a_warning_of_the_checks_comes_again(place):
     write(place.train, many)
     write(test, [many[0], *(row | {"text": f"other {i}"} for i, row in enumerate(many))])
     for _ in range(2):
-        with pytest.warns(UserWarning, match="1 of 201 rows of test are also in train"):
-            place.load(test=str(test))
+        place.load(test=str(test))
+    again = place.said[: len(place.said) // 2]
+    assert place.said == again * 2
+    assert any("1 of 201 rows of test are also in train" in text for text in again)
+    assert place.reads == 1
+
+
+def test_rows_that_were_left_out_are_remembered(place):
+    write(place.train, [*ROWS, ROWS[0] | {"text": ""}])
+    found = [place.load(on_problem="drop").left_out for _ in range(2)]
+    assert found[0] == found[1] == [LeftOut(str(place.train), "empty text", 1)]
     assert place.reads == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from metakd.config import DataConfig
 from metakd.config.loading import load_config
 from metakd.data.corpus import load_corpus
-from metakd.data.reading import read_corpus
+from metakd.data.reading import read_corpus, read_texts
 from metakd.data.tables import LeftOut
 from metakd.demo import train_tokenizer
 from metakd.errors import ConfigError, DataError
@@ -46,8 +47,8 @@ def said_by(data: DataConfig) -> list[str]:
 
 # Each file as it is: why it is refused, and the way out.
 REFUSED = {
-    "semicolon.csv": ("missing column: 'text'", ["set data.delimiter: \";\""]),
-    "semicolon_quoted.csv": ("missing column: 'text'", ["set data.delimiter: \";\""]),
+    "semicolon.csv": ("missing column: 'text'", ['set data.delimiter: ";"']),
+    "semicolon_quoted.csv": ("missing column: 'text'", ['set data.delimiter: ";"']),
     "swallow.tsv": (":2:-: a quote swallows line ends: lines 2 to 3", ["set data.quoting: none"]),
     "inch_marks.tsv": (":3:-: unclosed or misplaced quote", ["set data.quoting: none"]),
     "cp1252.csv": (
@@ -471,3 +472,33 @@ def test_the_page_on_data_says_what_the_messages_say():
     said = refusal(config(**LEAK)).remedy.splitlines()[-1].strip().partition(":")[0]
     for text in {*shared, *causes, *ways, said} - {"missing column: 'label'"}:
         assert text in page or text == "set data.encoding: utf-16", text
+
+
+# Texts alone
+
+
+def test_a_text_a_line(tmp_path):
+    (tmp_path / "texts.txt").write_text('A "calm", sturdy bench\n\t\nSecond\n')
+    with pytest.raises(DataError, match=r"texts\.txt:2:text: empty text"):
+        read_texts(str(tmp_path / "texts.txt"))
+    (tmp_path / "texts.txt").write_text('A "calm", sturdy bench\nSecond\n\n')
+    rows = read_texts(str(tmp_path / "texts.txt"))
+    assert [(row.row, row.text) for row in rows] == [(1, 'A "calm", sturdy bench'), (2, "Second")]
+
+
+def test_texts_from_the_standard_input(monkeypatch):
+    class Input:
+        buffer = io.BytesIO("caf\u00e9\r\nbench\n".encode())
+
+    monkeypatch.setattr("sys.stdin", Input)
+    assert [row.text for row in read_texts("-")] == ["caf\u00e9", "bench"]
+
+
+def test_unlabelled_texts_may_be_plain_lines(tmp_path):
+    train = write(tmp_path / "train.tsv", GOOD)
+    (tmp_path / "more").mkdir()
+    for name in ("pans", "tents"):
+        (tmp_path / "more" / f"{name}.txt").write_text(f"new {name}\n")
+    raw = read_corpus(DataConfig(train=str(train), unlabelled=str(tmp_path / "more")))
+    found = [(row.text, row.domain) for row in raw.splits["unlabelled"]]
+    assert found == [("new pans", "pans"), ("new tents", "tents")]

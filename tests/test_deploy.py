@@ -574,6 +574,19 @@ class TestCommands:
             "score": pytest.approx(answer.score),
         }
 
+    def test_an_empty_text_is_refused_wherever_it_comes_from(self, student, tmp_path, call):
+        (tmp_path / "texts.jsonl").write_text('{"text": " "}\n')
+        code, _, err = call("predict", student, "a fine book", " ")
+        assert code == 3 and "TEXT 2: empty text" in err
+        code, _, err = call("predict", student, "--input", tmp_path / "texts.jsonl")
+        assert code == 3 and "texts.jsonl:1:text: empty text" in err
+
+    def test_lines_of_a_text_file(self, student, tmp_path, call):
+        (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in TEXTS[:3]))
+        code, out, _ = call("predict", student, "--input", tmp_path / "texts.txt")
+        assert code == 0
+        assert [json.loads(line)["text"] for line in out.splitlines()] == TEXTS[:3]
+
     def test_export(self, student, tmp_path, call):
         lines = [
             {"text": text, "label": "good", "domain": "ab"[n % 2]} for n, text in enumerate(TEXTS)

@@ -1,5 +1,6 @@
-"""Throughput in the log."""
+"""Throughput in the log, and progress in a file."""
 
+import io
 import json
 
 import pytest
@@ -55,3 +56,21 @@ def test_lists_are_for_the_jsonl_alone(tmp_path, capsys):
         log.write(1, {"loss": 1.0, "shares": [0.5, 0.5]})
     [line] = (tmp_path / "log.jsonl").read_text().splitlines()
     assert json.loads(line)["shares"] == [0.5, 0.5]
+
+
+def test_a_file_gets_a_line_per_tenth(tmp_path):
+    """Where no bar can be shown, as in the log of a job; what was done before is not told again."""
+    out = io.StringIO()
+    with RunLog(tmp_path, [], Console(file=out, width=200)) as log:
+        log.start("teacher meta", 40, done=22)
+        for _ in range(18):
+            log.advance(32, 640)
+    lines = out.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        f"teacher meta: step {step} of 40" for step in (24, 28, 32, 36, 40)
+    ]
+    assert lines[-1].endswith(" s, about 0 s left")
+    with RunLog(tmp_path, [], Console(file=out, width=200), active=False) as log:
+        log.start("teacher meta", 1)
+        log.advance(1)
+    assert len(out.getvalue().splitlines()) == 5

@@ -215,6 +215,14 @@ def test_the_table_of_a_configuration(tiny_bert, tmp_path):
         **SHAPE | {"batch": 32},
     )
     assert table["student training, ZeRO 1 (configured)"] == str(planned)
+    rows = [{"method": "finetune", "student": {"layers": [0], "freeze_embeddings": True}}]
+    compared = RunConfig(**config.model_dump(exclude={"compare"}), compare={"rows": rows})
+    assert "training of layers-0-frozen, ZeRO 2" in memory_table(compared, 2)
+    # One process has nothing to share: one row will do.
+    table = memory_table(config, 1)
+    assert [name for name in table if name.startswith("student training,")] == [
+        "student training, any ZeRO stage"
+    ]
     with pytest.raises(ConfigError, match="nowhere"):
         memory_table(
             config.model_copy(

@@ -16,6 +16,7 @@ from metakd.config.blocks import (
     TermWeights,
     TrainingConfig,
 )
+from metakd.config.checks import Stage
 from metakd.config.loading import load_config
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "PrototypeConfig",
     "RunConfig",
     "Sharding",
+    "Stage",
     "StudentConfig",
     "TeacherConfig",
     "TermWeights",

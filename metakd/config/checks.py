@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 from metakd.config.blocks import CompareRow, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
 from metakd.config.deepspeed import check_deepspeed, contradictions
 from metakd.method.methods import METHODS
 
+Stage = Literal["prototypes", "teacher", "students"]
 
-def check_contradictions(config: RunConfig) -> list[str]:
-    """What no single block can know, keys that exclude each other: ``key: reason`` each."""
+
+def check_contradictions(config: RunConfig, last: Stage = "students") -> list[str]:
+    """What no single block can know, keys that exclude each other: ``key: reason`` each.
+
+    Args:
+        config: the configuration.
+        last: the last stage that it is for; what later ones alone use may be anything.
+    """
     found = []
     distill, student = config.distill, config.student
 
@@ -32,8 +40,8 @@ def check_contradictions(config: RunConfig) -> list[str]:
         found.append("compat: easytransfer trains in two stages, set distill.schedule: two_stage")
     method = METHODS[distill.method]
     # Left out, the kind follows from the method.
-    given = "kind" in config.teacher.model_fields_set and method.possible_teachers
-    if given and (reason := method.why_not(config.teacher.kind)):
+    given = last == "students" and "kind" in config.teacher.model_fields_set
+    if given and method.possible_teachers and (reason := method.why_not(config.teacher.kind)):
         found.append(f"teacher.kind: against distill.method: {reason}")
     if method.weights and not any(term.weight(distill) for term in method.terms):
         names = ", ".join(key.removeprefix("terms.") for key in method.weights)

@@ -19,7 +19,7 @@ import yaml
 from pydantic import ValidationError
 
 from metakd.config.blocks import Block, RunConfig
-from metakd.config.checks import check_contradictions
+from metakd.config.checks import Stage, check_contradictions
 from metakd.config.deepspeed import check_deepspeed
 from metakd.errors import ConfigError
 
@@ -30,7 +30,9 @@ KeyPath = tuple[str | int, ...]  # keys and list positions, from the top of the 
 
 
 def load_config(
-    source: str | PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
+    source: str | PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    last: Stage = "students",
 ) -> RunConfig:
     """Read a configuration, apply overrides, and check everything at once.
 
@@ -40,6 +42,7 @@ def load_config(
         source: a YAML file, in which aliases, explicit tags and duplicate keys are refused; or what
             one would hold, as a dictionary.
         overrides: ``key.sub=value`` each, the value in YAML; applied in order, over the source.
+        last: the last stage that it is for, see ``check_contradictions``.
 
     Raises:
         ConfigError: its cause lists every problem as ``file: key.path: reason (got VALUE)``, with
@@ -62,7 +65,7 @@ def load_config(
     if config is not None:
         # A wrong key stands at its default by now and must not be said to contradict another.
         wrong = {_dotted(key) for key in problems}
-        for text in check_contradictions(config):
+        for text in check_contradictions(config, last):
             if wrong.isdisjoint(re.findall(r"[\w.]+", text)):
                 lines.append(f"{path}: {text}")
         if not lines:

@@ -217,7 +217,8 @@ def load_corpus(
             without a problem is kept; one from the hub, whose content has no digest here, is not.
             Several processes may share the folder; to have it tokenised once, let one of them come
             first.
-        say: told in a line when a cache could not be used or written.
+        say: told what is doubtful, and when a cache could not be used or written, a line each; by
+            default as warnings.
 
     Raises:
         DataError: with every problem of every file.
@@ -231,7 +232,7 @@ def load_corpus(
         )
     whole = _cached(config, tokenizer, cache, say)
     for text in whole.warnings:
-        warnings.warn(text, stacklevel=2)
+        say(text)
     train, validation = whole.splits["train"], whole.splits.get("validation")
     if validation is None:
         train, validation = _hold_out(train, whole.first_alike, config, seed)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metakd.config import DataConfig
+from metakd.config.places import is_file_name, may_be_hub_id, meant
 from metakd.data.tables import LeftOut, Problems, Table, read_file, read_hub, show
 from metakd.errors import DataError
 
@@ -46,8 +47,6 @@ LONGEST_DOMAIN = 200
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
-_FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")
 
 
 class Row(NamedTuple):
@@ -84,15 +83,15 @@ class RawCorpus(NamedTuple):
 def read_corpus(config: DataConfig) -> RawCorpus:
     """Reads and checks every split that the configuration names.
 
-    A source is a ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file, a hub id ``owner/name``, or a
-    folder (names starting with a dot are skipped) of such files: one per domain, the file's stem
-    being the domain, whatever a domain column says; or one per split, named ``train``,
-    ``validation`` (``valid``, ``val``, ``dev``), ``test``. If ``data.train`` is such a folder its
-    validation and test files are taken, too, unless the configuration names others. Without
-    ``data.domain`` all texts are of one domain. UTF-8 with or without a byte order mark (or
-    ``data.encoding``) and any line ending are accepted; TSV follows the quoting rules of CSV unless
-    ``data.quoting`` is ``none``. Labels are strings or integers; integers are kept as their decimal
-    text.
+    A source is a ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file (for texts without labels a
+    ``.txt``, too, with a text a line), a hub id ``owner/name``, or a folder of such files (names
+    starting with a dot are skipped): one per domain, the file's stem being the domain, whatever a
+    domain column says; or one per split, named ``train``, ``validation`` (``valid``, ``val``,
+    ``dev``), ``test``. If ``data.train`` is such a folder its validation and test files are taken,
+    too, unless the configuration names others. Without ``data.domain`` all texts are of one domain.
+    UTF-8 with or without a byte order mark (or ``data.encoding``) and any line ending are accepted;
+    TSV follows the quoting rules of CSV unless ``data.quoting`` is ``none``. Labels are strings or
+    integers; integers are kept as their decimal text.
 
     Labels and domains come from the training split; one of them that only validation or test has is
     a problem. A row of validation or test whose text, pair and domain are also in train leaks: up
@@ -150,7 +149,8 @@ def read_texts(
     """Reads and checks the texts of one file, as ``read_corpus`` does, to serve or to score.
 
     Args:
-        file: ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``.
+        file: ``.csv``, ``.tsv``, ``.jsonl``, ``.parquet``, or ``.txt`` with a text a line; ``-``
+            for such lines from the standard input.
         text: column of the texts.
         text_pair: column of the second texts, if there are any.
         label: column of the labels; rows have none where the file has no such column, which goes
@@ -164,7 +164,7 @@ def read_texts(
     config = DataConfig.model_validate(
         {"train": file, "text": text, "text_pair": text_pair, **columns}
     )
-    table = read_file(Path(file), config, problems)
+    table = read_file(Path(file), config, problems, plain=True)
     rows = []
     if table is not None:
         present = set(table.columns if columns else ()) - {text, text_pair}
@@ -256,14 +256,12 @@ def _read_source(
     if path.is_dir():
         return _read_folder(path, config, problems, unneeded)
     if path.exists():
-        table = read_file(path, config, problems)
-    elif _is_hub_id(source):
+        table = read_file(path, config, problems, "label" in unneeded)
+    elif may_be_hub_id(source) and not is_file_name(source):
         table = read_hub(source, split, problems)
     else:
-        near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = get_close_matches(path.name, near, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        problems.lose_rows(source, None, f"no such file or folder, nor a hub id owner/name{hint}")
+        reason = f"no such file or folder, nor a hub id owner/name{meant(path)}"
+        problems.lose_rows(source, None, reason)
         return []
     return _check_rows(table, config, None, problems, unneeded) if table else []
 
@@ -288,15 +286,8 @@ def _read_split_of(
             "the files in data.train, data.validation and data.test, or rename the domain"
         )
         return []
-    table = read_file(own[0], config, problems)
+    table = read_file(own[0], config, problems, "label" in unneeded)
     return _check_rows(table, config, None, problems, unneeded) if table else []
-
-
-def _is_hub_id(source: str) -> bool:
-    """``owner/name``; an extension or an existing parent folder means a wrong path."""
-    path = Path(source)
-    looks_like_file = _FILE_SUFFIX.fullmatch(path.suffix) or path.parent.is_dir()
-    return bool(_HUB_ID.fullmatch(source)) and not looks_like_file
 
 
 def _read_folder(
@@ -311,7 +302,7 @@ def _read_folder(
         if path.stem in tables:
             reason = f"domain {path.stem!r} is also in {tables[path.stem].file}"
             problems.add(str(path), None, None, reason)
-        table = read_file(path, config, problems)
+        table = read_file(path, config, problems, "label" in unneeded)
         if table is None:
             continue
         first = next(iter(tables.values()), table)

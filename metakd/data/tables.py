@@ -1,5 +1,5 @@
-"""Files to tables: the rows of a CSV, TSV, JSONL or Parquet file or of a hub id, with the place of
-everything that is wrong in them.
+"""Files to tables: the rows of a CSV, TSV, JSONL, Parquet or plain text file or of a hub id, with
+the place of everything that is wrong in them.
 
 CSV, TSV and JSONL are parsed with the standard library and not with a data-frame reader, for two
 reasons: each problem needs the exact ``file:row:column: reason``, and a text that reads ``NA`` or
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from metakd.config import DataConfig
 
 _LINE_END = re.compile(rb"(?<=\n)|(?<=\r)(?!\n)")
+STANDARD_INPUT = Path("-")
 _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _OTHER_DELIMITERS = {";": "';'", "\t": "tabs", ",": "','", "|": "'|'"}
@@ -138,10 +139,20 @@ class Table(NamedTuple):
     rows: list[tuple[int, dict[str, Any]]]
 
 
-def read_file(path: Path, config: DataConfig, problems: Problems) -> Table | None:
-    """The rows of a file by its extension, None if it cannot be read; ``config`` says how a
-    delimited one is written, and which column holds the labels."""
+def read_file(
+    path: Path, config: DataConfig, problems: Problems, plain: bool = False
+) -> Table | None:
+    """The rows of a file by its extension, None if it cannot be read.
+
+    Args:
+        path: of the file.
+        config: says how a delimited one is written, and which column holds the labels.
+        problems: receives what is wrong.
+        plain: lines of text will do, from a ``.txt`` or the standard input.
+    """
     reader = _READERS.get(path.suffix.lower())
+    if plain and (path == STANDARD_INPUT or path.suffix.lower() == ".txt"):
+        reader = _read_plain
     if reader is None:
         what = "a folder" if path.is_dir() else f"file extension {path.suffix!r} is not known"
         problems.lose_rows(str(path), None, f"{what}; expected {', '.join(_READERS)}")
@@ -187,7 +198,8 @@ def show(value: Any) -> str:
 
 def _read_lines(path: Path, config: DataConfig, problems: Problems) -> list[str]:
     """The file's lines with their ends; bad bytes are reported and replaced, so parsing goes on."""
-    file, data = str(path), path.read_bytes()
+    file = str(path)
+    data = sys.stdin.buffer.read() if path == STANDARD_INPUT else path.read_bytes()
     mark = _BYTE_ORDER_MARKS.get(data[:2])
     if config.encoding is not None:
         lines = _decode_whole(file, data, config.encoding, problems)
@@ -399,6 +411,17 @@ def _read_jsonl(path: Path, config: DataConfig, problems: Problems) -> Table | N
         if not problems.drops(file, row):
             rows.append((row, values))
     return Table(file, list(columns), 1, rows) if lines else None
+
+
+def _read_plain(path: Path, config: DataConfig, problems: Problems) -> Table | None:
+    """A text a line."""
+    file, lines = str(path), _read_lines(path, config, problems)
+    rows = [
+        (row, {config.text: line.rstrip("\r\n")})
+        for row, line in enumerate(lines, start=1)
+        if not problems.drops(file, row)
+    ]
+    return Table(file, [config.text], None, rows) if lines else None
 
 
 def _read_parquet(path: Path, config: DataConfig, problems: Problems) -> Table | None:

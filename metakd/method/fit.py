@@ -26,6 +26,7 @@ def check_models(
     tokenizer: PreTrainedTokenizerBase,
     label2id: dict[str, int],
     recipe: Recipe = PAPER,
+    students: bool = True,
 ) -> None:
     """Do teacher, student, objective and data fit together, and the students of a comparison's
     rows? Reads configurations and tokenizers, no weights, so that a run can ask before it trains
@@ -36,6 +37,7 @@ def check_models(
         tokenizer: the teacher's.
         label2id: of the data.
         recipe: form of the method.
+        students: False leaves them out of it.
 
     Raises:
         ConfigError: every pair that does not fit, with both values: number of tokens and token
@@ -81,8 +83,9 @@ def check_models(
             for term in terms or []:
                 note(name, term.check_widths, shape.hidden_size, taught.hidden_size)
 
-    check_student("student", config.student, "distill", config.distill)
-    for number, row in enumerate(config.compare.rows):
+    if students:
+        check_student("student", config.student, "distill", config.distill)
+    for number, row in enumerate(config.compare.rows if students else ()):
         if row.student is not None:
             key = f"compare.rows.{number}"
             check_student(f"{key}.student", row.student, key, row.taught(config.distill))

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from metakd.config.places import may_be_hub_id, meant
 from metakd.errors import CheckpointError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
@@ -259,6 +260,9 @@ def _refuse_pickles(source: str) -> None:
 
 
 def _without_code(auto: type, source: str, **options):
+    path = Path(source)
+    if not path.exists() and not may_be_hub_id(source, bare=True):
+        raise OSError(f"{source}: no such folder, nor a hub id owner/name{meant(path)}")
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **options)
     except ValueError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from metakd.config import RunConfig
+from metakd.config import RunConfig, Stage
 from metakd.data.batches import collate
 from metakd.data.cache import content_key
 from metakd.data.corpus import Corpus, Split, load_corpus
@@ -56,7 +56,11 @@ def _check_domains(corpus: Corpus) -> None:
             if split is not None and number not in present
         ]
     if problems:
-        raise DataError("; ".join(problems), "rename the domain, or give it examples")
+        raise DataError(
+            "; ".join(problems),
+            "give it some, leave the domain out, or rename it if it is called all; without "
+            "data.validation a share of train is held out",
+        )
 
 
 @dataclass
@@ -70,6 +74,7 @@ class Context:
         command: how the run was started; recorded with every stage.
         resume: see ``StageStore``.
         reshard: see ``engine.Saves``.
+        last: the last stage that is asked for; what later ones alone use is not looked at.
     """
 
     config: RunConfig
@@ -78,6 +83,7 @@ class Context:
     command: str = ""
     resume: str = "auto"
     reshard: bool = False
+    last: Stage = "students"
 
     @cached_property
     def folder(self) -> Path:
@@ -126,10 +132,14 @@ class Context:
             raise ConfigError(
                 "data.withhold: names every domain, which leaves nothing to teach", "keep one"
             )
-        _check_domains(corpus)
+        if self.last != "prototypes":
+            _check_domains(corpus)
         for one in corpus.left_out:
             self.say(f"data: {one}")
-        check_models(self.config, self.tokenizer, corpus.label2id, self.recipe)
+        check_models(
+            *(self.config, self.tokenizer, corpus.label2id, self.recipe),
+            students=self.last == "students",
+        )
         return corpus
 
     @cached_property

@@ -163,8 +163,9 @@ def count_embeddings(shape: PretrainedConfig) -> int:
 
 
 def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
-    """What ``metakd doctor CONFIG`` prints: the teacher's training and the student's, as configured
-    and at every ZeRO stage, and the frozen teacher beside the student.
+    """What ``metakd doctor CONFIG`` prints: the teacher's training, the student's and those of the
+    comparison's own shapes, as configured and at every ZeRO stage (in one row where that makes no
+    difference), and the frozen teacher beside the student.
 
     Args:
         config: the checked configuration.
@@ -173,26 +174,30 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
     Raises:
         ConfigError: a model's configuration cannot be read.
     """
-    teacher, student = config.sharding(config.teacher), config.sharding(config.student)
+    teacher, dtype = config.sharding(config.teacher), config.precision
+    students = {"student training": (config.student, config.distill.training)}
+    for row in config.compare.rows:
+        if row.student is not None:
+            taught_as = row.taught(config.distill).training
+            students[f"training of {row.student.shape}"] = row.student, taught_as
     try:
         taught = load_config(config.teacher.model)
-        learning = student_shape(config.student, taught)
+        shapes = {title: student_shape(block, taught) for title, (block, _) in students.items()}
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"models: {str(error).splitlines()[0]}", "correct teacher.model and student"
         ) from error
-    dtype = config.precision
     table = {"counted for": f"{world_size} process{'es' * (world_size > 1)}, {dtype}"}
-    held = count_embeddings(learning) if config.student.freeze_embeddings else 0
-    for title, shape, frozen, sharding, training in (
-        ("teacher training", taught, 0, teacher, config.teacher.training),
-        ("student training", learning, held, student, config.distill.training),
-    ):
+    trained = [("teacher training", taught, 0, teacher, config.teacher.training)]
+    for title, (block, training) in students.items():
+        shape = shapes[title]
+        held = count_embeddings(shape) if block.freeze_embeddings else 0
+        trained.append((title, shape, held, config.sharding(block), training))
+    for title, shape, frozen, sharding, training in trained:
         parameters = count_parameters(shape)
         table[title] = f"{parameters / 1e6:.1f} M parameters"
-        for stage in dict.fromkeys((sharding.zero, *STAGES)):
-            name = f"{title}, ZeRO {stage}" + " (configured)" * (stage == sharding.zero)
-            table[name] = str(
+        needed = {
+            stage: str(
                 estimate(
                     parameters,
                     zero=stage,
@@ -208,6 +213,14 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
                     frozen=frozen,
                 )
             )
+            for stage in dict.fromkeys((sharding.zero, *STAGES))
+        }
+        if len(set(needed.values())) == 1:
+            table[f"{title}, any ZeRO stage"] = needed[sharding.zero]
+            continue
+        for stage, memory in needed.items():
+            mark = " (configured)" * (stage == sharding.zero)
+            table[f"{title}, ZeRO {stage}{mark}"] = memory
     beside = "while its outputs are made for the cache"
     if config.distill.cache_teacher != "all":
         beside = "beside the student"

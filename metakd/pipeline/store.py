@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -159,6 +160,10 @@ class StageStore:
                     self.disk.sync(written)
         self.disk.remove(building / _RECORD)
         self._write(building, _RECORD, json.dumps(done, indent=1))
+        # safetensors writes for its owner alone; whoever may read the record may read the rest.
+        mode = stat.S_IMODE((building / _RECORD).stat().st_mode)
+        for file in filter(Path.exists, files):
+            file.chmod(mode)
         # Until the rename this is an unfinished build, which goes on from its last checkpoint.
         if place.exists():
             self.disk.remove(_replaced(place))

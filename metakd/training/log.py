@@ -1,4 +1,5 @@
-"""What a run tells: a progress bar for people, JSONL and TensorBoard for tools.
+"""What a run tells: a progress bar for people, a line per tenth for files of theirs, JSONL and
+TensorBoard for tools.
 
 Values stay on the device until they are read, once every ``logging_steps``.
 """
@@ -67,7 +68,7 @@ class RunLog:
     Args:
         folder: receives ``log.jsonl`` and ``tensorboard/``.
         report_to: which of jsonl and tensorboard to write.
-        console: rich console; its bar is shown on a terminal only.
+        console: rich console; a bar is shown on a terminal, lines elsewhere.
         active: False on ranks other than the first.
     """
 
@@ -125,15 +126,27 @@ class RunLog:
         """Begin a bar of ``total_steps`` optimizer steps, of which some are done already."""
         self._progress.start()
         self._task = self._progress.add_task(title, total=total_steps, completed=done, status="")
-        self._since = time.perf_counter()
+        self._since, self._begun = time.perf_counter(), time.monotonic()
         self._samples = self._tokens = 0
+        self._title, self._steps, self._begun_at, self._done = title, total_steps, done, done
 
     def advance(self, samples: int, tokens: int = 0) -> None:
         """One optimizer step over ``samples`` examples of ``tokens`` real tokens (all ranks) is
         done."""
         self._samples += samples
         self._tokens += tokens
+        self._done += 1
         self._progress.advance(self._task)
+        before, tenths = (10 * step // self._steps for step in (self._done - 1, self._done))
+        if tenths > before and self._active and not self._console.is_terminal:
+            spent = time.monotonic() - self._begun
+            left = spent / (self._done - self._begun_at) * (self._steps - self._done)
+            self._console.print(
+                f"{self._title}: step {self._done} of {self._steps}, {spent:.0f} s, "
+                f"about {left:.0f} s left",
+                markup=False,
+                highlight=False,
+            )
 
     @contextmanager
     def pausing(self) -> Iterator[None]:

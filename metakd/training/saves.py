@@ -135,8 +135,9 @@ class Keeper:
         before, changed = start.facts["world_size"], start.facts["world_size"] != self.world.size
         if changed and not self.saves.reshard:
             raise CheckpointError(
-                f"{start.folder}: written by {before} processes, this run has {self.world.size}",
-                f"start {before} processes (deepspeed --num_gpus {before} --module metakd ...), or "
+                f"{start.folder}: written by {before} process{'es' * (before > 1)}, this run has "
+                f"{self.world.size}",
+                f"start as many (deepspeed --num_gpus {before} --module metakd ...), or "
                 "convert it: the same command with --reshard",
             )
         fixed = self.facts.keys() - (plan.keys() if changed else ())
