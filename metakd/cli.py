@@ -257,7 +257,7 @@ def export(
     if to != "onnx":
         raise ConfigError(f"--to: {to!r} is not known", "the only format is onnx")
     front.quiet_transformers()
-    texts, labels, described = made_up_texts(400), None, "made-up reviews"
+    texts, labels, described = made_up_texts(400), None, "made-up English reviews"
     if data is not None:
         rows = read_texts(data, text=text, text_pair=text_pair, label=label)
         rows = [row for row in rows if domain in (None, row.domain)]
@@ -274,6 +274,7 @@ def export(
         fp16=fp16,
         out=out,
         command=_command(),
+        made_up=data is None,
     )
     _show_export(report, out or f"{student}/onnx")
 
@@ -306,6 +307,8 @@ def _show_export(report: dict, place: str) -> None:
         )
     table.add_row("PyTorch", "", "", "", "", _share(checked["accuracy"]))
     console.print(table)
+    for remark in checked["remarks"]:
+        console.print(f"warning: {remark}", markup=False, highlight=False)
     console.print(f"written to {place}", markup=False, highlight=False)
 
 

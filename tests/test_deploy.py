@@ -92,11 +92,14 @@ def exported(student):
 
 class TestExport:
     def test_every_format_answers_as_the_model(self, exported):
-        assert exported["checked"] == {"examples": 40, "data": "made up", "accuracy": 1.0}
+        checked = dict(exported["checked"])
+        assert any("compared on 40 texts" in remark for remark in checked.pop("remarks"))
+        assert checked == {"examples": 40, "data": "made up", "accuracy": 1.0}
         fp32, int8, fp16 = (exported["formats"][name] for name in formats.ONNX_FILES.values())
         assert fp32["max_logit_error"] < 1e-5 and fp32["accuracy"] == 1.0
         assert 0 < fp16["max_logit_error"] < 0.05 and fp16["bytes"] < fp32["bytes"]
         assert int8["max_logit_error"] > 0 and int8["accuracy"] == int8["label_agreement"] >= 0.9
+        assert 0 <= int8["labels_by_batch"] <= 0.1
 
     def test_int8_holds_matrices_in_a_byte_and_embeddings_in_two(self, student, exported):
         import onnx
@@ -600,6 +603,31 @@ class TestCommands:
         assert report["checked"]["accuracy"] == pytest.approx(np.mean(good))
         code, _, said = call("export", student, "--data", data, "--domain", "c", "--out", out)
         assert code == 3 and "no texts of domain c" in said
+
+    def test_what_an_export_cannot_tell_is_said(self, student, tmp_path, call):
+        data = tmp_path / "data.jsonl"
+        data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+        _, shown, _ = call("export", student, "--data", data, "--out", tmp_path / "few")
+        remark = "compared on 40 texts, each of them 2.5% of the agreement: give at least 100"
+        assert f"warning: {remark}" in " ".join(shown.split())
+        report = json.loads((tmp_path / "few" / "export.json").read_text())
+        assert report["checked"]["remarks"][-1] == remark
+
+    def test_int8_needs_texts_to_be_judged_by(self, student, tmp_path, call, monkeypatch):
+        """Where nobody gave any, int8 that does not answer alike is left out, and fp32 is there."""
+        monkeypatch.setattr(exporting, "LEAST_AGREEMENT", 1.1)
+        out = tmp_path / "made-up"
+        code, shown, _ = call("export", student, "--int8", "--out", out)
+        report = json.loads((out / "export.json").read_text())
+        assert code == 0 and list(report["formats"]) == ["model.onnx"]
+        assert not list(out.glob("model_int8*")) and (out / "model.onnx").exists()
+        remarks = " ".join(report["checked"]["remarks"])
+        assert "labels are PyTorch's" in remarks and "left out" in remarks
+        assert "--data FILE gives texts like those to be served" in " ".join(shown.split())
+        data = tmp_path / "data.jsonl"
+        data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+        words = ("--int8", "--data", data, "--out", tmp_path / "nothing")
+        assert call("export", student, *words)[0] == 7 and not (tmp_path / "nothing").exists()
 
     def test_pairs(self, student, tmp_path, call):
         """A model of pairs, as of MNLI, with labels that JSON has to escape."""

@@ -81,7 +81,7 @@ def gather(run: RunFolder, command: str = "") -> dict:
         "commands": _commands(run, exports),
         "seconds": _seconds(stages),
     }
-    return facts | {"warnings": _warnings(facts)}
+    return facts | {"warnings": _warnings(facts) + _doubts(students, exports)}
 
 
 # Accuracy
@@ -385,6 +385,20 @@ def _warnings(facts: dict) -> list[dict]:
             }
         )
     return found
+
+
+def _doubts(students: Sequence[Stage], exports: Sequence[dict]) -> list[dict]:
+    """Students that are of no use, and exports that were hardly checked."""
+    found = [
+        {"kind": "useless student", "text": f"{stage.name} {stage.result['doubt']}."}
+        for stage in students
+        if "doubt" in stage.result
+    ]
+    return found + [
+        {"kind": "export", "text": f"{export['student']}: {remark}."}
+        for export in exports
+        for remark in export["checked"].get("remarks", [])
+    ]
 
 
 def _left_out(stages: Sequence[Stage]) -> list[dict]:

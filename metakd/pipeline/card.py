@@ -149,6 +149,8 @@ def _scores(result: dict, spread: dict | None) -> str:
         if split in result
     ]
     table = markdown_table(["split", "accuracy", "macro-F1"], rows, numbers=2)
+    if "doubt" in result:
+        table += f"\n\n**Of no use as it is:** it {result['doubt']}."
     if spread is None or spread["n"] == 1:
         return table
     return (

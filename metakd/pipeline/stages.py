@@ -37,6 +37,7 @@ from metakd.models.student import build_student
 from metakd.models.taps import model_inputs
 from metakd.pipeline.card import origin, write_card
 from metakd.pipeline.context import configured
+from metakd.pipeline.doubts import doubt
 from metakd.pipeline.lessons import Lesson, TeacherOutputs, method_label, phases_of
 from metakd.pipeline.serving import TeacherService
 from metakd.pipeline.table import ALL_DOMAINS
@@ -309,6 +310,11 @@ class Run(TeacherStage):
                 label2id=corpus.label2id,
                 max_length=self.config.data.max_length,
             )
+        if shape.preset is not None:
+            self.say(
+                f"{label} {domain}: preset {shape.preset} begins with random weights and needs far "
+                "more texts and steps than student.layers, which copies a teacher's"
+            )
         taught = self.outputs.taught if teacher_folders else student.config
         with configured("distill"):
             terms = build_terms(
@@ -381,6 +387,9 @@ class Run(TeacherStage):
                         seed=seed,
                         title=f"{label} {domain}{part}",
                     )
+        if found := doubt(result.get("test", result["validation"])):
+            result["doubt"] = found
+            self.say(f"warning: {label} {domain}: {found}")
         if scales:
             result["scales"] = {name: values for name, values in scales.items() if values}
         student = module.detach().float()
