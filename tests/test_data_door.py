@@ -81,6 +81,12 @@ READ = [
     ("one_in_a_thousand.jsonl", {"on_problem": "drop"}, 24, ["negative", "positive"]),
     ("no_domain.csv", {"domain": None}, 12, ["card_arrival", "top_up"]),
     ("split_folder", {"domain": None}, 16, ["negative", "positive"]),
+    (
+        "soft_labels.jsonl",
+        {"soft_labels": ["p_negative", "p_positive"]},
+        24,
+        ["negative", "positive"],
+    ),
     ("conflicting.jsonl", {}, 26, ["negative", "positive"]),
     ("unnamed_columns.csv", {}, 24, ["negative", "positive"]),
     (

@@ -71,6 +71,7 @@ def test_a_file_gets_a_line_per_tenth(tmp_path):
     ]
     assert lines[-1].endswith(" s, about 0 s left")
     with RunLog(tmp_path, [], Console(file=out, width=200), active=False) as log:
-        log.start("teacher meta", 1)
-        log.advance(1)
+        log.start("teacher meta", 40)
+        for _ in range(40):
+            log.advance(1)
     assert len(out.getvalue().splitlines()) == 5

@@ -7,7 +7,9 @@ wrong configuration is refused in well under a second.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -21,6 +23,12 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
+ColumnName = Annotated[str, Field(min_length=1)]
+SoftLabels = (
+    ColumnName
+    | Annotated[list[ColumnName], Field(min_length=2)]
+    | Annotated[dict[ColumnName, ColumnName], Field(min_length=2)]
+)
 LabelCounts = Annotated[list[Count | Literal["all"]], Field(min_length=1)]
 ZeroStage = Literal[0, 1, 2, 3]
 Texts = Literal["own", "unlabelled", "others", "others_unlabelled"]
@@ -101,6 +109,12 @@ class DataConfig(Block):
     few are refused otherwise. ``encoding``, ``delimiter`` and ``quoting`` (``none``: a quote is
     a character like others) say how CSV and TSV are written where they are not UTF-8, separated by
     their kind's character, and quoted as CSV is.
+
+    ``soft_labels`` are what a teacher elsewhere said of each text of ``train`` and ``unlabelled``
+    (``teacher.kind: file``): a column for each class, as a list whose names without their common
+    beginning are the classes or as a mapping of classes to columns, or one column of lists, in the
+    order of the labels, or of objects. They are probabilities that sum to 1, or logits
+    (``soft_labels_as``). Where there is no label column the likeliest class is the label.
     """
 
     train: str
@@ -121,6 +135,18 @@ class DataConfig(Block):
     encoding: Annotated[Annotated[str, AfterValidator(_text_encoding)] | None, LATER] = None
     delimiter: Annotated[Annotated[str, Field(pattern=r"^[^\r\n\"]$")] | None, LATER] = None
     quoting: Annotated[Literal["csv", "none"], LATER] = "csv"
+    soft_labels: Annotated[SoftLabels | None, LATER] = None
+    soft_labels_as: Annotated[Literal["probabilities", "logits"], LATER] = "probabilities"
+
+    @property
+    def soft_columns(self) -> dict[str, str] | None:
+        """Classes and the column of each; None without one for each."""
+        given = self.soft_labels
+        if not isinstance(given, list):
+            return given if isinstance(given, dict) else None
+        alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*given))
+        shared = re.match(r".*[\W_]", "".join(letters[0] for letters in alike))
+        return {name.removeprefix(shared[0] if shared else ""): name for name in given}
 
 
 class PrototypeConfig(Block):

@@ -8,6 +8,7 @@ from typing import Literal
 
 from metakd.config.blocks import CompareRow, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
 from metakd.config.deepspeed import check_deepspeed, contradictions
+from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import METHODS
 
 Stage = Literal["prototypes", "teacher", "students"]
@@ -51,6 +52,7 @@ def check_contradictions(config: RunConfig, last: Stage = "students") -> list[st
         )
 
     found += _transfer(config)
+    found += _soft_labels(config)
 
     preset = re.search(r"-(\d+)l-", student.preset or "")
     depth = len(student.layers) if student.layers else int(preset[1]) if preset else None
@@ -128,6 +130,23 @@ def _transfer(config: RunConfig) -> list[str]:
         for name in METHODS[method].learns_from(transfer)
         if "unlabelled" in name
     ]
+
+
+def _soft_labels(config: RunConfig) -> list[str]:
+    """What of a teacher whose logits come with the data cannot be had."""
+    asked = {"teacher.kind": METHODS[config.distill.method].teacher(config.teacher.kind)}
+    asked |= {f"compare.rows.{n}.teacher": row.teacher for n, row in enumerate(config.compare.rows)}
+    found = []
+    for key, kind in asked.items():
+        if kind is None or not TEACHER_KINDS[kind].in_data:
+            continue
+        if config.data.soft_labels is None:
+            found.append(f"{key}: {kind} needs data.soft_labels")
+        trained = {"folds": config.teacher.folds, "ensemble": config.teacher.ensemble > 1}
+        for name, is_set in trained.items():
+            if is_set:
+                found.append(f"teacher.{name}: excluded by {key}: {kind}, which trains no teacher")
+    return found
 
 
 def _row_name(row: CompareRow) -> str:

@@ -23,9 +23,13 @@ from metakd import __version__
 from metakd.config import DataConfig
 from metakd.data.cache import TensorCache, content_key
 from metakd.data.reading import UNLABELLED, Row, read_corpus
+from metakd.data.soft_labels import as_logits
 from metakd.data.tables import LeftOut
 from metakd.errors import ConfigError, DataError
 from metakd.method.terms import NO_LABEL
+
+SOFT = "soft"
+"""Column of what a teacher elsewhere said of each text: logits [N, M]."""
 
 UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.2, 0.8
 """Shares of tokens unknown to the tokenizer above which a corpus is doubtful, and useless."""
@@ -338,6 +342,7 @@ def _to_tensors(whole: _Whole) -> tuple[dict[str, Tensor], dict]:
         }
         if split.token_type_ids is not None:
             tensors[f"{name}.token_type_ids"] = split.token_type_ids.flat
+        tensors |= {f"{name}.{column}": values for column, values in split.columns.items()}
     described = {"domains": whole.domains, "labels": whole.labels, "warnings": whole.warnings}
     return tensors, described | {"splits": list(whole.splits), "left_out": whole.left_out}
 
@@ -352,6 +357,7 @@ def _from_tensors(tensors: dict[str, Tensor], described: dict) -> _Whole:
             tensors[f"{name}.domain"],
             torch.arange(len(lengths)),
             None if kinds is None else Tokens(kinds, lengths),
+            {SOFT: tensors[f"{name}.{SOFT}"]} if f"{name}.{SOFT}" in tensors else {},
         )
     left_out = [LeftOut(*one) for one in described.pop("left_out")]
     return _Whole(splits, tensors["first_alike"], left_out=left_out, **described)
@@ -363,7 +369,7 @@ def _read_and_tokenise(config: DataConfig, tokenizer) -> _Whole:
     domain_id = {name: i for i, name in enumerate(raw.domains)}
     label2id = {name: i for i, name in enumerate(raw.labels)}
     splits = {
-        name: _tokenise(rows, tokenizer, config.max_length, domain_id, label2id)
+        name: _tokenise(rows, tokenizer, config, domain_id, label2id)
         for name, rows in raw.splits.items()
     }
     first: dict[tuple, int] = {}
@@ -396,7 +402,11 @@ def _unknown_tokens(train: Split, tokenizer, source: str) -> list[str]:
 
 
 def _tokenise(
-    rows: list[Row], tokenizer, max_length: int, domain_id: dict[str, int], label2id: dict[str, int]
+    rows: list[Row],
+    tokenizer,
+    config: DataConfig,
+    domain_id: dict[str, int],
+    label2id: dict[str, int],
 ) -> Split:
     lengths: list[int] = []
     flat: dict[str, list[Tensor]] = {"input_ids": [], "token_type_ids": []}
@@ -404,7 +414,7 @@ def _tokenise(
         part = rows[start : start + _TOKENISE_AT_ONCE]
         pairs = None if part[0].pair is None else [row.pair for row in part]
         encoded = tokenizer(
-            [row.text for row in part], pairs, truncation=True, max_length=max_length
+            [row.text for row in part], pairs, truncation=True, max_length=config.max_length
         )
         lengths += map(len, encoded["input_ids"])
         for name, chunks in flat.items():
@@ -421,6 +431,7 @@ def _tokenise(
         torch.tensor([domain_id[row.domain] for row in rows]),
         torch.arange(len(rows)),
         tokens.get("token_type_ids"),
+        {SOFT: as_logits([row.soft for row in rows], config)} if rows[0].soft else {},
     )
 
 

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from metakd.config import DataConfig
 from metakd.config.places import is_file_name, may_be_hub_id, meant
-from metakd.data.tables import LeftOut, Problems, Table, read_file, read_hub, show
+from metakd.data.soft_labels import SoftLabels, settle
+from metakd.data.tables import INTEGER, LeftOut, Problems, Table, ordered, read_file, read_hub, show
 from metakd.errors import DataError
 
 PROBLEMS_SHOWN = 20
@@ -45,7 +46,6 @@ _SCORED = dict.fromkeys(("validation", "test")).keys()
 LONGEST_DOMAIN = 200
 """Bytes of a domain's name; file systems allow 255, and stages are built beside their place."""
 
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
@@ -59,6 +59,7 @@ class Row(NamedTuple):
     pair: str | None = None
     label: str | None = None
     domain: str | None = None
+    soft: dict[str, float] | list[float] | None = None  # of a teacher, by class or in their order
 
     @property
     def example(self) -> tuple[str | None, str | None, str | None]:
@@ -111,6 +112,7 @@ def read_corpus(config: DataConfig) -> RawCorpus:
     splits = {}
     for split, source in _sources(config).items():
         unneeded = {"label"} if split == UNLABELLED else set()
+        unneeded |= {"soft"} if split in _SCORED or config.soft_labels is None else set()
         splits[split] = _read_source(source, split, config, problems, unneeded)
         if split == "train":
             train_is_whole = not problems.rows_lost
@@ -120,7 +122,10 @@ def read_corpus(config: DataConfig) -> RawCorpus:
                 splits[source] = _without(splits[source], splits[split], split, problems)
     train = splits["train"]
     domains = sorted({row.domain for row in train if row.domain is not None})
-    labels = _ordered({row.label for row in train if row.label is not None})
+    labels = ordered({row.label for row in train if row.label is not None})
+    if config.soft_labels is not None:
+        taught = [split for split in _TAUGHT if split in splits]
+        labels = settle(splits, taught, labels, config, problems)
     if train:
         if len(labels) == 1:
             reason = f"only one class, {labels[0]!r}: a classifier needs two"
@@ -168,18 +173,12 @@ def read_texts(
     rows = []
     if table is not None:
         present = set(table.columns if columns else ()) - {text, text_pair}
-        named = {"label": config.label, "domain": config.domain}
+        named = {"label": config.label, "domain": config.domain, "soft": None}
         unneeded = {name for name, column in named.items() if column not in present}
         rows = _check_rows(table, config, None, problems, unneeded)
     if problems:
         raise _error(problems, "the file, or its path and the names of its columns")
     return rows
-
-
-def _ordered(labels: set[str]) -> list[str]:
-    in_order = sorted(labels)
-    are_integers = all(map(_INTEGER.fullmatch, labels))
-    return sorted(in_order, key=int) if are_integers else in_order
 
 
 def _error(
@@ -327,6 +326,9 @@ def _check_rows(
 ) -> list[Row]:
     """Checks columns and cells, except for a label or domain that is not needed; ``domain`` is
     given where the file's name says it."""
+    softly = None if "soft" in unneeded else SoftLabels(config)
+    if softly and config.label not in table.columns:
+        unneeded = {*unneeded, "label"}
     checks: list[tuple[str, str, Callable[[Any], Checked]]] = [
         ("text", config.text, _check_text),
         ("label", config.label, partial(_check_name, "label")),
@@ -339,7 +341,8 @@ def _check_rows(
         else:
             checks.append(("domain", config.domain, _check_domain))
     checks = [check for check in checks if check[0] not in unneeded]
-    for name, column, _ in checks:
+    soft_columns = [("soft", name, None) for name in (softly.columns if softly else ())]
+    for name, column, _ in [*checks, *soft_columns]:
         if column not in table.columns:
             reason = f"missing column: {_unknown(column, table.columns)}"
             problems.add(table.file, table.header, column, reason)
@@ -352,13 +355,17 @@ def _check_rows(
         problems.add(table.file, None, None, wrong)
     rows = []
     for row, values in table.rows:
-        fields: dict[str, str | None] = {} if domain is None else {"domain": domain}
+        fields: dict[str, Any] = {} if domain is None else {"domain": domain}
         for name, column, check in checks:
             fields[name], wrong = check(values.get(column))
             if wrong:
                 is_gap = wrong.startswith(("empty", "missing"))
                 kind = wrong if is_gap else f"{name} that cannot be used"
                 problems.add_row(table.file, row, column, kind, wrong)
+        if softly and set(softly.columns) <= set(table.columns):
+            fields["soft"], column, wrong = softly.check(values)
+            if wrong:
+                problems.add_row(table.file, row, column, "soft labels that cannot be used", wrong)
         if not problems.drops(table.file, row):
             rows.append(Row(table.file, row, **fields))
     if table.rows and not rows:
@@ -376,7 +383,7 @@ def _check_label_values(table: Table, column: str, problems: Problems) -> None:
     different = {value for _, value in words}
     if words and all(map(_NUMBER.fullmatch, different)):
         for row, value in words:
-            if not _INTEGER.fullmatch(value):
+            if not INTEGER.fullmatch(value):
                 reason = f"float {value} is not a label: give a string or an integer"
                 problems.add(table.file, row, column, reason)
     lists = sorted(value for value in different if "," in value)

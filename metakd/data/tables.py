@@ -29,6 +29,7 @@ from metakd.config import DataConfig
 _LINE_END = re.compile(rb"(?<=\n)|(?<=\r)(?!\n)")
 STANDARD_INPUT = Path("-")
 _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+INTEGER = re.compile(r"-?[0-9]{1,18}")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _OTHER_DELIMITERS = {";": "';'", "\t": "tabs", ",": "','", "|": "'|'"}
 _MOSTLY = 0.2
@@ -188,6 +189,13 @@ def read_hub(name: str, split: str, problems: Problems) -> Table | None:
     if not table.rows:
         problems.add(table.file, None, None, "no rows")
     return table
+
+
+def ordered(labels: set[str]) -> list[str]:
+    """Labels in the order of their ids: integers by size, words by the alphabet."""
+    in_order = sorted(labels)
+    are_integers = all(map(INTEGER.fullmatch, labels))
+    return sorted(in_order, key=int) if are_integers else in_order
 
 
 def show(value: Any) -> str:

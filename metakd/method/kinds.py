@@ -35,6 +35,8 @@ class TeacherKind:
     """Does its loss read the prototype scores t?"""
     shows: ClassVar[frozenset[str]] = frozenset()
     """Features that its students can learn from beside those of every encoder."""
+    in_data: ClassVar[bool] = False
+    """Is there no model, and do its logits come with the data? It shows nothing else then."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Features of the encoder that its own answers need, see ``taps.Taps``."""
 
@@ -183,6 +185,14 @@ class MetaTeacher(TeacherKind):
         return dict(zip(names, domain_loss_floor(teacher.num_taught)))
 
 
+class FileTeacher(TeacherKind):
+    """A teacher elsewhere, of which there are soft labels (``data.soft_labels``)."""
+
+    name = "file"
+    line = "none here: what a model elsewhere said of each text comes with the data"
+    in_data = True
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     from torch.nn.functional import cross_entropy
 
@@ -190,7 +200,11 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 TEACHER_KINDS: dict[str, TeacherKind] = {
-    kind.name: kind for kind in (SingleTeacher(), MixedTeacher(), MultiTaskTeacher(), MetaTeacher())
+    kind.name: kind
+    for kind in (
+        *(SingleTeacher(), MixedTeacher(), MultiTaskTeacher(), MetaTeacher()),
+        FileTeacher(),
+    )
 }
 """Every kind by its name."""
 

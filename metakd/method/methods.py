@@ -87,9 +87,12 @@ class Method:
     then_own: bool = False
 
     def __post_init__(self):
-        asked = frozenset().union(*(part.term.needs for part in self.terms))
-        if self.combine != OWN and asked - {"logits"}:
+        if self.combine != OWN and not self._asks_for_logits_alone:
             raise ValueError(f"method {self.name}: of several teachers only logits have a mean")
+
+    @property
+    def _asks_for_logits_alone(self) -> bool:
+        return all(part.term.needs <= {"logits"} for part in self.terms)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -106,7 +109,13 @@ class Method:
     @property
     def possible_teachers(self) -> tuple[str, ...]:
         """The kinds of teacher that can teach it."""
-        return tuple(TEACHER_KINDS) if self.teachers is None else self.teachers
+        if self.teachers is not None:
+            return self.teachers
+        return tuple(
+            name
+            for name, kind in TEACHER_KINDS.items()
+            if self._asks_for_logits_alone or not kind.in_data
+        )
 
     def teacher(self, kind: str) -> str | None:
         """The kind that teaches it where ``kind`` is configured: that one if it can, else the first

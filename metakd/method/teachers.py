@@ -181,6 +181,12 @@ class Teacher(nn.Module):
         self.load_state_dict(stored, strict=False)
 
 
+def told(batch: dict[str, Tensor]) -> Features:
+    """Stands where a ``FrozenTeacher`` stands, and says what batches carry of one elsewhere: logits
+    ``soft`` [B, M]."""
+    return Features(mask=batch["attention_mask"], logits=batch["soft"])
+
+
 class FrozenTeacher:
     """A trained teacher as the student sees it: no gradients, no dropout, only the features asked
     for.

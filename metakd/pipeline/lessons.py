@@ -62,6 +62,10 @@ class Lesson(NamedTuple):
         foreign = any(name.startswith("others") for name in self.texts)
         return self.method.by_expertise or (foreign and self.distill.transfer_by_score)
 
+    def asks_a_model(self) -> bool:
+        """Is there a teacher whose answers are not in the data?"""
+        return self.teacher_kind is not None and not TEACHER_KINDS[self.teacher_kind].in_data
+
     def is_of_one_domain(self) -> bool:
         """Does the teacher of its domain teach it, and no other?"""
         kind = self.teacher_kind
@@ -188,7 +192,7 @@ class TeacherOutputs:
 
     def cached_phases(self, lesson: Lesson) -> list[bool]:
         """Which phases learn from kept outputs."""
-        mode = lesson.distill.cache_teacher if lesson.teacher_kind else "none"
+        mode = lesson.distill.cache_teacher if lesson.asks_a_model() else "none"
         return [is_kept(signals, mode) for signals in self.asked_of(lesson)]
 
     def keep(self, lesson: Lesson, teachers: list[Path]) -> KeptOutputs:

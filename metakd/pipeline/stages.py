@@ -31,6 +31,7 @@ from metakd.method.balance import SAMPLED, balanced
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import build_terms
 from metakd.method.objective import Distillation
+from metakd.method.teachers import told
 from metakd.method.terms import Term
 from metakd.models.sources import load_trained_classifier
 from metakd.models.student import build_student
@@ -367,6 +368,8 @@ class Run(TeacherStage):
                     showing, pad = nullcontext(answers), answers.collate(self.collate)
                 elif service is not None:
                     showing = service.showing(needs, distill.teacher_stream)
+                elif lesson.teacher_kind is not None:
+                    showing = nullcontext(told)
                 with showing as teacher:
                     if distill.balance != "none" and teacher is not None:
                         module.restrict(self._balanced(phase.terms, texts, pad, teacher))

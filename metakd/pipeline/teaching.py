@@ -121,7 +121,9 @@ class TeacherStage(PrototypeStage):
         self, kind: str, seed: int, fold: Fold | None = None, only: str = ALL_DOMAINS
     ) -> dict[Path, str]:
         """The folders of the teachers, of all domains or only this one, and of what domain each
-        is."""
+        is. None for a kind that is not trained."""
+        if TEACHER_KINDS[kind].in_data:
+            return {}
         place = self.folder / "teachers" / f"{kind}-s{seed}{fold.title if fold else ''}"
         places = {place: ALL_DOMAINS}
         if TEACHER_KINDS[kind].per_domain:

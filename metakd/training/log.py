@@ -20,6 +20,8 @@ from torch import Tensor
 
 from metakd.training.world import World
 
+_WORTH_TELLING = 20  # steps; fewer are over before anybody looks
+
 
 class Meter:
     """Running means per example of device scalars and vectors, read with one transfer."""
@@ -138,7 +140,8 @@ class RunLog:
         self._done += 1
         self._progress.advance(self._task)
         before, tenths = (10 * step // self._steps for step in (self._done - 1, self._done))
-        if tenths > before and self._active and not self._console.is_terminal:
+        shown = self._active and self._steps >= _WORTH_TELLING and not self._console.is_terminal
+        if shown and tenths > before:
             spent = time.monotonic() - self._begun
             left = spent / (self._done - self._begun_at) * (self._steps - self._done)
             self._console.print(

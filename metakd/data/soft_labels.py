@@ -1,0 +1,117 @@
+"""Soft labels: what a teacher elsewhere said of each text, as probabilities or logits.
+
+Sizes: N texts, M classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from metakd.config import DataConfig
+from metakd.data.tables import Problems, ordered, show
+
+if TYPE_CHECKING:
+    from metakd.data.reading import Row
+
+SUM_TOLERANCE = 1e-3
+"""How far probabilities of a text may be from summing to 1, as rounded numbers are."""
+
+SMALLEST = 1e-8
+"""A probability below it counts as it: its logarithm must be finite."""
+
+Numbers = dict[str, float] | list[float]
+
+
+def as_logits(soft: Sequence[Sequence[float]], config: DataConfig) -> Tensor:
+    """Soft labels of N texts as logits [N, M], float32: of probabilities their logarithms, so that
+    a temperature T makes of them p^(1/T), scaled to sum to 1."""
+    values = torch.tensor(soft, dtype=torch.float64)
+    if config.soft_labels_as == "probabilities":
+        values = values.clamp(min=SMALLEST).log()
+    return values.float()
+
+
+class SoftLabels:
+    """What a teacher elsewhere said of a row, from one column or one for each class."""
+
+    def __init__(self, config: DataConfig):
+        self._by_class = config.soft_columns
+        self._are_probabilities = config.soft_labels_as == "probabilities"
+        own = config.soft_labels if isinstance(config.soft_labels, str) else ""
+        self.columns = list(self._by_class.values()) if self._by_class else [own]
+
+    def check(self, values: dict[str, Any]) -> tuple[Numbers | None, str, str | None]:
+        """The numbers of a row, by class where classes have names; the column and what is wrong."""
+        given: Any = values.get(self.columns[0])
+        if self._by_class:
+            given = {name: values.get(column) for name, column in self._by_class.items()}
+        elif isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
+            try:
+                given = json.loads(given)
+            except ValueError:
+                return None, self.columns[0], f"{show(given)} is neither a list nor an object"
+        if not isinstance(given, (dict, list)) or len(given) < 2:
+            return None, self.columns[0], f"{show(given)} is not a list or an object of numbers"
+        names = list(given) if isinstance(given, dict) else range(len(given))
+        numbers: list[float] = []
+        for place, name in enumerate(names):
+            column = self.columns[place] if self._by_class else self.columns[0]
+            value = given[name]
+            try:
+                number = math.nan if isinstance(value, bool) else float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if not math.isfinite(number) or (self._are_probabilities and number < 0):
+                wanted = "probability" if self._are_probabilities else "finite number"
+                return None, column, f"{show(value)} is not a {wanted}"
+            numbers.append(number)
+        if self._are_probabilities and abs(sum(numbers) - 1) > SUM_TOLERANCE:
+            reason = (
+                f"probabilities sum to {sum(numbers):.4g}, not to 1 (for logits set "
+                "data.soft_labels_as: logits)"
+            )
+            return None, self.columns[0], reason
+        found = dict(zip(given, numbers)) if isinstance(given, dict) else numbers
+        return found, self.columns[0], None
+
+
+def settle(
+    splits: dict[str, list[Row]],
+    taught: Sequence[str],
+    labels: list[str],
+    config: DataConfig,
+    problems: Problems,
+) -> list[str]:
+    """The classes in their order; every row of soft labels is put into it, and takes the likeliest
+    class where it has no label."""
+    rows = (row for split in taught for row in splits[split])
+    known = next((row.soft for row in rows if row.soft is not None), None)
+    if known is None:
+        return labels
+    classes = labels or [str(number) for number in range(len(known))]
+    if isinstance(known, dict):
+        if lacking := sorted(set(labels) - known.keys()):
+            listed = f"{', '.join(map(repr, lacking))} (there are {', '.join(map(repr, known))})"
+            problems.add(config.train, None, None, f"soft labels say nothing of class {listed}")
+            return labels
+        classes = ordered(set(known))
+    for split in taught:
+        settled = []
+        for row in splits[split]:
+            soft = row.soft
+            if isinstance(soft, dict):
+                soft = [soft[name] for name in classes] if soft.keys() == set(classes) else []
+            if soft is not None and len(soft) != len(classes):
+                reason = f"soft labels are not of the classes {', '.join(map(repr, classes))}"
+                problems.add(row.file, row.row, None, reason)
+            elif soft is not None and split == "train" and row.label is None:
+                row = row._replace(label=classes[soft.index(max(soft))])
+            settled.append(row._replace(soft=soft))
+        splits[split] = settled
+    return classes
