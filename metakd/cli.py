@@ -308,8 +308,8 @@ def _show_export(report: dict, place: str) -> None:
     table.add_row("PyTorch", "", "", "", "", _share(checked["accuracy"]))
     console.print(table)
     for remark in checked["remarks"]:
-        console.print(f"warning: {remark}", markup=False, highlight=False)
-    console.print(f"written to {place}", markup=False, highlight=False)
+        console.print(f"warning: {remark}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"written to {place}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -528,8 +528,8 @@ def _show_evaluation(run: Run) -> None:
     if not _is_main():
         return
     *teacher, student = result.scores.values()
-    title = f"accuracy in percent on the {result.split} split"
-    table = Table(title=title, title_justify="left")
+    console.print(f"accuracy in percent on the {result.split} split")
+    table = Table()
     table.add_column("domain")
     table.add_column("teacher", justify="right")
     table.add_column("student", justify="right")
@@ -551,7 +551,10 @@ def _show_comparison(result: Result) -> None:
         print(result)  # not through rich, which would wrap a wide table
         kind = "labels" if "points" in result.details else "compare"
         console.print(
-            f"written to {result.folder}/{kind}.md, .json and .csv", markup=False, highlight=False
+            f"written to {result.folder}/{kind}.md, .json and .csv",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -7,7 +7,10 @@ The command line prints cause and remedy and hides the traceback unless ``--debu
 Imports the standard library only.
 """
 
+import re
 from functools import partial
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class MetakdError(Exception):
@@ -21,9 +24,9 @@ class MetakdError(Exception):
     exit_code = 1
 
     def __init__(self, cause: str, remedy: str = ""):
-        super().__init__(cause)
-        self.cause = cause
-        self.remedy = remedy
+        # Other libraries colour what they say, and some of it ends up in a cause.
+        self.cause, self.remedy = (_COLOUR.sub("", text) for text in (cause, remedy))
+        super().__init__(self.cause)
 
     def __reduce__(self):
         """Whole on its way to another process."""

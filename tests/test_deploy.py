@@ -584,6 +584,16 @@ class TestCommands:
         code, _, err = call("predict", student, "--input", tmp_path / "texts.jsonl")
         assert code == 3 and "texts.jsonl:1:text: empty text" in err
 
+    def test_a_run_names_its_students(self, tmp_path, call):
+        for domain in ("books", "dvd"):
+            place = tmp_path / "shop" / "students" / "meta-s1" / domain
+            place.mkdir(parents=True)
+            (place / "config.json").write_text("{}")
+        code, _, err = call("predict", tmp_path / "shop", "a fine book")
+        assert code == 4 and "is a run" in err and f"give {place.with_name('books')}, " in err
+        code, _, err = call("predict", tmp_path / "shp", "a fine book")
+        assert code == 4 and "there is no such folder; did you mean 'shop'?" in err
+
     def test_lines_of_a_text_file(self, student, tmp_path, call):
         (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in TEXTS[:3]))
         code, out, _ = call("predict", student, "--input", tmp_path / "texts.txt")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from metakd.config.places import meant
 from metakd.deploy.engines import Engine, Inputs, open_engine, positions, why_not
 from metakd.deploy.formats import ENGINES
 from metakd.errors import CheckpointError, DataError
@@ -27,6 +28,7 @@ Text = str | tuple[str, str]
 FASTEST = (("cuda", "cudagraph"), ("cuda", "onnx"), ("cpu", "onnx"), ("cpu", "eager"))
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_STUDENTS_SHOWN = 8
 _SORTED_AT_ONCE = 8192  # texts; bounds the memory of a long list
 
 
@@ -147,7 +149,11 @@ class Predictor:
 def _read(folder: Path):
     remedy = "give the folder of a student, or of its export, with its tokenizer"
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such folder", remedy)
+        raise CheckpointError(f"{folder}: there is no such folder{meant(folder)}", remedy)
+    if inside := sorted(folder.glob("students/*/*/config.json")):
+        listed = ", ".join(str(file.parent) for file in inside[:_STUDENTS_SHOWN])
+        more = f" and {len(inside) - _STUDENTS_SHOWN} more" * (len(inside) > _STUDENTS_SHOWN)
+        raise CheckpointError(f"{folder}: is a run with several models", f"give {listed}{more}")
     try:
         tokenizer, config = load_tokenizer(str(folder)), load_config(str(folder))
     except (OSError, ValueError) as error:

@@ -216,7 +216,7 @@ class Context:
     def say(self, text: str) -> None:
         """One line on the console, from the first rank only."""
         if self.world.is_main:
-            self.console.print(text, markup=False, highlight=False)
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def settings(self, *blocks: str) -> dict:
         """Blocks of the configuration, as inputs of a stage."""

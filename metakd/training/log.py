@@ -149,6 +149,7 @@ class RunLog:
                 f"about {left:.0f} s left",
                 markup=False,
                 highlight=False,
+                soft_wrap=True,
             )
 
     @contextmanager
@@ -187,7 +188,9 @@ class RunLog:
             self._jsonl.write(json.dumps({"step": step, "split": what, **facts}) + "\n")
         if self._active:
             told = ", ".join(f"{name} {value}" for name, value in facts.items())
-            self._console.print(f"step {step}: {what}, {told}", markup=False, highlight=False)
+            self._console.print(
+                f"step {step}: {what}, {told}", markup=False, highlight=False, soft_wrap=True
+            )
 
     def stop(self) -> None:
         """End the bar."""
