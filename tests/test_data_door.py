@@ -8,7 +8,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from tiny_runs import make_source, rows_of
 
+import metakd
 from metakd.config import DataConfig
 from metakd.config.loading import load_config
 from metakd.data.corpus import load_corpus
@@ -508,3 +511,50 @@ def test_unlabelled_texts_may_be_plain_lines(tmp_path):
     raw = read_corpus(DataConfig(train=str(train), unlabelled=str(tmp_path / "more")))
     found = [(row.text, row.domain) for row in raw.splits["unlabelled"]]
     assert found == [("new pans", "pans"), ("new tents", "tents")]
+
+
+# The whole way
+
+
+def test_one_domain_with_a_bad_row_from_files_to_report(tmp_path):
+    """What was left out is told, recorded and reported; every kind of teacher has a student."""
+    make_source(tmp_path)
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for name in ("train", "validation", "test"):
+        rows = [
+            {"text": row["text"], "label": row["label"]}
+            for row in rows_of(tmp_path / "corpus" / f"{name}.jsonl")
+        ]
+        rows += [{"text": "", "label": "negative"}] * (name == "train")
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = io.StringIO()
+    result = metakd.compare(
+        {
+            "output_dir": str(tmp_path / "run"),
+            "data": {"train": str(folder), "domain": None, "on_problem": "drop", "max_length": 24},
+            "teacher": {"model": str(tmp_path / "encoder"), "training": {"num_train_epochs": 1}},
+            "student": {"layers": [1]},
+            "distill": {"training": {"num_train_epochs": 1}},
+            "compare": {
+                "seeds": [1],
+                "rows": [
+                    {"method": "finetune_all"},
+                    {"method": "meta", "teacher": "meta"},
+                    {"method": "mtn_kd", "teacher": "single"},
+                    {"method": "tinybert_kd", "teacher": "mtl"},
+                ],
+            },
+            "report_to": ["jsonl"],
+        },
+        console=Console(file=out, width=80),
+    )
+    told = out.getvalue()
+    file = str(folder / "train.jsonl")
+    assert f"data: {file}: 1 row left out: empty text" in told
+    assert told.count("with one domain a meta-teacher has no domain loss") == 1
+    assert {"finetune_all", "meta-from-meta", "mtn_kd-from-single"} < set(result.scores)
+    record = json.loads((tmp_path / "run" / "teachers" / "meta-s1" / "stage.json").read_text())
+    assert record["left_out"] == [{"file": file, "reason": "empty text", "rows": 1}]
+    page = next(path for path in result.report() if path.suffix == ".md").read_text()
+    assert f"| {file} | empty text | 1 |" in page
