@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metakd.config import RunConfig, Stage, load_config
+from metakd.config import RunConfig, Stage, load_config, row_label
 from metakd.pipeline.table import TEACHER, Cell, Score, markdown, summarise
 
 if TYPE_CHECKING:
@@ -117,10 +117,8 @@ def run(
 
 def evaluate(opened: Run) -> Result:
     """Scores of the teacher and students of a run; what it may build and lacks is built."""
-    from metakd.pipeline.lessons import method_label
-
     found, kind = opened.evaluate(), opened.teacher_kind
-    label = method_label(opened.config.distill, kind)
+    label = row_label(opened.config.distill.method, kind)
     rows = [] if kind is None else [(TEACHER + kind, found["teacher"])]
     rows += [(label, scores) for scores in found["students"].values()]
     cells = [

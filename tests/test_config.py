@@ -355,7 +355,7 @@ CONTRADICTIONS = {
     "a seed twice": ("compare: {seeds: [1, 2, 1]}", "compare.seeds: given more than once: 1"),
     "a row twice": (
         "compare: {rows: [{method: finetune}, {method: finetune}]}",
-        "compare.rows: given more than once: finetune from None",
+        "compare.rows: given more than once: finetune",
     ),
     "a domain twice": ("distill: {domains: [a, a]}", "distill.domains: given more than once: a"),
     "no domain": ("distill: {domains: []}", "distill.domains: is empty"),

@@ -15,6 +15,7 @@ from metakd.config.blocks import (
     TeacherConfig,
     TermWeights,
     TrainingConfig,
+    row_label,
 )
 from metakd.config.checks import Stage
 from metakd.config.loading import load_config
@@ -33,4 +34,5 @@ __all__ = [
     "TermWeights",
     "TrainingConfig",
     "load_config",
+    "row_label",
 ]

@@ -318,6 +318,15 @@ class DistillConfig(Block):
         return self.model_copy(update={"layer_map": student.layers or "uniform"})
 
 
+AS_SHAPE = "-as-"
+"""What comes before the shape of a row's students, where they have one of their own."""
+
+
+def row_label(method: str, teacher: str | None) -> str:
+    """How students of a method and a kind of teacher are called."""
+    return method if teacher is None else f"{method}-from-{teacher}"
+
+
 class CompareRow(Block):
     """One row of the comparison: a method and the teacher it learns from (``finetune`` has none);
     what else is given takes the place of the key of that name in ``distill`` or its ``training``,
@@ -340,6 +349,19 @@ class CompareRow(Block):
         if self.transfer is not None and METHODS[self.method].texts is not None:
             raise ValueError(f"method {self.method} has its own texts, and no transfer")
         return self
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and folders: ``meta-from-meta-on-unlabelled``, ``finetune``."""
+        label = row_label(self.method, self.teacher)
+        if self.transfer is not None:
+            listed = not isinstance(self.transfer, str)
+            name = "+".join(self.transfer) if listed else self.transfer
+            # ``unlabelled`` is those and the labelled ones, a list of it alone is not.
+            label += f"-on-{name}" + ("-alone" if listed and len(self.transfer) == 1 else "")
+        if self.gamma2 is not None:
+            label += f"-gamma2-{self.gamma2:g}"
+        return label + ("" if self.student is None else AS_SHAPE + self.student.shape)
 
     def taught(self, distill: DistillConfig) -> DistillConfig:
         """How this row's students are taught, where ``distill`` says what the row does not."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from metakd.config.blocks import CompareRow, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
+from metakd.config.blocks import RunConfig, StudentConfig, TeacherConfig, TrainingConfig
 from metakd.config.deepspeed import check_deepspeed, contradictions
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import METHODS
@@ -103,7 +103,7 @@ def check_contradictions(config: RunConfig, last: Stage = "students") -> list[st
         "data.withhold": config.data.withhold,
         "distill.domains": distill.domains or [],
         "compare.seeds": config.compare.seeds,
-        "compare.rows": [_row_name(row) for row in config.compare.rows],
+        "compare.rows": [row.label for row in config.compare.rows],
         "report_to": config.report_to,
     }
     for key, entries in lists.items():
@@ -147,10 +147,3 @@ def _soft_labels(config: RunConfig) -> list[str]:
             if is_set:
                 found.append(f"teacher.{name}: excluded by {key}: {kind}, which trains no teacher")
     return found
-
-
-def _row_name(row: CompareRow) -> str:
-    gamma2 = "" if row.gamma2 is None else f" with gamma2 {row.gamma2:g}"
-    transfer = "" if row.transfer is None else f" on {row.transfer}"
-    shape = "" if row.student is None else f" as {row.student.shape}"
-    return f"{row.method} from {row.teacher}{gamma2}{transfer}{shape}"

@@ -12,11 +12,10 @@ from pathlib import Path
 from metakd.config import CompareRow
 from metakd.errors import ConfigError
 from metakd.method.methods import METHODS
-from metakd.pipeline.lessons import Lesson, method_label
+from metakd.pipeline.lessons import Lesson
 from metakd.pipeline.stages import Run
 from metakd.pipeline.table import (
     ALL_DOMAINS,
-    AS_SHAPE,
     TEACHER,
     Cell,
     csv_table,
@@ -91,16 +90,7 @@ def _students(
     for row in _expand(config.rows, gamma2):
         student = row.student or run.config.student
         distill = row.taught(run.config.distill).towards(student)
-        label = method_label(distill, row.teacher)
-        if row.transfer is not None:
-            listed = not isinstance(row.transfer, str)
-            name = "+".join(row.transfer) if listed else row.transfer
-            # ``unlabelled`` is those and the labelled ones, a list of it alone is not.
-            label += f"-on-{name}" + ("-alone" if listed and len(row.transfer) == 1 else "")
-        if row.gamma2 is not None:
-            label += f"-gamma2-{row.gamma2:g}"
-        if row.student is not None:
-            label += AS_SHAPE + row.student.shape
+        label = row.label
         if label in labels:
             raise ConfigError(f"compare.rows: two rows are called {label}", "leave one of them out")
         labels.add(label)

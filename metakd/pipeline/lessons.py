@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from metakd.config import DistillConfig, StudentConfig, TrainingConfig
+from metakd.config import DistillConfig, StudentConfig, TrainingConfig, row_label
 from metakd.errors import ConfigError
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import METHODS, Method, build_terms
@@ -20,11 +20,6 @@ from metakd.pipeline.context import Context, configured
 from metakd.pipeline.memory import BYTES
 from metakd.pipeline.serving import TeacherService
 from metakd.pipeline.teacher_cache import GIB, KeptOutputs, Signal, bytes_of, is_kept, signals_of
-
-
-def method_label(distill: DistillConfig, teacher_kind: str | None) -> str:
-    """A student's row in tables and folder names: ``meta-from-meta``, ``finetune``."""
-    return distill.method if teacher_kind is None else f"{distill.method}-from-{teacher_kind}"
 
 
 class Lesson(NamedTuple):
@@ -43,6 +38,11 @@ class Lesson(NamedTuple):
     def method(self) -> Method:
         """The row of the table that it follows."""
         return METHODS[self.distill.method]
+
+    @property
+    def label(self) -> str:
+        """What its row is called, if nothing else tells it from others."""
+        return row_label(self.distill.method, self.teacher_kind)
 
     @property
     def place(self) -> str:

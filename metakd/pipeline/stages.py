@@ -39,7 +39,7 @@ from metakd.models.taps import model_inputs
 from metakd.pipeline.card import origin, write_card
 from metakd.pipeline.context import configured
 from metakd.pipeline.doubts import doubt
-from metakd.pipeline.lessons import Lesson, TeacherOutputs, method_label, phases_of
+from metakd.pipeline.lessons import Lesson, TeacherOutputs, phases_of
 from metakd.pipeline.serving import TeacherService
 from metakd.pipeline.table import ALL_DOMAINS
 from metakd.pipeline.teaching import TeacherStage
@@ -224,7 +224,7 @@ class Run(TeacherStage):
         Raises:
             ConfigError: see ``foresee``.
         """
-        label = label or method_label(lesson.distill, lesson.teacher_kind)
+        label = label or lesson.label
         self.foresee([lesson])
         place, inputs, keep = self._student_stage(lesson, seed, keep, label)
         teachers = self._teachers(lesson)
@@ -249,7 +249,7 @@ class Run(TeacherStage):
     ) -> tuple[Path, dict, bool]:
         """Folder and inputs of what ``student`` makes, and whether its files are kept."""
         domain, student, distill, teacher_kind, teacher_seed = lesson
-        label = label or method_label(distill, teacher_kind)
+        label = label or lesson.label
         lineage = f"s{seed}"
         if teacher_kind and teacher_seed != seed:
             lineage += f"-t{teacher_seed}"

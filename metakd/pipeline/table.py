@@ -1,7 +1,6 @@
 """Tables of scores: cells, their means and spreads, and how they look in Markdown.
 
-Imports the standard library and ``metakd.errors``, so that reading a finished run does not wait for
-torch.
+Imports no torch, so that reading a finished run does not wait for it.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from metakd.config.blocks import AS_SHAPE
 from metakd.errors import CheckpointError
 
 ALL_DOMAINS = "all"  # in place of a domain: the one student, or teacher, that serves them all
 AVERAGE = "average"
 TEACHER = "teacher: "  # what the rows of teachers begin with, before their kind
-AS_SHAPE = "-as-"  # what comes before the shape of students that have one of their own
 
 
 def shapeless(row: str) -> str:
