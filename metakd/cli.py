@@ -102,8 +102,11 @@ def prototypes(config: ConfigPath, overrides: Overrides = None):
 @_stage(last="teacher")
 def teach(run: Run):
     """Train the teacher (teacher.kind: meta, mix, mtl or single)."""
-    for place in run.teach():
+    places = run.teach()
+    for place in places:
         run.say(f"teacher is in {place}")
+    if not places:
+        run.say(f"teacher.kind: {run.config.teacher.kind}: there is nothing to train")
 
 
 @_stage()

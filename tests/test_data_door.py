@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import warnings
 from pathlib import Path
 
@@ -245,6 +246,37 @@ def test_one_shared_row_in_a_hundred_is_dropped_if_asked(tmp_path):
     assert len(raw.splits["train"]) == 39
 
 
+def test_a_drop_does_not_switch_off_the_other_checks(tmp_path):
+    """A broken quote in train says nothing of which labels and domains there are."""
+    train = write(tmp_path / "train.tsv", [*GOOD, '"a" b\tgood\tpans'])
+    for line, reason in (("new\tGood\tpans", "label not in"), ("new\tgood\tpots", "domain not")):
+        test = write(tmp_path / "test.tsv", [line])
+        data = {"train": str(train), "test": str(test), "on_problem": "drop"}
+        assert reason in refusal(DataConfig(**data)).cause
+
+
+def test_nothing_is_left_after_a_leak(tmp_path):
+    train = write(tmp_path / "train.tsv", GOOD)
+    test = write(tmp_path / "test.tsv", ["a\tgood\tpans", "b\tbad\ttents"])
+    texts = write(tmp_path / "texts.tsv", ["a\tpans"], header="text\tdomain")
+    data = {"train": str(train), "overlap": "drop_train"}
+    found = refusal(DataConfig(**data, validation=str(train)))
+    assert "no row is left: all are also in validation or test" in found.cause
+    raw = read_corpus(DataConfig(**data, test=str(test), unlabelled=str(texts)))
+    assert list(raw.splits) == ["train", "test"]
+
+
+def test_a_row_that_train_cannot_use_is_there_for_others(tmp_path):
+    rows = [
+        line if i % 3 else line.replace("bad", "").replace("good", "")
+        for i, line in enumerate(GOOD)
+    ]
+    path = write(tmp_path / "all.tsv", rows)
+    raw = read_corpus(DataConfig(train=str(path), unlabelled=str(path), on_problem="drop"))
+    assert (len(raw.splits["train"]), len(raw.splits["unlabelled"])) == (26, 40)
+    assert raw.left_out == [LeftOut(str(path), "missing label", 14)]
+
+
 # Domains
 
 
@@ -339,6 +371,85 @@ def test_quotes_are_characters_where_there_is_no_quoting(tmp_path):
     assert [row.text for row in rows] == ['"a "', 'b"']
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        'text,domain\n"Great product, works\nas described",books\n',
+        'text\n"Dear shop, hello\nI liked it\nBye"\nfine\n',
+        'text,id\n"Great product, works\nas described",7\n',
+    ],
+)
+def test_texts_of_several_lines_without_labels(tmp_path, content):
+    (tmp_path / "texts.csv").write_text(content)
+    assert "\n" in read_texts(str(tmp_path / "texts.csv"))[0].text
+
+
+def test_numbered_lines_of_a_text_are_no_rows(tmp_path):
+    rows = ['1,"Pros:\n1, it is cheap\n0, none"', "0,bad", "1,good", "0,worse"]
+    path = write(tmp_path / "train.csv", rows, header="label,text")
+    assert len(read_corpus(DataConfig(train=str(path), domain=None)).splits["train"]) == 4
+
+
+def test_whoever_says_that_quotes_are_quotes_is_believed(tmp_path):
+    """The way out where a text of several lines does look like rows."""
+    rows = ['1,"Pros:\n1,it is cheap\n0,none"', "0,bad", "1,good", "0,worse"]
+    path = write(tmp_path / "train.csv", rows, header="label,text")
+    found = refusal(DataConfig(train=str(path), domain=None))
+    assert "where they are one row, data.quoting: csv" in found.remedy
+    raw = read_corpus(DataConfig(train=str(path), domain=None, quoting="csv"))
+    assert len(raw.splits["train"]) == 4
+
+
+@pytest.mark.parametrize("where", ["train", "test"])
+def test_a_swallow_of_all_rows_of_a_class_is_found(tmp_path, where):
+    lines = [f"text {i},pos,books" for i in range(50)]
+    lines = ['"5 inch phone,pos,books', *lines, 'seven inch",pos,books']
+    others = [f"other {i},neg,books" for i in range(50)]
+    header = "text,label,domain"
+    train = write(tmp_path / "train.csv", [*lines, *others], header=header)
+    if where == "test":
+        both = [f"new {i},{('pos', 'neg')[i % 2]},books" for i in range(20)]
+        train = write(tmp_path / "train.csv", both, header=header)
+    test = write(tmp_path / "test.csv", lines, header=header)
+    data = {"train": str(train)} | ({"test": str(test)} if where == "test" else {})
+    assert f"{where}.csv:2:-: a quote swallows line ends" in refusal(DataConfig(**data)).cause
+
+
+def test_a_broken_text_of_several_lines_goes_as_a_whole(tmp_path):
+    lines = ["good\tpans", '"first half', 'second half" and more\tpans', "fine\ttents"]
+    path = write(tmp_path / "texts.tsv", lines, header="text\tdomain")
+    train = write(tmp_path / "train.tsv", GOOD)
+    data = {"train": str(train), "unlabelled": str(path), "on_problem": "drop"}
+    raw = read_corpus(DataConfig(**data))
+    found = [row.text for row in raw.splits["unlabelled"]]
+    assert found == ["good", "fine"] or found == ["good", 'second half" and more', "fine"]
+
+
+@pytest.mark.parametrize("header", ['text,"la"bel,domain', "text,lab\udcffel,domain"])
+def test_a_broken_header_is_no_row_to_leave_out(tmp_path, header):
+    rows = [line.replace("\t", ",") for line in GOOD]
+    content = "\n".join([header, *rows]) + "\n"
+    (tmp_path / "train.csv").write_bytes(content.encode("utf-8", "surrogateescape"))
+    found = refusal(DataConfig(train=f"{tmp_path}/train.csv", on_problem="drop"))
+    assert "train.csv:1:-: " in found.cause and "left out" not in found.cause
+
+
+def test_many_broken_quotes_are_read_in_one_go(tmp_path):
+    """Once as slow as the square of their number."""
+    lines = [f'"{i}" inch\tgood\tpans' if i % 5 else GOOD[i % 40] for i in range(20_000)]
+    path = write(tmp_path / "train.tsv", [*GOOD, *lines])
+    began = time.perf_counter()
+    raw = read_corpus(DataConfig(train=str(path), on_problem="drop"))
+    assert raw.left_out[0].rows == 16_000 and time.perf_counter() - began < 10
+
+
+def test_utf8_by_name_is_utf8(tmp_path):
+    (tmp_path / "train.csv").write_bytes(b"text,label\na,1\ncaf\xe9,0\nb,0\n")
+    data = {"train": f"{tmp_path}/train.csv", "domain": None, "on_problem": "drop"}
+    for encoding in ("utf-8", "UTF8", None):
+        assert len(read_corpus(DataConfig(**data, encoding=encoding)).splits["train"]) == 2
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-8-sig", "cp1252", "shift_jis"])
 def test_every_encoding_of_python(tmp_path, encoding):
     texts = ["pots", "pans"]
@@ -378,12 +489,27 @@ def test_columns_that_nobody_uses_may_be_called_anything(tmp_path):
 # Labels
 
 
-@pytest.mark.parametrize("values", [["0.5", "1"], ["1.0", "0.0"], ["1e-3", "2"]])
-def test_numbers_are_no_classes_in_a_csv_either(tmp_path, values):
-    rows = [f"text {i},{values[i % 2]}" for i in range(8)]
+def test_numbers_are_no_classes_in_a_csv_either(tmp_path):
+    rows = [f"text {i},{i / 7:.3f}" for i in range(60)]
     path = write(tmp_path / "train.csv", rows, header="text,label")
     found = refusal(DataConfig(train=str(path), domain=None))
-    assert f"float {values[0]} is not a label" in found.cause
+    assert "train.csv:3:label: float 0.143 is not a label" in found.cause
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["1.0", "2.0", "3.0"],
+        ["+1", "-1"],
+        ["3.9", "3.10", "3.11"],
+        [f"{10**20 + n}" for n in range(15)],
+        ["0.5", "1"],
+    ],
+)
+def test_numbers_may_be_names_of_classes(tmp_path, values):
+    rows = [f"text {i},{values[i % len(values)]}" for i in range(60)]
+    path = write(tmp_path / "train.csv", rows, header="text,label")
+    assert set(read_corpus(DataConfig(train=str(path), domain=None)).labels) == set(values)
 
 
 def test_versions_are_classes_among_words(tmp_path):
@@ -404,10 +530,34 @@ def test_lists_are_no_classes_in_a_csv_either(tmp_path):
     assert "labels are lists of 4 names in 16 combinations, such as 'anger,fear'" in found.cause
 
 
-def test_a_comma_in_the_name_of_a_class_is_no_list(tmp_path):
-    rows = [f'text {i},"{("Arts, Crafts", "Arts, Music")[i % 2]}"' for i in range(6)]
+def test_lists_in_another_order_are_lists(tmp_path):
+    values = ["joy,anger", "anger,joy", "joy,fear", "fear,joy"]
+    rows = [f'text {i},"{values[i % 4]}"' for i in range(8)]
     path = write(tmp_path / "train.csv", rows, header="text,label")
-    assert len(read_corpus(DataConfig(train=str(path), domain=None)).labels) == 2
+    assert "labels are lists of 3 names" in refusal(DataConfig(train=str(path), domain=None)).cause
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["Arts, Crafts", "Arts, Music"],
+        [f"{kind}, {grade}" for kind in ("Bug", "Idea", "Task") for grade in ("high", "low")],
+        ["Portland, OR", "Portland, ME", "Salem, OR", "Salem, ME"],
+    ],
+)
+def test_a_comma_in_the_name_of_a_class_is_no_list(tmp_path, values):
+    rows = [f'text {i},"{values[i % len(values)]}"' for i in range(12)]
+    path = write(tmp_path / "train.csv", rows, header="text,label")
+    raw = read_corpus(DataConfig(train=str(path), domain=None))
+    assert set(raw.labels) == set(values)
+
+
+def test_what_is_left_out_has_no_say_in_what_labels_are(tmp_path):
+    rows = [json.dumps({"text": f"t {i}", "label": "ab"[i % 2]}) for i in range(4)]
+    rows.insert(1, json.dumps({"text": "", "label": 0}))
+    (tmp_path / "train.jsonl").write_text("\n".join(rows) + "\n")
+    data = {"train": f"{tmp_path}/train.jsonl", "domain": None}
+    assert len(read_corpus(DataConfig(**data, on_problem="drop")).splits["train"]) == 4
 
 
 def test_spellings_are_listed_once():
@@ -540,6 +690,7 @@ def test_one_domain_with_a_bad_row_from_files_to_report(tmp_path):
                 "seeds": [1],
                 "rows": [
                     {"method": "finetune_all"},
+                    {"method": "logits_kd", "teacher": "single"},
                     {"method": "meta", "teacher": "meta"},
                     {"method": "mtn_kd", "teacher": "single"},
                     {"method": "tinybert_kd", "teacher": "mtl"},
@@ -553,7 +704,8 @@ def test_one_domain_with_a_bad_row_from_files_to_report(tmp_path):
     file = str(folder / "train.jsonl")
     assert f"data: {file}: 1 row left out: empty text" in told
     assert told.count("with one domain a meta-teacher has no domain loss") == 1
-    assert {"finetune_all", "meta-from-meta", "mtn_kd-from-single"} < set(result.scores)
+    rows = {"finetune_all", "meta-from-meta", "mtn_kd-from-single", "logits_kd-from-single"}
+    assert rows < set(result.scores)
     record = json.loads((tmp_path / "run" / "teachers" / "meta-s1" / "stage.json").read_text())
     assert record["left_out"] == [{"file": file, "reason": "empty text", "rows": 1}]
     page = next(path for path in result.report() if path.suffix == ".md").read_text()

@@ -12,6 +12,7 @@ from metakd.pipeline.doubts import doubt, one_label
         ([[[10, 0], [10, 0]]], "gives all 20 examples the same class, the right one of 50.0%"),
         ([[[5, 5], [5, 5]]], "is right in 50.0%, and always the same class would be in 50.0%"),
         ([[[14, 1], [4, 1]]], "is right in 75.0%, and always the same class would be in 75.0%"),
+        ([[[80, 10], [2, 8]]], ""),  # four of five rare ones are worth ten frequent ones
         ([[[15, 0], [4, 1]]], ""),
         ([[[20, 0], [0, 0]]], ""),  # nothing else was asked for
         ([[[12, 8], [0, 0]]], ""),

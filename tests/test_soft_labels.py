@@ -94,6 +94,8 @@ def test_a_class_that_is_never_the_label_is_a_class(tmp_path):
         ({"p_a": "half", "p_b": 0.5}, "'half' is not a probability"),
         ({"p_a": True, "p_b": 0.0}, "True is not a probability"),
         ({"p_a": [0.5], "p_b": 0.5}, "[0.5] is not a probability"),
+        ({"p_a": 10**400, "p_b": 0.5}, "is not a probability"),
+        ({"p_a": 1e300, "p_b": 0.5}, "1e+300 is not a probability"),
         ({"p_a": 0.5}, "None is not a probability"),
     ],
 )
@@ -111,7 +113,9 @@ def test_a_row_of_bad_numbers(tmp_path, values, reason):
     assert raw.left_out[0].reason == "soft labels that cannot be used"
 
 
-@pytest.mark.parametrize("value", [0.5, "a", None, [], [1.0], {}, {"a": 1.0}, "[1", "{}"])
+@pytest.mark.parametrize(
+    "value", [0.5, "a", None, [], [1.0], {}, {"a": 1.0}, "[1", "{}", "[" * 99_999]
+)
 def test_a_cell_that_holds_no_numbers(tmp_path, value):
     rows = [{"text": f"t {i}", "label": "ab"[i % 2], "soft": [0.5, 0.5]} for i in range(4)]
     rows[1]["soft"] = value
@@ -124,16 +128,31 @@ def test_classes_must_be_the_same_everywhere(tmp_path):
     rows = [
         {"text": f"t {i}", "label": "ab"[i % 2], "soft": {"a": 0.5, "b": 0.5}} for i in range(4)
     ]
-    rows[2]["soft"] = {"a": 0.5, "c": 0.5}
+    rows[0]["soft"] = {"a": 0.5, "c": 0.5}
     train = write(tmp_path / "train.jsonl", rows)
     found = refusal(train=train, domain=None, soft_labels="soft")
-    assert "train.jsonl:3:-: soft labels are not of the classes 'a', 'b'" in found.cause
+    assert "1 problem" in found.cause
+    assert "train.jsonl:1:-: soft labels are not of the classes 'a', 'b'" in found.cause
+    raw = read_corpus(DataConfig(train=train, domain=None, soft_labels="soft", on_problem="drop"))
+    assert len(raw.splits["train"]) == 3 and raw.left_out[0].rows == 1
     rows = [
         {"text": f"t {i}", "label": "ac"[i % 2], "soft": {"a": 0.5, "b": 0.5}} for i in range(4)
     ]
     train = write(tmp_path / "train.jsonl", rows)
     found = refusal(train=train, domain=None, soft_labels="soft")
     assert "soft labels say nothing of class 'c' (there are 'a', 'b')" in found.cause
+
+
+def test_a_label_column_that_is_named_must_be_there():
+    found = refusal(train=str(TRIAL), soft_labels=COLUMNS, label="sentimant")
+    assert "missing column: 'sentimant'" in found.cause
+
+
+def test_conflicting_soft_labels_are_counted(tmp_path):
+    rows = [{"text": "t", "soft": soft} for soft in ([0.9, 0.1], [0.1, 0.9])]
+    train = write(tmp_path / "train.jsonl", [*rows, {"text": "u", "soft": [0.9, 0.1]}])
+    with pytest.warns(UserWarning, match="1 text of train has more than one label"):
+        read_corpus(DataConfig(train=train, domain=None, soft_labels="soft"))
 
 
 def test_a_missing_column_is_named(tmp_path):
@@ -170,6 +189,8 @@ def test_a_temperature_flattens_probabilities():
         {"data.soft_labels": {"a": 1, "b": 2}},
         {"data.soft_labels": 3},
         {"data.soft_labels": [1, 2]},
+        {"data.soft_labels": ["p_", "p_x"]},
+        {"data.soft_labels": ["p", "p"]},
         {"data.soft_labels_as": "odds"},
         {"data.soft_labels_as": None},
         {"teacher.kind": "file"},

@@ -23,10 +23,25 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
+
+def _classes_of(columns: list[str]) -> dict[str, str]:
+    """The column of each class, whose name is the column's without what all begin with."""
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*columns))
+    shared = re.match(r".*[\W_]", "".join(letters[0] for letters in alike))
+    return {name.removeprefix(shared[0] if shared else ""): name for name in columns}
+
+
+def _name_classes(columns: list[str]) -> list[str]:
+    classes = _classes_of(columns)
+    if len(classes) < len(columns) or "" in classes:
+        raise ValueError("the columns must be called after their classes, each after another")
+    return columns
+
+
 ColumnName = Annotated[str, Field(min_length=1)]
 SoftLabels = (
     ColumnName
-    | Annotated[list[ColumnName], Field(min_length=2)]
+    | Annotated[list[ColumnName], Field(min_length=2), AfterValidator(_name_classes)]
     | Annotated[dict[ColumnName, ColumnName], Field(min_length=2)]
 )
 LabelCounts = Annotated[list[Count | Literal["all"]], Field(min_length=1)]
@@ -142,11 +157,9 @@ class DataConfig(Block):
     def soft_columns(self) -> dict[str, str] | None:
         """Classes and the column of each; None without one for each."""
         given = self.soft_labels
-        if not isinstance(given, list):
-            return given if isinstance(given, dict) else None
-        alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*given))
-        shared = re.match(r".*[\W_]", "".join(letters[0] for letters in alike))
-        return {name.removeprefix(shared[0] if shared else ""): name for name in given}
+        if isinstance(given, list):
+            return _classes_of(given)
+        return given if isinstance(given, dict) else None
 
 
 class PrototypeConfig(Block):

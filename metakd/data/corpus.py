@@ -386,7 +386,8 @@ def _unknown_tokens(train: Split, tokenizer, source: str) -> list[str]:
         DataError: it knows next to nothing, and a model would learn from the texts' lengths.
     """
     unknown = tokenizer.unk_token_id
-    if unknown is None:
+    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    if unknown is None or unknown in marks:
         return []
     ids = train.input_ids.flat
     special = torch.tensor([i for i in tokenizer.all_special_ids if i != unknown], dtype=ids.dtype)

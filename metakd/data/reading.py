@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from metakd.config import DataConfig
 from metakd.config.places import is_file_name, may_be_hub_id, meant
 from metakd.data.soft_labels import SoftLabels, settle
-from metakd.data.tables import INTEGER, LeftOut, Problems, Table, ordered, read_file, read_hub, show
+from metakd.data.tables import LeftOut, Problems, Table, ordered, read_file, read_hub, show
 from metakd.errors import DataError
 
 PROBLEMS_SHOWN = 20
@@ -42,6 +42,9 @@ _SPLIT_NAMES = {
 }
 _TAUGHT = dict.fromkeys(("train", UNLABELLED)).keys()  # in this order
 _SCORED = dict.fromkeys(("validation", "test")).keys()
+
+MOST_FRACTIONS = 4
+"""Different numbers with a part behind the point that may still be names of classes."""
 
 LONGEST_DOMAIN = 200
 """Bytes of a domain's name; file systems allow 255, and stages are built beside their place."""
@@ -113,6 +116,7 @@ def read_corpus(config: DataConfig) -> RawCorpus:
     for split, source in _sources(config).items():
         unneeded = {"label"} if split == UNLABELLED else set()
         unneeded |= {"soft"} if split in _SCORED or config.soft_labels is None else set()
+        problems.split = split
         splits[split] = _read_source(source, split, config, problems, unneeded)
         if split == "train":
             train_is_whole = not problems.rows_lost
@@ -120,12 +124,18 @@ def read_corpus(config: DataConfig) -> RawCorpus:
         for split in _SCORED & splits.keys():
             for source in _TAUGHT & splits.keys():
                 splits[source] = _without(splits[source], splits[split], split, problems)
+        if UNLABELLED in splits and not splits[UNLABELLED]:
+            del splits[UNLABELLED]
+        if not splits["train"] and not problems:
+            reason = "no row is left: all are also in validation or test"
+            problems.add(config.train, None, None, reason)
     train = splits["train"]
     domains = sorted({row.domain for row in train if row.domain is not None})
     labels = ordered({row.label for row in train if row.label is not None})
     if config.soft_labels is not None:
         taught = [split for split in _TAUGHT if split in splits]
         labels = settle(splits, taught, labels, config, problems)
+        train = splits["train"]
     if train:
         if len(labels) == 1:
             reason = f"only one class, {labels[0]!r}: a classifier needs two"
@@ -221,6 +231,9 @@ def _sources(config: DataConfig) -> dict[str, str]:
     splits = ("train", *_SCORED, UNLABELLED)
     found = {name: source for name in splits if (source := getattr(config, name)) is not None}
     files = _files_by_split(Path(config.train))
+    if UNLABELLED in files and UNLABELLED not in found:
+        file = files[UNLABELLED][0]
+        warnings.warn(f"{file} is not read: set data.unlabelled: {config.train}", stacklevel=3)
     for split in _SCORED - found.keys():
         if split in files:
             found[split] = config.train
@@ -327,7 +340,7 @@ def _check_rows(
     """Checks columns and cells, except for a label or domain that is not needed; ``domain`` is
     given where the file's name says it."""
     softly = None if "soft" in unneeded else SoftLabels(config)
-    if softly and config.label not in table.columns:
+    if softly and config.label not in table.columns and "label" not in config.model_fields_set:
         unneeded = {*unneeded, "label"}
     checks: list[tuple[str, str, Callable[[Any], Checked]]] = [
         ("text", config.text, _check_text),
@@ -371,27 +384,38 @@ def _check_rows(
     if table.rows and not rows:
         problems.add(table.file, table.header, None, "no row is left")
     if "label" not in unneeded:
-        _check_label_types(table, config.label, problems)
-        _check_label_values(table, config.label, problems)
+        kept = [row for row in table.rows if not problems.drops(table.file, row[0])]
+        _check_label_types(table._replace(rows=kept), config.label, problems)
+        _check_label_values(table._replace(rows=kept), config.label, problems)
     return rows
 
 
 def _check_label_values(table: Table, column: str, problems: Problems) -> None:
-    """Numbers and lists are no classes, in files that can only write them as texts either."""
+    """Numbers to predict and lists are no classes, in files that can only write them as texts
+    either. A few numbers or names with commas may be names of classes."""
     given = [(row, values.get(column)) for row, values in table.rows]
     words = [(row, value) for row, value in given if isinstance(value, str) and value.strip()]
     different = {value for _, value in words}
-    if words and all(map(_NUMBER.fullmatch, different)):
+    numbers = {value for value in different if _NUMBER.fullmatch(value)}
+    fractions = {value for value in numbers if float(value) % 1}
+    if len(fractions) > MOST_FRACTIONS and numbers == different:
         for row, value in words:
-            if not INTEGER.fullmatch(value):
+            if value in fractions:
                 reason = f"float {value} is not a label: give a string or an integer"
                 problems.add(table.file, row, column, reason)
-    lists = sorted(value for value in different if "," in value)
-    names = {part.strip() for value in different for part in value.split(",")}
-    if lists and len(names) < len(different):
+    lists = {value: [part.strip() for part in value.split(",")] for value in different}
+    names = {part for parts in lists.values() for part in parts}
+    several = sorted(value for value, parts in lists.items() if len(parts) > 1)
+    alone = names & different
+    orders = {tuple(sorted(lists[value])) for value in several}
+    if (
+        several
+        and len(names) < len(different)
+        and (2 * len(alone) >= len(names) or len(orders) < len(several))
+    ):
         reason = (
             f"labels are lists of {len(names)} names in {len(different)} combinations, such as "
-            f"{show(lists[0])}: give each text one label"
+            f"{show(several[0])}: give each text one label"
         )
         problems.add(table.file, words[0][0], column, reason)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ SUM_TOLERANCE = 1e-3
 
 SMALLEST = 1e-8
 """A probability below it counts as it: its logarithm must be finite."""
+
+_LARGEST = torch.finfo(torch.float32).max
 
 Numbers = dict[str, float] | list[float]
 
@@ -54,7 +57,7 @@ class SoftLabels:
         elif isinstance(given, str) and given.lstrip()[:1] in ("[", "{"):
             try:
                 given = json.loads(given)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return None, self.columns[0], f"{show(given)} is neither a list nor an object"
         if not isinstance(given, (dict, list)) or len(given) < 2:
             return None, self.columns[0], f"{show(given)} is not a list or an object of numbers"
@@ -65,9 +68,9 @@ class SoftLabels:
             value = given[name]
             try:
                 number = math.nan if isinstance(value, bool) else float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 number = math.nan
-            if not math.isfinite(number) or (self._are_probabilities and number < 0):
+            if not abs(number) <= _LARGEST or (self._are_probabilities and number < 0):
                 wanted = "probability" if self._are_probabilities else "finite number"
                 return None, column, f"{show(value)} is not a {wanted}"
             numbers.append(number)
@@ -90,28 +93,36 @@ def settle(
 ) -> list[str]:
     """The classes in their order; every row of soft labels is put into it, and takes the likeliest
     class where it has no label."""
-    rows = (row for split in taught for row in splits[split])
-    known = next((row.soft for row in rows if row.soft is not None), None)
-    if known is None:
+    given = [row.soft for split in taught for row in splits[split] if row.soft is not None]
+    if not given:
         return labels
-    classes = labels or [str(number) for number in range(len(known))]
-    if isinstance(known, dict):
-        if lacking := sorted(set(labels) - known.keys()):
-            listed = f"{', '.join(map(repr, lacking))} (there are {', '.join(map(repr, known))})"
+    # What most rows are of is what is meant: names of classes, or how many there are.
+    usual = Counter(map(_classes_of, given)).most_common(1)[0][0]
+    classes = labels or [str(number) for number in range(len(usual))]
+    if any(isinstance(name, str) for name in usual):
+        if lacking := sorted(set(labels) - usual):
+            listed = f"{', '.join(map(repr, lacking))} (there are {', '.join(map(repr, usual))})"
             problems.add(config.train, None, None, f"soft labels say nothing of class {listed}")
             return labels
-        classes = ordered(set(known))
+        classes = ordered(set(usual))
+    wanted = {frozenset(classes), frozenset(range(len(classes)))}
     for split in taught:
-        settled = []
+        problems.split, settled = split, []
         for row in splits[split]:
+            if row.soft is not None and _classes_of(row.soft) not in wanted:
+                kind = "soft labels that cannot be used"
+                reason = f"soft labels are not of the classes {', '.join(map(repr, classes))}"
+                problems.add_row(row.file, row.row, None, kind, reason)
+                continue
             soft = row.soft
             if isinstance(soft, dict):
-                soft = [soft[name] for name in classes] if soft.keys() == set(classes) else []
-            if soft is not None and len(soft) != len(classes):
-                reason = f"soft labels are not of the classes {', '.join(map(repr, classes))}"
-                problems.add(row.file, row.row, None, reason)
-            elif soft is not None and split == "train" and row.label is None:
+                soft = [soft[name] for name in classes]
+            if soft is not None and split == "train" and row.label is None:
                 row = row._replace(label=classes[soft.index(max(soft))])
             settled.append(row._replace(soft=soft))
         splits[split] = settled
     return classes
+
+
+def _classes_of(soft: Numbers) -> frozenset[str] | frozenset[int]:
+    return frozenset(soft) if isinstance(soft, dict) else frozenset(range(len(soft)))

@@ -14,6 +14,7 @@ needs it).
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import re
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 from metakd.config import DataConfig
 
 _LINE_END = re.compile(rb"(?<=\n)|(?<=\r)(?!\n)")
+_UTF8 = ("utf-8", "utf-8-sig")
 STANDARD_INPUT = Path("-")
 _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -71,8 +73,9 @@ class Problems(list[Problem]):
         self.rows_lost = False  # a file, or a part of one, could not be read
         self.of_rows: set[tuple[str, int]] = set()  # with which alone something is wrong
         self.ways_out: dict[str, None] = {}  # in order, each once
-        self._drop = drop
-        self._dropped: dict[tuple[str, int], tuple[str, int]] = {}
+        self.drop = drop
+        self.split = ""  # being read: what it cannot use of a file another may
+        self._dropped: dict[tuple[str, str, int], tuple[str, int]] = {}
         self._overlap: Counter[tuple[str, str]] = Counter()
 
     def add(self, file: str, row: int | None, column: str | None, reason: str) -> None:
@@ -103,8 +106,8 @@ class Problems(list[Problem]):
             reason: of this row, by default the same.
             lines: that go with it.
         """
-        if self._drop:
-            self._dropped.setdefault((file, row), (kind, lines))
+        if self.drop:
+            self._dropped.setdefault((self.split, file, row), (kind, lines))
             return
         self.of_rows.add((file, row))
         self.add(file, row, column, reason or kind)
@@ -116,7 +119,9 @@ class Problems(list[Problem]):
     def drops(self, file: str, first: int, last: int | None = None) -> bool:
         """Is one of these lines left out?"""
         lines = range(first, (first if last is None else last) + 1)
-        return bool(self._dropped) and any((file, line) in self._dropped for line in lines)
+        return bool(self._dropped) and any(
+            (self.split, file, line) in self._dropped for line in lines
+        )
 
     def drop_overlap(self, file: str, split: str) -> None:
         """A row is left out because a split has it, too."""
@@ -126,7 +131,8 @@ class Problems(list[Problem]):
     def left_out(self) -> list[LeftOut]:
         """Rows that are not read, by file and reason."""
         found: Counter[tuple[str, str]] = Counter()
-        for (file, _), (kind, lines) in self._dropped.items():
+        once = {(file, row): reason for (_, file, row), reason in self._dropped.items()}
+        for (file, _), (kind, lines) in once.items():
             found[file, kind] += lines
         return [LeftOut(*key, rows) for key, rows in (found + self._overlap).items()]
 
@@ -209,7 +215,7 @@ def _read_lines(path: Path, config: DataConfig, problems: Problems) -> list[str]
     file = str(path)
     data = sys.stdin.buffer.read() if path == STANDARD_INPUT else path.read_bytes()
     mark = _BYTE_ORDER_MARKS.get(data[:2])
-    if config.encoding is not None:
+    if config.encoding is not None and codecs.lookup(config.encoding).name not in _UTF8:
         lines = _decode_whole(file, data, config.encoding, problems)
     elif mark or data.count(b"\0") > _MOSTLY * len(data):
         reason = f"{mark or 'UTF-16'} text at byte offset 0; save the file as UTF-8"
@@ -291,7 +297,7 @@ def _read_delimited(path: Path, config: DataConfig, problems: Problems) -> Table
     else:
         records = _parse(file, lines, delimiter, problems)
     first, _, header = next(records, (1, 1, []))
-    if not header:
+    if not header or problems.drops(file, 1):
         problems.lose_rows(file, first, "no names of columns: the first line must hold them")
         return None
     _offer_delimiter(lines[0], delimiter, config, problems)
@@ -307,12 +313,10 @@ def _read_delimited(path: Path, config: DataConfig, problems: Problems) -> Table
                 spanning.append((row, last))
             rows.append((row, dict(zip(header, fields, strict=True))))
     table = Table(file, header, first, rows)
+    if "quoting" in config.model_fields_set:  # the user has said that quotes are quotes
+        return table
     swallowed = set(_find_swallowed(table, lines, spanning, delimiter, config, problems))
     return table._replace(rows=[row for row in rows if row[0] not in swallowed])
-
-
-# First line, last line, fields.
-_Record = tuple[int, int, list[str]]
 
 
 def _split_lines(lines: list[str], delimiter: str):
@@ -323,24 +327,34 @@ def _split_lines(lines: list[str], delimiter: str):
 
 
 def _parse(file: str, lines: list[str], delimiter: str, problems: Problems):
-    """Records by the rules of CSV; after a quote that breaks them, from the next line."""
-    start = 0
+    """Records by the rules of CSV. After a quote that breaks them reading goes on with the next
+    line, if that looks like a row, else behind the place."""
+    start, width = 0, 0
     previous_limit = csv.field_size_limit(sys.maxsize)  # long documents are legitimate
     try:
         while start < len(lines):
-            reader = csv.reader(lines[start:], delimiter=delimiter, strict=True)
+            left = (lines[place] for place in range(start, len(lines)))
+            reader = csv.reader(left, delimiter=delimiter, strict=True)
             row = start + 1
             try:
                 for fields in reader:
+                    width = width or len(fields)
                     yield row, start + reader.line_num, fields
                     row = start + reader.line_num + 1  # quoted fields may span lines
                 return
             except csv.Error as error:
                 kind = "unclosed or misplaced quote"
-                problems.add_row(file, row, None, kind, f"{kind} ({error})")
-                problems.rows_lost = True
                 problems.offer(_NO_QUOTING)
+                if row == 1:
+                    problems.lose_rows(file, row, f"{kind} ({error})")
+                    return
+                broken_at = start + reader.line_num
                 start = row
+                follows = lines[row].rstrip("\r\n").split(delimiter) if row < len(lines) else []
+                if "unexpected end" not in str(error) and (width < 2 or len(follows) != width):
+                    start = broken_at
+                problems.add_row(file, row, None, kind, f"{kind} ({error})", lines=start - row + 1)
+                problems.rows_lost |= not problems.drop
     finally:
         csv.field_size_limit(previous_limit)
 
@@ -368,22 +382,27 @@ def _find_swallowed(
     config: DataConfig,
     problems: Problems,
 ):
-    """First lines of the records that look like several rows between two stray quotes: two or more
-    of their lines have all fields, and a label that other rows have."""
-    ambiguous = {row for row, _ in spanning}
-    labels = {values.get(config.label) for row, values in table.rows if row not in ambiguous}
-    at = table.columns.index(config.label) if config.label in table.columns else None
+    """First lines of the records that look like several rows between two stray quotes: their first
+    line and their last would be a row each, with a label that other lines have. (Prose has a space
+    after a comma, and rows have none.)"""
+    if not spanning or config.label not in table.columns:
+        return
+    at, width = table.columns.index(config.label), len(table.columns)
+
+    def label(line: str) -> str | None:
+        fields = line.rstrip("\r\n").split(delimiter)
+        if len(fields) != width or any(field[:1].isspace() for field in fields):
+            return None
+        return fields[at].strip('"')
+
+    known = Counter(map(label, lines))
     for row, last in spanning:
-        found = 0
-        for line in lines[row - 1 : last]:
-            fields = line.rstrip("\r\n").split(delimiter)
-            whole = len(fields) == len(table.columns)
-            found += whole and (at is None or fields[at].strip('"') in labels)
-        if found > 1:
+        ends = [label(lines[row - 1]), label(lines[last - 1])]
+        if None not in ends and all(known[name] > 1 for name in ends):
             kind = "a quote swallows line ends"
             reason = f"{kind}: lines {row} to {last} would be one row"
             problems.add_row(table.file, row, None, kind, reason, lines=last - row + 1)
-            problems.offer(_NO_QUOTING)
+            problems.offer(f"{_NO_QUOTING}; where they are one row, data.quoting: csv")
             yield row
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _CONFUSION = "confusion/"
+_BETTER_THAN_CHANCE = 0.1  # recall of the classes on average, above that of guessing
 
 
 def doubt(scores: Mapping[str, Any]) -> str:
@@ -22,11 +23,16 @@ def doubt(scores: Mapping[str, Any]) -> str:
     true = [sum(map(sum, rows)) for rows in zip(*counts)]
     given = [sum(column) for column in zip(*(row for rows in counts for row in rows))]
     total, most = sum(true), max(true)
-    right = sum(rows[number][number] for rows in counts for number in range(len(rows)))
-    if most == total or right > most:
+    hits = [sum(rows[number][number] for rows in counts) for number in range(len(true))]
+    right, present = sum(hits), [number for number, many in enumerate(true) if many]
+    if len(present) < 2:
         return ""
     if max(given) == total:
         return f"gives all {total} examples the same class, the right one of {right / total:.1%}"
+    # Where classes are rare, more of them found may well cost some of the frequent ones.
+    recall = sum(hits[number] / true[number] for number in present) / len(present)
+    if right > most or recall > 1 / len(present) + _BETTER_THAN_CHANCE:
+        return ""
     return (
         f"is right in {right / total:.1%}, and always the same class would be in {most / total:.1%}"
     )

@@ -36,6 +36,8 @@ from transformers import PretrainedConfig
 
 from metakd.config import RunConfig
 from metakd.errors import ConfigError
+from metakd.method.kinds import TEACHER_KINDS
+from metakd.method.methods import METHODS
 from metakd.models.sources import load_config, unallocated
 from metakd.models.student import student_shape, word_embeddings
 
@@ -188,7 +190,11 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
             f"models: {str(error).splitlines()[0]}", "correct teacher.model and student"
         ) from error
     table = {"counted for": f"{world_size} process{'es' * (world_size > 1)}, {dtype}"}
-    trained = [("teacher training", taught, 0, teacher, config.teacher.training)]
+    kind = METHODS[config.distill.method].teacher(config.teacher.kind)
+    has_model = kind is None or not TEACHER_KINDS[kind].in_data
+    trained = []
+    if has_model:
+        trained.append(("teacher training", taught, 0, teacher, config.teacher.training))
     for title, (block, training) in students.items():
         shape = shapes[title]
         held = count_embeddings(shape) if block.freeze_embeddings else 0
@@ -221,6 +227,8 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
         for stage, memory in needed.items():
             mark = " (configured)" * (stage == sharding.zero)
             table[f"{title}, ZeRO {stage}{mark}"] = memory
+    if not has_model:
+        return table
     beside = "while its outputs are made for the cache"
     if config.distill.cache_teacher != "all":
         beside = "beside the student"

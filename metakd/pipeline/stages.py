@@ -192,7 +192,8 @@ class Run(TeacherStage):
         """Is there a teacher for this student, if it needs that of its own domain?"""
         if not lesson.is_of_one_domain():
             return True
-        return lesson.domain not in (ALL_DOMAINS, *self.config.data.withhold)
+        withheld = self.config.data.withhold
+        return lesson.domain in self.corpus.domains and lesson.domain not in withheld
 
     def _teachers(self, lesson: Lesson) -> list[Path]:
         """The folders of those who teach it, trained if they are not there."""
@@ -426,6 +427,12 @@ class Run(TeacherStage):
         lessons = list(map(self._configured_lesson, self.student_domains))
         self.foresee(lessons)
         if not self.outputs:
+            if not any(lesson.asks_a_model() for lesson in lessons):
+                method = self.config.distill.method
+                raise ConfigError(
+                    f"distill.method: {method} asks no model, so that nothing is to be kept",
+                    "leave out this command",
+                )
             raise ConfigError(
                 f"distill.cache_teacher: {self.config.distill.cache_teacher} keeps nothing of what "
                 f"{self.config.distill.method} asks a teacher for",
