@@ -13,12 +13,14 @@ from rich.console import Console
 from tiny_runs import make_source, rows_of
 
 import metakd
+from metakd import demo
 from metakd.config import DataConfig
 from metakd.config.loading import load_config
 from metakd.data.corpus import load_corpus
 from metakd.data.reading import read_corpus, read_texts
 from metakd.data.tables import LeftOut
 from metakd.demo import train_tokenizer
+from metakd.deploy import Predictor, export_onnx
 from metakd.errors import ConfigError, DataError
 
 TRIALS = Path(__file__).parent / "trials"
@@ -688,6 +690,7 @@ def test_one_domain_with_a_bad_row_from_files_to_report(tmp_path):
             "distill": {"training": {"num_train_epochs": 1}},
             "compare": {
                 "seeds": [1],
+                "keep_students": True,
                 "rows": [
                     {"method": "finetune_all"},
                     {"method": "logits_kd", "teacher": "single"},
@@ -708,5 +711,8 @@ def test_one_domain_with_a_bad_row_from_files_to_report(tmp_path):
     assert rows < set(result.scores)
     record = json.loads((tmp_path / "run" / "teachers" / "meta-s1" / "stage.json").read_text())
     assert record["left_out"] == [{"file": file, "reason": "empty text", "rows": 1}]
+    [student] = result.students["meta-from-meta"]
+    export_onnx(student, demo.made_up_texts(100))
+    assert Predictor(student)(["a fine book"])[0].label in ("negative", "positive")
     page = next(path for path in result.report() if path.suffix == ".md").read_text()
     assert f"| {file} | empty text | 1 |" in page

@@ -19,6 +19,7 @@ from metakd.config import DataConfig
 from metakd.config.loading import load_config
 from metakd.data.reading import read_corpus
 from metakd.data.soft_labels import as_logits
+from metakd.deploy import Predictor, export_onnx
 from metakd.errors import ConfigError, DataError
 
 TRIAL = Path(__file__).parent / "trials" / "soft_labels.jsonl"
@@ -278,6 +279,10 @@ def test_as_from_the_teacher_itself(source, tmp_path):
         )
         assert all((one[key] - other[key]).abs().max() < 1e-5 for key in one)
     assert set(result.scores) == {"logits_kd-from-file"}
+    [student, _] = result.students["logits_kd-from-file"]
+    texts = [row["text"] for row in rows]
+    export_onnx(student, texts, labels=[row["label"] for row in rows])
+    assert {answer.label for answer in Predictor(student)(texts)} <= set(model.config.label2id)
     # Stopped and started again it is all there, from the kept corpus, too.
     again = metakd.run(config, ["teacher.kind=file"])
     assert again.scores == result.scores
