@@ -186,9 +186,9 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_built(call, encod
         "student": {"layers": [0, 7]},
     }
     put(tmp_path / "config.yaml", yaml.safe_dump(settings))
-    message = refused(call("prototypes", tmp_path / "config.yaml"), 2)
+    message = refused(call("run", tmp_path / "config.yaml"), 2)
     assert "[0, 7] names a layer outside 0..1" in message
-    assert not (tmp_path / "run" / "prototypes").exists()
+    assert not (tmp_path / "run" / "teachers").exists()
 
 
 def test_doctor_names_a_build_lock_and_the_remedy(call, build_cache):

@@ -427,16 +427,11 @@ class Run(TeacherStage):
         lessons = list(map(self._configured_lesson, self.student_domains))
         self.foresee(lessons)
         if not self.outputs:
-            if not any(lesson.asks_a_model() for lesson in lessons):
-                method = self.config.distill.method
-                raise ConfigError(
-                    f"distill.method: {method} asks no model, so that nothing is to be kept",
-                    "leave out this command",
-                )
+            some = any(lesson.asks_a_model() for lesson in lessons)
             raise ConfigError(
                 f"distill.cache_teacher: {self.config.distill.cache_teacher} keeps nothing of what "
                 f"{self.config.distill.method} asks a teacher for",
-                "set distill.cache_teacher: all",
+                "set distill.cache_teacher: all" if some else "no model is asked: leave this out",
             )
         return [self.outputs.keep(lesson, self._teachers(lesson)).folder for lesson in lessons]
 
