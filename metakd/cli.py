@@ -59,6 +59,11 @@ Reshard = Annotated[
 ]
 
 
+def _tell(text: str) -> None:
+    """One line, however long."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
 def _command() -> str:
     return shlex.join(["metakd", *sys.argv[1:]])
 
@@ -311,8 +316,8 @@ def _show_export(report: dict, place: str) -> None:
     table.add_row("PyTorch", "", "", "", "", _share(checked["accuracy"]))
     console.print(table)
     for remark in checked["remarks"]:
-        console.print(f"warning: {remark}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"written to {place}", markup=False, highlight=False, soft_wrap=True)
+        _tell(f"warning: {remark}")
+    _tell(f"written to {place}")
 
 
 @app.command()
@@ -435,7 +440,7 @@ def report(
     from metakd.deploy.report import write_report
 
     for path in write_report(Path(run), Path(out) if out else None, _command()):
-        console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+        _tell(f"written: {path}")
 
 
 @app.command()
@@ -553,12 +558,7 @@ def _show_comparison(result: Result) -> None:
     if _is_main():
         print(result)  # not through rich, which would wrap a wide table
         kind = "labels" if "points" in result.details else "compare"
-        console.print(
-            f"written to {result.folder}/{kind}.md, .json and .csv",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        _tell(f"written to {result.folder}/{kind}.md, .json and .csv")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -30,6 +31,11 @@ def is_file_name(source: str) -> bool:
 
 def meant(path: Path) -> str:
     """A question after what is there and called nearly so; empty where nothing is."""
-    near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = get_close_matches(path.name, near, n=1)
+    there = path.parent.iterdir() if path.parent.is_dir() else ()
+    return closest(path.name, (entry.name for entry in there))
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The same question after a name that is known."""
+    close = get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -12,13 +12,12 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from metakd.config import DataConfig
-from metakd.config.places import is_file_name, may_be_hub_id, meant
+from metakd.config.places import closest, is_file_name, may_be_hub_id, meant
 from metakd.data.soft_labels import SoftLabels, settle
 from metakd.data.tables import LeftOut, Problems, Table, ordered, read_file, read_hub, show
 from metakd.errors import DataError
@@ -40,8 +39,7 @@ _SPLIT_NAMES = {
     "test": {"test", "testing"},
     UNLABELLED: {UNLABELLED, "unlabeled"},
 }
-_TAUGHT = dict.fromkeys(("train", UNLABELLED)).keys()  # in this order
-_SCORED = dict.fromkeys(("validation", "test")).keys()
+_TAUGHT, _SCORED = ("train", UNLABELLED), ("validation", "test")
 
 MOST_FRACTIONS = 4
 """Different numbers with a part behind the point that may still be names of classes."""
@@ -115,14 +113,14 @@ def read_corpus(config: DataConfig) -> RawCorpus:
     splits = {}
     for split, source in _sources(config).items():
         unneeded = {"label"} if split == UNLABELLED else set()
-        unneeded |= {"soft"} if split in _SCORED or config.soft_labels is None else set()
+        unneeded |= {"soft"} if split in _SCORED else set()
         problems.split = split
         splits[split] = _read_source(source, split, config, problems, unneeded)
         if split == "train":
             train_is_whole = not problems.rows_lost
     if config.overlap == "drop_train":
-        for split in _SCORED & splits.keys():
-            for source in _TAUGHT & splits.keys():
+        for split in filter(splits.get, _SCORED):
+            for source in filter(splits.get, _TAUGHT):
                 splits[source] = _without(splits[source], splits[split], split, problems)
         if UNLABELLED in splits and not splits[UNLABELLED]:
             del splits[UNLABELLED]
@@ -183,7 +181,7 @@ def read_texts(
     rows = []
     if table is not None:
         present = set(table.columns if columns else ()) - {text, text_pair}
-        named = {"label": config.label, "domain": config.domain, "soft": None}
+        named = {"label": config.label, "domain": config.domain}
         unneeded = {name for name, column in named.items() if column not in present}
         rows = _check_rows(table, config, None, problems, unneeded)
     if problems:
@@ -198,7 +196,7 @@ def _error(
 ) -> DataError:
     totals = Counter(problem.file for problem in problems)
     places = list(totals)
-    ordered = sorted(problems, key=lambda p: (places.index(p.file), p.row or 0))
+    in_order = sorted(problems, key=lambda p: (places.index(p.file), p.row or 0))
     count = f"{len(problems)} problem{'s' * (len(problems) > 1)} in the data"
     if len(places) > 1:
         per_file = [f"{file} {total}" for file, total in totals.most_common(PROBLEMS_SHOWN)]
@@ -206,7 +204,7 @@ def _error(
         count += f" ({', '.join(per_file)})"
     if len(problems) > PROBLEMS_SHOWN:
         count += f", the first {PROBLEMS_SHOWN}"
-    shown = "\n".join(f"  {problem}" for problem in ordered[:PROBLEMS_SHOWN])
+    shown = "\n".join(f"  {problem}" for problem in in_order[:PROBLEMS_SHOWN])
     ways = [f"Correct {place}; no row was skipped or changed."]
     known = {(row.file, row.row) for split in rows for row in split}
     wrong = problems.of_rows
@@ -220,10 +218,8 @@ def _error(
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    close = get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
     listed = ", ".join(map(repr, known[:12])) + (", ..." if len(known) > 12 else "")
-    return f"{name!r} is unknown{hint} (there are: {listed or 'none'})"
+    return f"{name!r} is unknown{closest(name, known)} (there are: {listed or 'none'})"
 
 
 def _sources(config: DataConfig) -> dict[str, str]:
@@ -234,9 +230,9 @@ def _sources(config: DataConfig) -> dict[str, str]:
     if UNLABELLED in files and UNLABELLED not in found:
         file = files[UNLABELLED][0]
         warnings.warn(f"{file} is not read: set data.unlabelled: {config.train}", stacklevel=3)
-    for split in _SCORED - found.keys():
+    for split in _SCORED:
         if split in files:
-            found[split] = config.train
+            found.setdefault(split, config.train)
     return {name: found[name] for name in splits if name in found}
 
 
@@ -339,7 +335,8 @@ def _check_rows(
 ) -> list[Row]:
     """Checks columns and cells, except for a label or domain that is not needed; ``domain`` is
     given where the file's name says it."""
-    softly = None if "soft" in unneeded else SoftLabels(config)
+    has_soft = config.soft_labels is not None and "soft" not in unneeded
+    softly = SoftLabels(config) if has_soft else None
     if softly and config.label not in table.columns and "label" not in config.model_fields_set:
         unneeded = {*unneeded, "label"}
     checks: list[tuple[str, str, Callable[[Any], Checked]]] = [
@@ -366,7 +363,7 @@ def _check_rows(
     checks = [(name, column, check) for name, column, check in checks if column in table.columns]
     if domain is not None and (wrong := _check_domain(domain)[1]):
         problems.add(table.file, None, None, wrong)
-    rows = []
+    rows, kept = [], []
     for row, values in table.rows:
         fields: dict[str, Any] = {} if domain is None else {"domain": domain}
         for name, column, check in checks:
@@ -381,12 +378,13 @@ def _check_rows(
                 problems.add_row(table.file, row, column, "soft labels that cannot be used", wrong)
         if not problems.drops(table.file, row):
             rows.append(Row(table.file, row, **fields))
+            kept.append((row, values))
     if table.rows and not rows:
         problems.add(table.file, table.header, None, "no row is left")
     if "label" not in unneeded:
-        kept = [row for row in table.rows if not problems.drops(table.file, row[0])]
-        _check_label_types(table._replace(rows=kept), config.label, problems)
-        _check_label_values(table._replace(rows=kept), config.label, problems)
+        table = table._replace(rows=kept)
+        _check_label_types(table, config.label, problems)
+        _check_label_values(table, config.label, problems)
     return rows
 
 

@@ -100,11 +100,11 @@ def settle(
     usual = Counter(map(_classes_of, given)).most_common(1)[0][0]
     classes = labels or [str(number) for number in range(len(usual))]
     if any(isinstance(name, str) for name in usual):
+        classes = ordered(set(usual))
         if lacking := sorted(set(labels) - usual):
-            listed = f"{', '.join(map(repr, lacking))} (there are {', '.join(map(repr, usual))})"
+            listed = f"{', '.join(map(repr, lacking))} (there are {', '.join(map(repr, classes))})"
             problems.add(config.train, None, None, f"soft labels say nothing of class {listed}")
             return labels
-        classes = ordered(set(usual))
     wanted = {frozenset(classes), frozenset(range(len(classes)))}
     for split in taught:
         problems.split, settled = split, []

@@ -29,6 +29,7 @@ _FILES = {
     "news": "nytEditorialSnippets_GroundTruth.txt",
     "tweets": "tweets_GroundTruth.txt",
 }
+DOMAINS = tuple(_FILES)
 _CLEAR = 0.8  # ratings at least so far from 0 become labels
 _TEST, _VALIDATION = 0.25, 0.1
 SPLITS = ("train", "validation", "test", "unlabelled")

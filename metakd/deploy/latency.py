@@ -30,9 +30,7 @@ import numpy as np
 import torch
 from scipy.stats import binom
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    BertForSequenceClassification,
-)
+from transformers import BertForSequenceClassification
 from transformers.utils.logging import disable_progress_bar
 
 from metakd.deploy.engines import check_device, onnx_file, open_engine, positions, why_not

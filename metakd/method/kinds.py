@@ -202,7 +202,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 TEACHER_KINDS: dict[str, TeacherKind] = {
     kind.name: kind
     for kind in (
-        *(SingleTeacher(), MixedTeacher(), MultiTaskTeacher(), MetaTeacher()),
+        SingleTeacher(),
+        MixedTeacher(),
+        MultiTaskTeacher(),
+        MetaTeacher(),
         FileTeacher(),
     )
 }

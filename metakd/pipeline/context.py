@@ -22,6 +22,7 @@ from metakd.models.sources import load_tokenizer
 from metakd.pipeline.store import StageStore
 from metakd.pipeline.table import ALL_DOMAINS
 from metakd.pipeline.texts import part_of
+from metakd.training.log import tell
 from metakd.training.world import World
 
 RESULTS = "0.1.0"
@@ -136,10 +137,8 @@ class Context:
             _check_domains(corpus)
         for one in corpus.left_out:
             self.say(f"data: {one}")
-        check_models(
-            *(self.config, self.tokenizer, corpus.label2id, self.recipe),
-            students=self.last == "students",
-        )
+        students = self.last == "students"
+        check_models(self.config, self.tokenizer, corpus.label2id, self.recipe, students)
         return corpus
 
     @cached_property
@@ -176,7 +175,7 @@ class Context:
             resume=self.resume,
             reshard=self.reshard,
             keep=config.save_total_limit,
-            prepare=self._look_at_data,
+            look_ahead=self._look_at_data,
         )
 
     def _look_at_data(self) -> dict:
@@ -216,7 +215,7 @@ class Context:
     def say(self, text: str) -> None:
         """One line on the console, from the first rank only."""
         if self.world.is_main:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            tell(self.console, text)
 
     def settings(self, *blocks: str) -> dict:
         """Blocks of the configuration, as inputs of a stage."""

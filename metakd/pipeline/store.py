@@ -44,7 +44,7 @@ class StageStore:
         reshard: see ``engine.Saves``.
         keep: checkpoints that stay on the disk while a stage is built.
         disk: see ``checkpoint.Disk``.
-        prepare: called on every rank before a stage is built, with what its record is to keep.
+        look_ahead: called on every rank before a stage is built, with what its record is to keep.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class StageStore:
     reshard: bool = False
     keep: int = 2
     disk: Disk = field(default_factory=Disk)
-    prepare: Callable[[], dict] = dict
+    look_ahead: Callable[[], dict] = dict
     _finished: dict[Path, dict] = field(default_factory=dict, repr=False)
     _asked: dict[Path, tuple[str, bool]] = field(default_factory=dict, repr=False)
 
@@ -114,7 +114,7 @@ class StageStore:
         if not self.may_build:
             state = "was built from other inputs" if stored else "is missing"
             raise CheckpointError(f"{place}: {state}", "build it first: metakd run")
-        noted = self.prepare()
+        noted = self.look_ahead()
         self.say(f"{name}: running")
         building = place.with_name(f".tmp-{place.name}")
         self._on_first(lambda: self._prepare(building, digest))

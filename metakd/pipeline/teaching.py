@@ -121,7 +121,7 @@ class TeacherStage(PrototypeStage):
         self, kind: str, seed: int, fold: Fold | None = None, only: str = ALL_DOMAINS
     ) -> dict[Path, str]:
         """The folders of the teachers, of all domains or only this one, and of what domain each
-        is. None for a kind that is not trained."""
+        is; of a kind that is not trained there are none."""
         if TEACHER_KINDS[kind].in_data:
             return {}
         place = self.folder / "teachers" / f"{kind}-s{seed}{fold.title if fold else ''}"

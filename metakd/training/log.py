@@ -23,6 +23,11 @@ from metakd.training.world import World
 _WORTH_TELLING = 20  # steps; fewer are over before anybody looks
 
 
+def tell(console: Console, text: str) -> None:
+    """One line, however long, in which no bracket or colon is an instruction."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class Meter:
     """Running means per example of device scalars and vectors, read with one transfer."""
 
@@ -144,12 +149,10 @@ class RunLog:
         if shown and tenths > before:
             spent = time.monotonic() - self._begun
             left = spent / (self._done - self._begun_at) * (self._steps - self._done)
-            self._console.print(
+            tell(
+                self._console,
                 f"{self._title}: step {self._done} of {self._steps}, {spent:.0f} s, "
                 f"about {left:.0f} s left",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
             )
 
     @contextmanager
@@ -188,9 +191,7 @@ class RunLog:
             self._jsonl.write(json.dumps({"step": step, "split": what, **facts}) + "\n")
         if self._active:
             told = ", ".join(f"{name} {value}" for name, value in facts.items())
-            self._console.print(
-                f"step {step}: {what}, {told}", markup=False, highlight=False, soft_wrap=True
-            )
+            tell(self._console, f"step {step}: {what}, {told}")
 
     def stop(self) -> None:
         """End the bar."""
