@@ -107,7 +107,7 @@ def _cells(done: dict[Group, dict], labels: int | str | None = None) -> dict[str
     for group, result in done.items():
         if labels in (None, group.labels):
             cells = (
-                Cell(**{**cell, "right": _unpacked(cell["right"])}) for cell in result["cells"]
+                Cell.read({**cell, "right": _unpacked(cell["right"])}) for cell in result["cells"]
             )
             found.setdefault(group.block.name, []).extend(cells)
     return found

@@ -15,6 +15,7 @@ _HOME = {
         "soft_kl",
         "soft_reverse_kl",
         "soft_jsd",
+        "sigmoid_kl",
         "linear_soft_kl",
         "hidden_mse",
         "masked_mean",

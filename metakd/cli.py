@@ -26,6 +26,7 @@ from metakd import front
 from metakd.config import Stage, load_config
 from metakd.errors import ConfigError, DataError, MetakdError, UnsupportedError
 from metakd.front import Result
+from metakd.pipeline.table import metric_of, name_of, title_of
 
 if TYPE_CHECKING:
     from metakd.pipeline.stages import Run
@@ -254,20 +255,26 @@ def export(
     domain: Annotated[str | None, typer.Option(help="of FILE, only the texts of this one")] = None,
     text: TextColumn = "text",
     text_pair: PairColumn = None,
-    label: Annotated[str, typer.Option(help="column of the labels, if there is one")] = "label",
+    label: Annotated[
+        list[str],
+        typer.Option(help="column of the labels, if there is one; repeated, those of the classes"),
+    ] = ["label"],  # noqa: B006
     out: Annotated[str | None, typer.Option(help="by default STUDENT/onnx")] = None,
 ):
     """Export a student to ONNX; files that do not answer as PyTorch does are refused."""
     from metakd.data.reading import read_texts
     from metakd.demo import made_up_texts
-    from metakd.deploy import export_onnx
+    from metakd.deploy import export_onnx, task_at
 
     if to != "onnx":
         raise ConfigError(f"--to: {to!r} is not known", "the only format is onnx")
     front.quiet_transformers()
     texts, labels, described = made_up_texts(400), None, "made-up English reviews"
     if data is not None:
-        rows = read_texts(data, text=text, text_pair=text_pair, label=label)
+        columns = label if len(label) > 1 else label[0]
+        rows = read_texts(
+            data, text=text, text_pair=text_pair, label=columns, task=task_at(student).name
+        )
         rows = [row for row in rows if domain in (None, row.domain)]
         if not rows:
             raise DataError(f"{data}: there are no texts of domain {domain}", "correct --domain")
@@ -302,7 +309,8 @@ def _show_export(report: dict, place: str) -> None:
         title_justify="left",
     )
     table.add_column("file")
-    for name in ("MiB", "largest logit error", "mean", "same label", "accuracy"):
+    metric = metric_of(checked)
+    for name in ("MiB", "largest logit error", "mean", "same label", name_of({"metric": metric})):
         table.add_column(name, justify="right")
     for name, parity in report["formats"].items():
         table.add_row(
@@ -311,9 +319,9 @@ def _show_export(report: dict, place: str) -> None:
             f"{parity['max_logit_error']:.1e}",
             f"{parity['mean_logit_error']:.1e}",
             f"{parity['label_agreement']:.2%}",
-            _share(parity["accuracy"]),
+            _share(parity[metric]),
         )
-    table.add_row("PyTorch", "", "", "", "", _share(checked["accuracy"]))
+    table.add_row("PyTorch", "", "", "", "", _share(checked[metric]))
     console.print(table)
     for remark in checked["remarks"]:
         _tell(f"warning: {remark}")
@@ -339,7 +347,7 @@ def predict(
     device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
     threads: Threads = None,
 ):
-    """Label texts: a JSON line each, with the label and its probability."""
+    """Label texts: a JSON line each, with the label and its probability, or the number."""
     from metakd.data.reading import Row, read_texts
     from metakd.deploy import Predictor
 
@@ -356,9 +364,9 @@ def predict(
     predictor = Predictor(student, engine=engine, device=device, threads=threads)
     found = predictor(_texts(rows))
     answers = []
-    for row, (label, score) in zip(rows, found, strict=True):
+    for row, answer in zip(rows, found, strict=True):
         given = {"text": row.text} | ({} if row.pair is None else {"text_pair": row.pair})
-        answers.append(given | {"prediction": label, "score": score})
+        answers.append(given | answer.fields())
     _write_lines(answers, output)
 
 
@@ -536,7 +544,7 @@ def _show_evaluation(run: Run) -> None:
     if not _is_main():
         return
     *teacher, student = result.scores.values()
-    console.print(f"accuracy in percent on the {result.split} split")
+    console.print(f"{title_of(result.details)} in percent on the {result.split} split")
     table = Table()
     table.add_column("domain")
     table.add_column("teacher", justify="right")

@@ -8,6 +8,7 @@ Imports the standard library only.
 """
 
 import re
+from collections.abc import Sequence
 from functools import partial
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -81,3 +82,9 @@ class StoppedError(MetakdError):
     def __reduce__(self):
         """Whole on its way to another process."""
         return partial(type(self), number=self.number), (self.cause, self.remedy)
+
+
+def listing(names: Sequence[str], most: int) -> str:
+    """The first of these names, and how many more there are, for a message."""
+    more = f" and {len(names) - most} more" * (len(names) > most)
+    return ", ".join(names[:most]) + more

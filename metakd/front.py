@@ -36,7 +36,8 @@ class Result:
         folder: the run directory.
         split: that the scores are of, test or validation.
         summary: row -> domain (or ``average``) -> ``mean``, ``std`` over seeds (None for one seed)
-            and ``n``; accuracy in percent. Rows of teachers begin with ``teacher: ``.
+            and ``n``, of the task's metric in percent: accuracy, where texts have one class. Rows
+            of teachers begin with ``teacher: ``.
         students: row -> folders of the students whose weights were kept, by domain and seed; each
             loads with plain ``AutoModelForSequenceClassification``.
         details: all of it, as ``evaluation.json`` or ``compare.json`` holds it.
@@ -50,7 +51,7 @@ class Result:
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
-        """Row -> domain (or ``average``) -> accuracy in percent, the mean over seeds."""
+        """Row -> domain (or ``average``) -> score in percent, the mean over seeds."""
         return {
             row: {domain: score["mean"] for domain, score in scores.items()}
             for row, scores in self.summary.items()
@@ -121,12 +122,8 @@ def evaluate(opened: Run) -> Result:
     label = row_label(opened.config.distill.method, kind)
     rows = [] if kind is None else [(TEACHER + kind, found["teacher"])]
     rows += [(label, scores) for scores in found["students"].values()]
-    cells = [
-        Cell.of(row, domain, opened.config.seed, scores)
-        for row, scores in rows
-        for domain in opened.corpus.domains
-        if f"accuracy/{domain}" in scores
-    ]
+    domains, seed = opened.corpus.domains, opened.config.seed
+    cells = [cell for row, scores in rows for cell in Cell.all_of(row, domains, seed, scores)]
     students = {label: opened.students()}
     return Result(opened.folder, found["split"], summarise(cells), students, found)
 

@@ -34,6 +34,7 @@ from metakd.errors import (
     ParityError,
     UnsupportedError,
 )
+from metakd.method.tasks import SINGLE_LABEL
 
 pytest.importorskip("onnxruntime", reason="the extra 'deploy' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'deploy' is not installed")
@@ -243,9 +244,12 @@ class TestExport:
 
     def test_of_a_thousand_labels_an_error_names_a_few(self):
         known = [f"label {number}" for number in range(1000)]
-        assert exporting._numbers(known, known[::-1], 1000).tolist() == list(range(1000))[::-1]
+        assert (
+            exporting._encoded(SINGLE_LABEL, known, known[::-1], 1000).tolist()
+            == list(range(1000))[::-1]
+        )
         with pytest.raises(DataError, match=r"'label 11' and 988 more") as raised:
-            exporting._numbers(known, ["ugly"], 1)
+            exporting._encoded(SINGLE_LABEL, known, ["ugly"], 1)
         assert len(raised.value.cause) < 300
 
     def test_without_the_package_the_remedy_is_the_extra(self, student, tmp_path, monkeypatch):

@@ -62,9 +62,9 @@ ARROWS = {
     "__init__": {"functional"},
 }
 # What the rows of the table use when they compute, and not when they are read.
-LATE = {"table": {"method", "models", "torch"}}
+LATE = {"table": {"method", "models", "torch", "numpy", "scipy", "sklearn"}}
 # The table of methods is part of ``method``, and all that configurations know of it.
-TABLE = {f"method.{name}" for name in ("methods", "terms", "kinds", "recipe")}
+TABLE = {f"method.{name}" for name in ("methods", "terms", "kinds", "recipe", "tasks")}
 
 # What of the world each may know. Below the door nothing knows of teachers, tasks or DeepSpeed.
 LOW = {

@@ -95,14 +95,14 @@ def make_run(folder: Path, domains=DOMAINS, accuracy=ACCURACY) -> Path:
             place = folder / "teachers" / "meta-s1"
             merged = {"accuracy": 0.9, "macro_f1": 0.9}
             for cell in cells:
-                merged |= {f"accuracy/{cell.domain}": cell.accuracy / 100}
+                merged |= {f"accuracy/{cell.domain}": cell.score / 100}
             write(place / "stage.json", stage({"validation": merged, "test": merged}))
             save_file({"w": np.zeros((30, 10), np.float32)}, place / "model.safetensors")
             continue
         for cell in [cell for cell in cells if cell.row == row]:
             place = folder / "students" / f"{row}-s{cell.seed}-t1" / cell.domain
             result = {"label": row, "domain": cell.domain, "parameters": 100}
-            scored = scores(cell.domain, cell.accuracy)
+            scored = scores(cell.domain, cell.score)
             result |= {
                 "validation": scored,
                 "test": scored,
@@ -118,7 +118,7 @@ def make_run(folder: Path, domains=DOMAINS, accuracy=ACCURACY) -> Path:
             write(place / "config.json", classes)
             write(place / "log.jsonl", training_log(row))
     compared = {"split": "test", "command": "metakd compare shop.yaml", "summary": summarise(cells)}
-    write(folder / "compare.json", compared | {"cells": [vars(cell) for cell in cells]})
+    write(folder / "compare.json", compared | {"cells": [cell.as_json() for cell in cells]})
     write(folder / "latency.json", latency())
     for domain in domains:
         place = folder / "students" / "meta-from-meta-s1-t1" / domain / "onnx" / "export.json"
@@ -366,7 +366,7 @@ def test_pareto(points, front):
 
 def test_int8_counts_only_where_every_domain_is_exported(run):
     points = {p["name"]: p for p in gather(run)["tradeoff"]["points"]}
-    assert points["meta-from-meta, int8"]["accuracy"] == pytest.approx(82)
+    assert points["meta-from-meta, int8"]["score"] == pytest.approx(82)
     assert points["meta-from-meta, int8"]["p50_ms"] == 1.0
     assert not points["finetune"]["front"] and points["teacher: meta"]["front"]
     shutil.rmtree(run / "students" / "meta-from-meta-s1-t1" / "kitchen" / "onnx")
@@ -381,12 +381,12 @@ def test_students_of_another_shape_have_a_latency_of_their_own(run):
     compared, timed = (
         json.loads((run / f"{name}.json").read_text()) for name in ("compare", "latency")
     )
-    cells = [Cell(**cell) for cell in compared["cells"]]
+    cells = [Cell.read(cell) for cell in compared["cells"]]
     for shape in ("tiny", "huge"):
         cells += [
             replace(cell, row=f"finetune-as-{shape}") for cell in cells if cell.row == "finetune"
         ]
-    compared["cells"] = [vars(cell) for cell in cells]
+    compared["cells"] = [cell.as_json() for cell in cells]
     write(run / "compare.json", compared | {"summary": summarise(cells)})
     timed["models"]["student as tiny"] = timed["models"]["student"] | {"shape": "tiny"}
     timed["rows"] += [
@@ -405,7 +405,7 @@ def test_students_of_another_shape_have_a_latency_of_their_own(run):
     assert facts["best"]["row"] == "meta-from-meta" and facts["ratios"][0]["ratio"] == 3.0
     for cell in compared["cells"]:
         cell["accuracy"] += 30 * (cell["row"] == "finetune-as-tiny")
-    summary = summarise([Cell(**cell) for cell in compared["cells"]])
+    summary = summarise([Cell.read(cell) for cell in compared["cells"]])
     write(run / "compare.json", compared | {"summary": summary})
     facts = gather(run)
     assert facts["best"]["row"] == "finetune-as-tiny" and facts["ratios"][0]["ratio"] == 12.0

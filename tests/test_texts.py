@@ -17,7 +17,8 @@ from metakd.errors import ConfigError, DataError
 from metakd.functional import domain_expertise
 from metakd.method.methods import METHODS
 from metakd.method.objective import Distillation
-from metakd.method.terms import NO_LABEL, HardLabelTerm, PredictionTerm, PseudoLabelTerm
+from metakd.method.tasks import NO_LABEL
+from metakd.method.terms import HardLabelTerm, PredictionTerm, PseudoLabelTerm
 from metakd.models.taps import Features
 from metakd.pipeline.compare import compare
 from metakd.pipeline.lessons import Lesson, phases_of
@@ -408,6 +409,8 @@ def test_a_method_with_its_own_texts_takes_no_others(source, tmp_path):
 def test_no_more_labels_are_kept_than_asked_for():
     """Each class keeps one, and the rare ones do not add to the number."""
     labels = torch.tensor([0] * 300 + [1] * 97 + [2, 3, 4])
+    ids = corpus_module.Tokens(torch.zeros(len(labels)), torch.ones_like(labels))
+    split = corpus_module.Split(ids, labels, torch.zeros_like(labels), torch.arange(len(labels)))
     for wanted in (5, 8, 32, 100):
-        kept = corpus_module._stratified(torch.zeros_like(labels), labels, wanted, seed=1)
+        kept = corpus_module._stratified(split, wanted, seed=1)
         assert len(kept) == wanted and set(labels[kept].tolist()) == {0, 1, 2, 3, 4}

@@ -42,7 +42,7 @@ from metakd.training.checkpoint import Checkpoints, Tag
 from metakd.training.engine import compute_dtype, fit
 from metakd.training.log import Meter, RunLog
 from metakd.training.saves import Saves
-from metakd.training.scoring import predict
+from metakd.training.scoring import logits_of
 from metakd.training.world import World, join_world
 
 
@@ -165,10 +165,11 @@ def test_a_signal_while_the_end_is_judged_is_obeyed_and_nothing_is_lost(make, tm
         def conclude():
             for number in signals:
                 os.kill(os.getpid(), number)
-            predict(
+            logits_of(
                 lambda batch: torch.zeros(len(batch["labels"]), 2),
                 run.corpus.validation,
                 run.collate,
+                num_classes=2,
                 batch_size=4,
                 world=run.world,
             )

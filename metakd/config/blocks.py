@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from metakd.config.deepspeed import AUTO
 from metakd.method.kinds import DEFAULT_KIND, TEACHER_KINDS
 from metakd.method.methods import DEFAULT_METHOD, DEFAULT_ROWS, METHODS
+from metakd.method.tasks import SINGLE_LABEL, TASKS
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -29,6 +30,12 @@ def _classes_of(columns: list[str]) -> dict[str, str]:
     alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*columns))
     shared = re.match(r".*[\W_]", "".join(letters[0] for letters in alike))
     return {name.removeprefix(shared[0] if shared else ""): name for name in columns}
+
+
+def _each_once(columns: list[str]) -> list[str]:
+    if len(set(columns)) < len(columns):
+        raise ValueError("a column is given twice")
+    return columns
 
 
 def _name_classes(columns: list[str]) -> list[str]:
@@ -44,6 +51,7 @@ SoftLabels = (
     | Annotated[list[ColumnName], Field(min_length=2), AfterValidator(_name_classes)]
     | Annotated[dict[ColumnName, ColumnName], Field(min_length=2)]
 )
+LabelColumns = Annotated[list[ColumnName], Field(min_length=2), AfterValidator(_each_once)]
 LabelCounts = Annotated[list[Count | Literal["all"]], Field(min_length=1)]
 ZeroStage = Literal[0, 1, 2, 3]
 Texts = Literal["own", "unlabelled", "others", "others_unlabelled"]
@@ -82,6 +90,7 @@ def _text_encoding(name: str) -> str:
 
 
 TeacherKind = Annotated[str, _one_of(TEACHER_KINDS)]
+TaskName = Annotated[str, _one_of(TASKS)]
 MethodName = Annotated[str, _one_of(METHODS)]
 
 
@@ -130,6 +139,10 @@ class DataConfig(Block):
     beginning are the classes or as a mapping of classes to columns, or one column of lists, in the
     order of the labels, or of objects. They are probabilities that sum to 1, or logits
     (``soft_labels_as``). Where there is no label column the likeliest class is the label.
+
+    ``task`` says what a label is: one class of each text (``single_label``); any number of them
+    (``multi_label``), as a list, in a CSV with ``label_separator`` between them, or as a column of
+    0 and 1 for each class that ``label`` lists; or a number (``regression``).
     """
 
     train: str
@@ -137,7 +150,7 @@ class DataConfig(Block):
     test: str | None = None
     text: str = "text"
     text_pair: str | None = None
-    label: str = "label"
+    label: ColumnName | LabelColumns = "label"
     domain: str | None = "domain"
     max_length: Annotated[int, Field(ge=4, le=8192)] = 128
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
@@ -152,6 +165,13 @@ class DataConfig(Block):
     quoting: Annotated[Literal["csv", "none"], LATER] = "csv"
     soft_labels: Annotated[SoftLabels | None, LATER] = None
     soft_labels_as: Annotated[Literal["probabilities", "logits"], LATER] = "probabilities"
+    task: Annotated[TaskName, LATER] = SINGLE_LABEL.name
+    label_separator: Annotated[ColumnName, LATER] = ","
+
+    @property
+    def label_columns(self) -> list[str]:
+        """The columns that hold the labels."""
+        return [self.label] if isinstance(self.label, str) else self.label
 
     @property
     def soft_columns(self) -> dict[str, str] | None:

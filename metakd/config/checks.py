@@ -10,6 +10,7 @@ from metakd.config.blocks import RunConfig, StudentConfig, TeacherConfig, Traini
 from metakd.config.deepspeed import check_deepspeed, contradictions
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import METHODS
+from metakd.method.tasks import SINGLE_LABEL, TASKS
 
 Stage = Literal["prototypes", "teacher", "students"]
 
@@ -53,6 +54,7 @@ def check_contradictions(config: RunConfig, last: Stage = "students") -> list[st
 
     found += _transfer(config)
     found += _soft_labels(config)
+    found += _task(config)
 
     preset = re.search(r"-(\d+)l-", student.preset or "")
     depth = len(student.layers) if student.layers else int(preset[1]) if preset else None
@@ -130,6 +132,25 @@ def _transfer(config: RunConfig) -> list[str]:
         for name in METHODS[method].learns_from(transfer)
         if "unlabelled" in name
     ]
+
+
+def _task(config: RunConfig) -> list[str]:
+    """What only some kinds of task have."""
+    data, task = config.data, TASKS[config.data.task]
+    found = []
+    if not isinstance(data.label, str) and task is not TASKS["multi_label"]:
+        found.append(f"data.label: several columns need data.task: multi_label, got {task.name}")
+    if task is not SINGLE_LABEL:
+        if config.compat == "easytransfer":
+            found.append(f"data.task: {task.name} is excluded by compat: easytransfer")
+        if data.soft_labels is not None:
+            found.append(f"data.soft_labels: are of one class each, data.task is {task.name}")
+    if not task.softens and config.distill.temperature != 1.0:
+        found.append(
+            f"distill.temperature: excluded by data.task: {task.name}, whose answers are "
+            "numbers and no probabilities"
+        )
+    return found
 
 
 def _soft_labels(config: RunConfig) -> list[str]:

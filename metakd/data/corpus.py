@@ -26,7 +26,7 @@ from metakd.data.reading import UNLABELLED, Row, read_corpus
 from metakd.data.soft_labels import as_logits
 from metakd.data.tables import LeftOut
 from metakd.errors import ConfigError, DataError
-from metakd.method.terms import NO_LABEL
+from metakd.method.tasks import SINGLE_LABEL, TASKS, Task
 
 SOFT = "soft"
 """Column of what a teacher elsewhere said of each text: logits [N, M]."""
@@ -83,13 +83,14 @@ class Split(Dataset):
 
     Args:
         input_ids: token ids of each example, special tokens included, not padded.
-        labels: class of each example, ``[N]`` int64; ``NO_LABEL`` where it is not known.
+        labels: of each example, as ``task`` has them: classes ``[N]`` int64, for one.
         domain: domain of each example, ``[N]`` int64.
         index: the example's 0-based row in its source as read, ``[N]`` int64. It survives views,
             and after a held-out validation split the indices of train have gaps.
         token_type_ids: like ``input_ids``, or None where the tokenizer has none.
         columns: further values per example, each ``[N, ...]``, which batches carry under the same
             name.
+        task: what labels mean.
     """
 
     input_ids: Tokens
@@ -98,6 +99,7 @@ class Split(Dataset):
     index: Tensor
     token_type_ids: Tokens | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
+    task: Task = SINGLE_LABEL
 
     @property
     def lengths(self) -> list[int]:
@@ -134,8 +136,13 @@ class Split(Dataset):
             else torch.nonzero(self.domain == domain).flatten()
         )
         if fraction < 1.0:
-            rows = rows[_stratified(self.domain[rows], self.labels[rows], fraction, seed)]
+            rows = rows[_stratified(self.select(rows), fraction, seed)]
         return self.select(rows)
+
+    @property
+    def strata(self) -> Tensor:
+        """[N], groups of the labels whose shares are kept where examples are drawn."""
+        return self.task.strata(self.labels)
 
     def with_column(self, name: str, values: Tensor) -> Split:
         """The same split with a value per example added or replaced; batches then carry ``name``.
@@ -161,6 +168,7 @@ class Split(Dataset):
             torch.cat([part.index for part in parts]),
             Tokens.joined(known) if len(known) == len(parts) else None,
             {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns},
+            parts[0].task,
         )
 
     def select(self, rows: Tensor) -> Split:
@@ -173,12 +181,14 @@ class Split(Dataset):
             self.index[rows],
             None if kinds is None else kinds.select(rows),
             {name: values[rows] for name, values in self.columns.items()},
+            self.task,
         )
 
 
 @dataclass(eq=False)
 class Corpus:
-    """The splits, the names of the domains (``Split.domain`` indexes them) and the labels' ids."""
+    """The splits, the names of the domains (``Split.domain`` indexes them) and the ids of what
+    models have an output for."""
 
     train: Split
     validation: Split
@@ -187,6 +197,11 @@ class Corpus:
     label2id: dict[str, int]
     unlabelled: Split | None = None  # its indices go on after those of train
     left_out: Sequence[LeftOut] = ()  # rows of the sources that the configuration drops
+
+    @property
+    def task(self) -> Task:
+        """What labels mean."""
+        return self.train.task
 
 
 def _warn(text: str) -> None:
@@ -246,7 +261,12 @@ def load_corpus(
     if unlabelled is not None:
         index = unlabelled.index + len(whole.splits["train"])
         unlabelled = replace(unlabelled, index=index)
-    corpus = Corpus(train, validation, test, whole.domains, label2id, unlabelled, whole.left_out)
+    task = train.task.fitted(train.labels)
+    known = [
+        None if split is None else replace(split, task=task)
+        for split in (train, validation, test, unlabelled)
+    ]
+    corpus = Corpus(*known[:3], whole.domains, label2id, known[3], whole.left_out)
     for name, wanted in config.labels.items():
         if name not in whole.domains:
             raise ConfigError(
@@ -260,7 +280,7 @@ def _keep_labels(corpus: Corpus, domain: int, wanted: float, seed: int) -> None:
     """Leave so many labels of a domain in train, and no more in validation."""
     train, size = corpus.train, int((corpus.train.domain == domain).sum())
     number = wanted if isinstance(wanted, int) else max(1, round(wanted * size))
-    classes = len(train.labels[train.domain == domain].unique())
+    classes = len(train.strata[train.domain == domain].unique())
     if number < classes:
         raise ConfigError(
             f"data.labels: {number} of {corpus.domains[domain]}, which has {classes} classes",
@@ -272,7 +292,7 @@ def _keep_labels(corpus: Corpus, domain: int, wanted: float, seed: int) -> None:
     kept = _kept_rows(corpus.validation, domain, number, seed)
     corpus.validation = corpus.validation.select(torch.nonzero(kept).flatten())
     if len(demoted):
-        demoted = replace(demoted, labels=torch.full_like(demoted.labels, NO_LABEL))
+        demoted = replace(demoted, labels=demoted.task.unknown(demoted.labels))
         parts = [demoted] if corpus.unlabelled is None else [corpus.unlabelled, demoted]
         corpus.unlabelled = Split.joined(parts)
 
@@ -283,7 +303,7 @@ def _kept_rows(split: Split, domain: int, number: int, seed: int) -> Tensor:
     rows = torch.nonzero(split.domain == domain).flatten()
     if number < len(rows):
         kept[rows] = False
-        kept[rows[_stratified(split.domain[rows], split.labels[rows], number, seed)]] = True
+        kept[rows[_stratified(split.select(rows), number, seed)]] = True
     return kept
 
 
@@ -312,7 +332,7 @@ def _cached(
     key = content_key(settled, *sources, *_tokenizer_state(tokenizer))
     store = TensorCache(folder, say)
     if found := store.get("corpus", key):
-        return _from_tensors(*found)
+        return _from_tensors(*found, TASKS[config.task])
     whole = _read_and_tokenise(config, tokenizer)
     store.put("corpus", key, *_to_tensors(whole))
     return whole
@@ -347,7 +367,7 @@ def _to_tensors(whole: _Whole) -> tuple[dict[str, Tensor], dict]:
     return tensors, described | {"splits": list(whole.splits), "left_out": whole.left_out}
 
 
-def _from_tensors(tensors: dict[str, Tensor], described: dict) -> _Whole:
+def _from_tensors(tensors: dict[str, Tensor], described: dict, task: Task) -> _Whole:
     splits = {}
     for name in described.pop("splits"):
         lengths, kinds = tensors[f"{name}.lengths"], tensors.get(f"{name}.token_type_ids")
@@ -358,6 +378,7 @@ def _from_tensors(tensors: dict[str, Tensor], described: dict) -> _Whole:
             torch.arange(len(lengths)),
             None if kinds is None else Tokens(kinds, lengths),
             {SOFT: tensors[f"{name}.{SOFT}"]} if f"{name}.{SOFT}" in tensors else {},
+            task,
         )
     left_out = [LeftOut(*one) for one in described.pop("left_out")]
     return _Whole(splits, tensors["first_alike"], left_out=left_out, **described)
@@ -426,13 +447,15 @@ def _tokenise(
         for name, chunks in flat.items()
         if chunks
     }
+    task = TASKS[config.task]
     return Split(
         tokens["input_ids"],
-        torch.tensor([label2id.get(row.label, NO_LABEL) for row in rows]),
+        task.encode([row.label for row in rows], label2id),
         torch.tensor([domain_id[row.domain] for row in rows]),
         torch.arange(len(rows)),
         tokens.get("token_type_ids"),
         {SOFT: as_logits([row.soft for row in rows], config)} if rows[0].soft else {},
+        task,
     )
 
 
@@ -440,7 +463,7 @@ def _hold_out(
     train: Split, first_alike: Tensor, config: DataConfig, seed: int
 ) -> tuple[Split, Split]:
     kept = torch.zeros(len(train), dtype=torch.bool)
-    kept[_stratified(train.domain, train.labels, 1.0 - config.validation_fraction, seed)] = True
+    kept[_stratified(train, 1.0 - config.validation_fraction, seed)] = True
     kept |= torch.isin(first_alike, first_alike[kept])
     if kept.all():
         raise DataError(
@@ -451,18 +474,18 @@ def _hold_out(
     return train.select(torch.nonzero(kept).flatten()), train.select(torch.nonzero(~kept).flatten())
 
 
-def _stratified(domain: Tensor, labels: Tensor, wanted: float, seed: int) -> Tensor:
+def _stratified(split: Split, wanted: float, seed: int) -> Tensor:
     """Sorted positions of so many of the examples, at least one per domain and label; of a share of
     them (below 1) about as many."""
     generator = torch.Generator().manual_seed(seed)
     _, cell, sizes = torch.unique(
-        torch.stack([domain, labels]), dim=1, return_inverse=True, return_counts=True
+        torch.stack([split.domain, split.strata]), dim=1, return_inverse=True, return_counts=True
     )
-    fraction = wanted if wanted < 1 else wanted / len(domain)
+    fraction = wanted if wanted < 1 else wanted / len(split)
     # Largest remainders: each cell's share is rounded so that the total is right too.
     share = sizes.double() * fraction
     quota = share.floor().long()
-    missing = round(fraction * len(domain)) - int(quota.sum())
+    missing = round(fraction * len(split)) - int(quota.sum())
     quota[torch.argsort(quota - share, stable=True)[:missing]] += 1
     quota.clamp_(min=1)
     while wanted >= 1 and quota.sum() > wanted and quota.max() > 1:
@@ -484,7 +507,8 @@ def folds_of(split: Split, folds: int, seed: int) -> Tensor:
         seed: of who is where.
     """
     shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    keys = split.domain[shuffled] * (int(split.labels.max()) + 1) + split.labels[shuffled]
+    strata = split.strata
+    keys = split.domain[shuffled] * (int(strata.max()) + 1) + strata[shuffled]
     order = shuffled[keys.argsort(stable=True)]
     fold_of_text: dict[tuple[int, ...], int] = {}
     found = torch.empty(len(split), dtype=torch.long)

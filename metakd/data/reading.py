@@ -12,15 +12,24 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from metakd.config import DataConfig
 from metakd.config.places import closest, is_file_name, may_be_hub_id, meant
+from metakd.data.labels import (
+    NUMBER,
+    READERS,
+    Checked,
+    Label,
+    LabelReader,
+    check_characters,
+    check_name,
+)
 from metakd.data.soft_labels import SoftLabels, settle
-from metakd.data.tables import LeftOut, Problems, Table, ordered, read_file, read_hub, show
+from metakd.data.tables import LeftOut, Problems, Table, read_file, read_hub, show
 from metakd.errors import DataError
+from metakd.method.tasks import SINGLE_LABEL
 
 PROBLEMS_SHOWN = 20
 OVERLAP_ALLOWED = 0.01
@@ -41,13 +50,8 @@ _SPLIT_NAMES = {
 }
 _TAUGHT, _SCORED = ("train", UNLABELLED), ("validation", "test")
 
-MOST_FRACTIONS = 4
-"""Different numbers with a part behind the point that may still be names of classes."""
-
 LONGEST_DOMAIN = 200
 """Bytes of a domain's name; file systems allow 255, and stages are built beside their place."""
-
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 class Row(NamedTuple):
@@ -58,7 +62,7 @@ class Row(NamedTuple):
     row: int
     text: str | None = None
     pair: str | None = None
-    label: str | None = None
+    label: Label | None = None
     domain: str | None = None
     soft: dict[str, float] | list[float] | None = None  # of a teacher, by class or in their order
 
@@ -68,13 +72,9 @@ class Row(NamedTuple):
         return self.text, self.pair, self.domain
 
 
-# A value that was checked and is what it should be, else None; and what is wrong with it.
-Checked = tuple[str | None, str | None]
-
-
 class RawCorpus(NamedTuple):
-    """The checked rows of each split, domains and labels in their final order, and what the
-    policies of the ``data`` block left out."""
+    """The checked rows of each split, domains and what models have outputs for in their final
+    order, and what the policies of the ``data`` block left out."""
 
     splits: dict[str, list[Row]]
     domains: list[str]
@@ -92,8 +92,8 @@ def read_corpus(config: DataConfig) -> RawCorpus:
     ``dev``), ``test``. If ``data.train`` is such a folder its validation and test files are taken,
     too, unless the configuration names others. Without ``data.domain`` all texts are of one domain.
     UTF-8 with or without a byte order mark (or ``data.encoding``) and any line ending are accepted;
-    TSV follows the quoting rules of CSV unless ``data.quoting`` is ``none``. Labels are strings or
-    integers; integers are kept as their decimal text.
+    TSV follows the quoting rules of CSV unless ``data.quoting`` is ``none``. Labels are what
+    ``data.labels`` reads; integers that are classes are kept as their decimal text.
 
     Labels and domains come from the training split; one of them that only validation or test has is
     a problem. A row of validation or test whose text, pair and domain are also in train leaks: up
@@ -129,22 +129,23 @@ def read_corpus(config: DataConfig) -> RawCorpus:
             problems.add(config.train, None, None, reason)
     train = splits["train"]
     domains = sorted({row.domain for row in train if row.domain is not None})
-    labels = ordered({row.label for row in train if row.label is not None})
+    reader = READERS[config.task](config)
+    given = [row.label for row in train if row.label is not None]
+    labels = reader.outputs(given)
     if config.soft_labels is not None:
         taught = [split for split in _TAUGHT if split in splits]
         labels = settle(splits, taught, labels, config, problems)
         train = splits["train"]
     if train:
-        if len(labels) == 1:
-            reason = f"only one class, {labels[0]!r}: a classifier needs two"
-            problems.add(config.train, None, config.label, reason)
+        if reason := reader.lacking(given, labels):
+            problems.add(config.train, None, reader.columns[0], reason)
         for name in config.withhold:
             if name not in domains:
                 reason = f"withheld domain {_unknown(name, domains)}"
                 problems.add(config.train, None, config.domain, reason)
         for split in list(splits)[1:]:
             if train_is_whole:  # else what train lacks says nothing
-                _check_names_are_known(splits[split], domains, labels, config, problems)
+                _check_names_are_known(splits[split], domains, labels, reader, problems)
             if split in _SCORED:
                 for source in filter(splits.get, _TAUGHT):
                     _check_overlap(splits, split, source, config, problems)
@@ -153,11 +154,18 @@ def read_corpus(config: DataConfig) -> RawCorpus:
     _warn_of_spellings("domains", domains)
     _warn_of_spellings("labels", labels)
     _warn_of_conflicts(train)
+    for doubt in reader.doubts(given, labels):
+        warnings.warn(f"{config.train}: {doubt}", stacklevel=2)
     return RawCorpus(splits, domains, labels, problems.left_out)
 
 
 def read_texts(
-    file: str, *, text: str = "text", text_pair: str | None = None, label: str | None = None
+    file: str,
+    *,
+    text: str = "text",
+    text_pair: str | None = None,
+    label: str | list[str] | None = None,
+    task: str = SINGLE_LABEL.name,
 ) -> list[Row]:
     """Reads and checks the texts of one file, as ``read_corpus`` does, to serve or to score.
 
@@ -166,8 +174,9 @@ def read_texts(
             for such lines from the standard input.
         text: column of the texts.
         text_pair: column of the second texts, if there are any.
-        label: column of the labels; rows have none where the file has no such column, which goes
-            for a column ``domain`` as well. None reads neither.
+        label: column of the labels, or those of the classes; rows have none where the file has no
+            such column, which goes for a column ``domain`` as well. None reads neither.
+        task: what labels mean, of ``method.tasks.TASKS``.
 
     Raises:
         DataError: as ``read_corpus``.
@@ -175,14 +184,14 @@ def read_texts(
     problems = Problems()
     columns = {} if label is None else {"label": label}
     config = DataConfig.model_validate(
-        {"train": file, "text": text, "text_pair": text_pair, **columns}
+        {"train": file, "text": text, "text_pair": text_pair, "task": task, **columns}
     )
     table = read_file(Path(file), config, problems, plain=True)
     rows = []
     if table is not None:
         present = set(table.columns if columns else ()) - {text, text_pair}
-        named = {"label": config.label, "domain": config.domain}
-        unneeded = {name for name, column in named.items() if column not in present}
+        named = {"label": config.label_columns, "domain": [str(config.domain)]}
+        unneeded = {name for name, wanted in named.items() if not present.issuperset(wanted)}
         rows = _check_rows(table, config, None, problems, unneeded)
     if problems:
         raise _error(problems, "the file, or its path and the names of its columns")
@@ -337,12 +346,11 @@ def _check_rows(
     given where the file's name says it."""
     has_soft = config.soft_labels is not None and "soft" not in unneeded
     softly = SoftLabels(config) if has_soft else None
-    if softly and config.label not in table.columns and "label" not in config.model_fields_set:
+    reader = READERS[config.task](config)
+    are_there = set(reader.columns) <= set(table.columns)
+    if softly and not are_there and "label" not in config.model_fields_set:
         unneeded = {*unneeded, "label"}
-    checks: list[tuple[str, str, Callable[[Any], Checked]]] = [
-        ("text", config.text, _check_text),
-        ("label", config.label, partial(_check_name, "label")),
-    ]
+    checks: list[tuple[str, str, Callable[[Any], Checked]]] = [("text", config.text, _check_text)]
     if config.text_pair is not None:
         checks.append(("pair", config.text_pair, _check_text))
     if domain is None:
@@ -351,8 +359,11 @@ def _check_rows(
         else:
             checks.append(("domain", config.domain, _check_domain))
     checks = [check for check in checks if check[0] not in unneeded]
-    soft_columns = [("soft", name, None) for name in (softly.columns if softly else ())]
-    for name, column, _ in [*checks, *soft_columns]:
+    label_columns = [] if "label" in unneeded else reader.columns
+    columns = [(name, column) for name, column, _ in checks]
+    columns[1:1] = [("label", column) for column in label_columns]
+    columns += [("soft", column) for column in (softly.columns if softly else ())]
+    for name, column in columns:
         if column not in table.columns:
             reason = f"missing column: {_unknown(column, table.columns)}"
             problems.add(table.file, table.header, column, reason)
@@ -364,14 +375,21 @@ def _check_rows(
     if domain is not None and (wrong := _check_domain(domain)[1]):
         problems.add(table.file, None, None, wrong)
     rows, kept = [], []
+
+    def note(name: str, column: str, wrong: str | None) -> None:
+        if wrong:
+            is_gap = wrong.startswith(("empty", "missing"))
+            kind = wrong if is_gap else f"{name} that cannot be used"
+            problems.add_row(table.file, row, column, kind, wrong)
+
     for row, values in table.rows:
         fields: dict[str, Any] = {} if domain is None else {"domain": domain}
         for name, column, check in checks:
             fields[name], wrong = check(values.get(column))
-            if wrong:
-                is_gap = wrong.startswith(("empty", "missing"))
-                kind = wrong if is_gap else f"{name} that cannot be used"
-                problems.add_row(table.file, row, column, kind, wrong)
+            note(name, column, wrong)
+        if label_columns and are_there:
+            fields["label"], column, wrong = reader.check(values, problems)
+            note("label", column, wrong)
         if softly and set(softly.columns) <= set(table.columns):
             fields["soft"], column, wrong = softly.check(values)
             if wrong:
@@ -381,57 +399,9 @@ def _check_rows(
             kept.append((row, values))
     if table.rows and not rows:
         problems.add(table.file, table.header, None, "no row is left")
-    if "label" not in unneeded:
-        table = table._replace(rows=kept)
-        _check_label_types(table, config.label, problems)
-        _check_label_values(table, config.label, problems)
+    if label_columns:
+        reader.check_table(table._replace(rows=kept), problems)
     return rows
-
-
-def _check_label_values(table: Table, column: str, problems: Problems) -> None:
-    """Numbers to predict and lists are no classes, in files that can only write them as texts
-    either. A few numbers or names with commas may be names of classes."""
-    given = [(row, values.get(column)) for row, values in table.rows]
-    words = [(row, value) for row, value in given if isinstance(value, str) and value.strip()]
-    different = {value for _, value in words}
-    numbers = {value for value in different if _NUMBER.fullmatch(value)}
-    fractions = {value for value in numbers if float(value) % 1}
-    if len(fractions) > MOST_FRACTIONS and numbers == different:
-        for row, value in words:
-            if value in fractions:
-                reason = f"float {value} is not a label: give a string or an integer"
-                problems.add(table.file, row, column, reason)
-    lists = {value: [part.strip() for part in value.split(",")] for value in different}
-    names = {part for parts in lists.values() for part in parts}
-    several = sorted(value for value, parts in lists.items() if len(parts) > 1)
-    alone = names & different
-    orders = {tuple(sorted(lists[value])) for value in several}
-    if (
-        several
-        and len(names) < len(different)
-        and (2 * len(alone) >= len(names) or len(orders) < len(several))
-    ):
-        reason = (
-            f"labels are lists of {len(names)} names in {len(different)} combinations, such as "
-            f"{show(several[0])}: give each text one label"
-        )
-        problems.add(table.file, words[0][0], column, reason)
-
-
-def _check_label_types(table: Table, column: str, problems: Problems) -> None:
-    first_type, first_row = None, None
-    for row, values in table.rows:
-        kind = type(values.get(column))
-        if kind not in (str, int):
-            continue
-        if first_type is None:
-            first_type, first_row = kind, row
-        elif kind is not first_type:
-            reason = (
-                f"label {show(values[column])} is {kind.__name__}, "
-                f"in row {first_row} it is {first_type.__name__}"
-            )
-            problems.add(table.file, row, column, reason)
 
 
 def _check_text(value: Any) -> Checked:
@@ -439,31 +409,21 @@ def _check_text(value: Any) -> Checked:
         return None, "missing text"
     if isinstance(value, float) and math.isnan(value):
         return None, "NaN is not a text"
+    if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
+        return None, (
+            f"list {show(value)} is not a text: give whole texts (labels of words, token "
+            "classification, are not supported)"
+        )
     if not isinstance(value, str):
         return None, f"{type(value).__name__} {show(value)} is not a text"
     if not value.strip():
         return None, "empty text"
-    return _check_characters(value)
-
-
-def _check_name(what: str, value: Any) -> Checked:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None, f"missing {what}"
-    if isinstance(value, float) and math.isnan(value):
-        return None, f"NaN is not a {what}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value), None
-    if not isinstance(value, str):
-        found = f"{type(value).__name__} {show(value)}"
-        return None, f"{found} is not a {what}: give a string or an integer"
-    if value != value.strip():
-        return None, f"{what} {show(value)} has white space around it"
-    return _check_characters(value)
+    return check_characters(value)
 
 
 def _check_domain(value: Any) -> Checked:
     """A domain's name, which is also that of its student's folder: it must not lead elsewhere."""
-    name, reason = _check_name("domain", value)
+    name, reason = check_name("domain", value)
     if name is not None and (
         name.startswith(".")
         or re.search(r"[/\\\x00-\x1f\x7f]", name)
@@ -473,29 +433,21 @@ def _check_domain(value: Any) -> Checked:
     return name, reason
 
 
-def _check_characters(value: str) -> Checked:
-    """What an escape in JSON or a Parquet file can smuggle past the check of the bytes."""
-    if "\0" in value:
-        return None, f"NUL character at position {value.index(chr(0))}"
-    if re.search("[\ud800-\udfff]", value):
-        return None, "half of a surrogate pair, which is no character"
-    return value, None
-
-
 def _check_names_are_known(
     rows: list[Row],
     domains: list[str],
     labels: list[str],
-    config: DataConfig,
+    reader: LabelReader,
     problems: Problems,
 ) -> None:
     for row in rows:
-        if labels and row.label is not None and row.label not in labels:
-            reason = f"label not in train: {_unknown(row.label, labels)}"
-            problems.add(row.file, row.row, config.label, reason)
+        for name in reader.task.classes_of(row.label) if labels and row.label is not None else ():
+            if name not in labels:
+                reason = f"label not in train: {_unknown(name, labels)}"
+                problems.add(row.file, row.row, reader.columns[0], reason)
         if domains and row.domain is not None and row.domain not in domains:
             reason = f"domain not in train: {_unknown(row.domain, domains)}"
-            problems.add(row.file, row.row, config.domain, reason)
+            problems.add(row.file, row.row, reader.config.domain, reason)
 
 
 def _without(taught: list[Row], scored: list[Row], split: str, problems: Problems) -> list[Row]:
@@ -537,7 +489,7 @@ def _check_overlap(
 
 def _warn_of_spellings(what: str, names: list[str]) -> None:
     """Names that differ in case, space or the format of a number, and may be meant as one."""
-    numbers = [name for name in names if _NUMBER.fullmatch(name)]
+    numbers = [name for name in names if NUMBER.fullmatch(name)]
     alike: dict[str, list[str]] = {}
     for name in names:
         plain = f"{float(name):g}" if name in numbers else re.sub(r"\s+", "", name.casefold())
@@ -554,7 +506,7 @@ def _warn_of_spellings(what: str, names: list[str]) -> None:
 
 def _warn_of_conflicts(rows: list[Row]) -> None:
     """The same example with several labels."""
-    labels: dict[tuple, dict[str | None, Row]] = {}
+    labels: dict[tuple, dict[Label | None, Row]] = {}
     for row in rows:
         labels.setdefault(row.example, {}).setdefault(row.label, row)
     several = [list(found.values()) for found in labels.values() if len(found) > 1]

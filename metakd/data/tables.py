@@ -364,7 +364,7 @@ _NO_QUOTING = "where a quote is a character like others, set data.quoting: none"
 
 def _offer_delimiter(header: str, delimiter: str, config: DataConfig, problems: Problems) -> None:
     """A first line in which another delimiter would find the columns."""
-    wanted = {config.text, config.label}
+    wanted = {config.text, *config.label_columns}
     if wanted <= set(header.strip().split(delimiter)):
         return
     for mark, said in _OTHER_DELIMITERS.items():
@@ -385,9 +385,10 @@ def _find_swallowed(
     """First lines of the records that look like several rows between two stray quotes: their first
     line and their last would be a row each, with a label that other lines have. (Prose has a space
     after a comma, and rows have none.)"""
-    if not spanning or config.label not in table.columns:
+    column = config.label_columns[0]
+    if not spanning or column not in table.columns:
         return
-    at, width = table.columns.index(config.label), len(table.columns)
+    at, width = table.columns.index(column), len(table.columns)
 
     def label(line: str) -> str | None:
         fields = line.rstrip("\r\n").split(delimiter)
@@ -474,6 +475,9 @@ def _from_dataset(file: str, dataset) -> Table:
             values[name] = [
                 None if i is None or i < 0 else feature.int2str(i) for i in values[name]
             ]
+        several = getattr(feature, "feature", None)
+        if isinstance(several, ClassLabel):
+            values[name] = [None if ids is None else several.int2str(ids) for ids in values[name]]
     rows = [dict(zip(values, row)) for row in zip(*values.values())]
     return Table(file, list(values), None, list(enumerate(rows, start=1)))
 

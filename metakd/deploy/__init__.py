@@ -5,6 +5,7 @@ from importlib import import_module
 _HOME = {
     "Predictor": "predictor",
     "export_onnx": "export",
+    "task_at": "predictor",
 }
 __all__ = sorted(_HOME)
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from metakd.data.labels import Label
 from metakd.deploy.engines import input_names
 from metakd.deploy.extra import need
 from metakd.deploy.formats import (
@@ -34,7 +35,8 @@ from metakd.deploy.formats import (
 from metakd.deploy.predictor import Predictor, Text
 from metakd.deploy.smoothing import smoothed
 from metakd.environment import environment
-from metakd.errors import ConfigError, DataError, ParityError, UnsupportedError
+from metakd.errors import ConfigError, DataError, ParityError, UnsupportedError, listing
+from metakd.method.tasks import Task
 from metakd.pipeline.doubts import one_label
 
 OPSET = 23
@@ -52,7 +54,7 @@ def export_onnx(
     folder: str | Path,
     texts: Sequence[Text],
     *,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[Label] | None = None,
     data: str = "",
     int8: bool = False,
     fp16: bool = False,
@@ -65,7 +67,8 @@ def export_onnx(
     Args:
         folder: the student, saved with its tokenizer.
         texts: what to compare on; the more like the texts to be served, the better.
-        labels: of the texts, to score the exports as well.
+        labels: of the texts, to score the exports as well: a class of each, or a tuple of classes,
+            or a number, as the model's task has them.
         data: what the texts are; recorded.
         int8: write a quantised model beside the fp32 one.
         fp16: write a half-precision model beside it.
@@ -76,7 +79,7 @@ def export_onnx(
 
     Returns:
         The content of ``export.json``: for each file its size, its largest and mean logit error,
-        the share of texts with PyTorch's label, and its accuracy where there are labels; of int8
+        the share of texts with PyTorch's label, and its score where there are labels; of int8
         also the share of labels that depend on the other texts of a batch; and remarks on what the
         comparison cannot tell.
 
@@ -93,7 +96,9 @@ def export_onnx(
     out = (folder / ONNX_FOLDER if out is None else Path(out)).resolve()
     _check_place(out)
     trained = Predictor(folder, engine="eager", device="cpu")
-    gold = None if labels is None else _numbers(trained.labels, labels, len(texts))
+    gold = None
+    if labels is not None:
+        gold = _encoded(trained.task, trained.labels, labels, len(texts))
     building, gone = (out.with_name(f".{state}-{out.name}") for state in ("tmp", "gone"))
     try:
         shutil.rmtree(building, ignore_errors=True)
@@ -285,17 +290,18 @@ def _compare(
     built: Path,
     trained: Predictor,
     texts: Sequence[Text],
-    gold: np.ndarray | None,
+    gold: torch.Tensor | None,
     data: str,
     made_up: bool,
 ) -> dict:
-    wanted = trained.logits(texts)
-    remarks = _remarks([trained.labels[number] for number in wanted.argmax(1)])
+    wanted, task = trained.logits(texts), trained.task
+    answers = task.answers(wanted.astype(np.float64), trained.labels)
+    remarks = _remarks([answer.fields()["prediction"] for answer in answers])
     if made_up:
         remarks.append(f"compared on {data}: --data FILE gives texts like those to be served")
 
-    def accuracy(logits: np.ndarray) -> float | None:
-        return None if gold is None else float((logits.argmax(1) == gold).mean())
+    def score(logits: np.ndarray) -> float | None:
+        return None if gold is None else task.scores(gold, torch.from_numpy(logits))[task.metric]
 
     formats = {}
     for engine, name in ONNX_FILES.items():
@@ -308,8 +314,8 @@ def _compare(
             "bytes": sum(file.stat().st_size for file in built.glob(f"{name}*")),
             "max_logit_error": float(errors.max()),
             "mean_logit_error": float(errors.mean()),
-            "label_agreement": float((found.argmax(1) == wanted.argmax(1)).mean()),
-            "accuracy": accuracy(found),
+            "label_agreement": float(task.alike(found, wanted).mean()),
+            task.metric: score(found),
         }
         try:
             _check(name, engine, formats[name], len(texts))
@@ -324,18 +330,18 @@ def _compare(
         if engine == INT8_ENGINE:
             few = texts[:_ALONE]
             alone = np.concatenate([exported.logits([text]) for text in few])
-            moved = int((alone.argmax(1) != found[: len(few)].argmax(1)).sum())
+            moved = int((~task.alike(alone, found[: len(few)])).sum())
             formats[name]["labels_by_batch"] = moved / len(few)
             if moved:
                 remarks.append(
                     f"{name}: {moved} of {len(few)} labels depend on what else is in the batch, "
                     "since activations are rounded with one scale for all of it"
                 )
-    checked = {"examples": len(texts), "data": data, "accuracy": accuracy(wanted)}
+    checked = {"examples": len(texts), "data": data, task.metric: score(wanted)}
     return {"checked": checked | {"remarks": remarks}, "formats": formats}
 
 
-def _remarks(answers: Sequence[str]) -> list[str]:
+def _remarks(answers: Sequence[object]) -> list[str]:
     """What a comparison on these texts cannot tell."""
     found = [one_label(answers)]
     if len(answers) < _ENOUGH:
@@ -346,19 +352,18 @@ def _remarks(answers: Sequence[str]) -> list[str]:
     return list(filter(None, found))
 
 
-def _numbers(known: Sequence[str], labels: Sequence[str], texts: int) -> np.ndarray:
-    """The classes [N] that labels name."""
+def _encoded(task: Task, known: Sequence[str], labels: Sequence[Label], texts: int) -> torch.Tensor:
+    """The labels of N texts, [N] or [N, M]."""
     if len(labels) != texts:
         raise DataError(f"there are {texts} texts and {len(labels)} labels", "correct the data")
     number = {label: place for place, label in enumerate(known)}
-    for label in labels:
-        if label not in number:
-            listed = ", ".join(map(repr, known[:_LABELS_SHOWN]))
-            more = f" and {len(known) - _LABELS_SHOWN} more" * (len(known) > _LABELS_SHOWN)
+    for name in (name for label in labels for name in task.classes_of(label)):
+        if name not in number:
+            listed = listing(list(map(repr, known)), _LABELS_SHOWN)
             raise DataError(
-                f"label {label!r} is not among the model's: {listed}{more}", "correct the data"
+                f"label {name!r} is not among the model's: {listed}", "correct the data"
             )
-    return np.array([number[label] for label in labels])
+    return task.encode(labels, number)
 
 
 def _check(name: str, engine: str, parity: dict, examples: int) -> None:

@@ -22,6 +22,7 @@ from metakd.deploy.speedup import fastest, model_of, nearest, ratios, times
 from metakd.environment import versions
 from metakd.method.methods import METHODS
 from metakd.method.recipe import FLAT_SCORES
+from metakd.method.tasks import CONFUSION, COUNTS, by_domain
 from metakd.pipeline.table import (
     ALL_DOMAINS,
     AVERAGE,
@@ -37,7 +38,7 @@ _SCORE_BINS = 40
 
 
 def gather(run: RunFolder, command: str = "") -> dict:
-    """The facts of a run, as JSON values; every accuracy in percent.
+    """The facts of a run, as JSON values; every score in percent.
 
     Args:
         run: what is there of it.
@@ -74,7 +75,8 @@ def gather(run: RunFolder, command: str = "") -> dict:
         "terms": {row: curves for row, own in logs.items() if (curves := _curves(own))["terms"]},
         "scores": _scores(run),
         "expertise": {row: found for row, found in expertise.items() if found},
-        "confusion": _confusion(best, stages),
+        "confusion": _counted(CONFUSION, best, stages),
+        "classes": _counted(COUNTS, best, stages),
         "latency": run.latency,
         "ratios": compared,
         "exports": exports,
@@ -92,19 +94,19 @@ def _comparison(run: RunFolder) -> dict | None:
     their number, or else from whatever stages are there."""
     if run.labels:
         point = run.labels["points"][-1]
-        cells = [Cell(**cell) for cell in point["cells"]]
+        cells = [Cell.read(cell) for cell in point["cells"]]
         facts = {"split": run.labels["split"], "summary": copy.deepcopy(point["summary"])}
     elif run.compare:
-        cells = [Cell(**cell) for cell in run.compare["cells"]]
+        cells = [Cell.read(cell) for cell in run.compare["cells"]]
         facts = {name: run.compare[name] for name in ("split", "summary")}
     else:
         scored = run.of_kind("teacher") + run.of_kind("student")
         split = "test" if all("test" in stage.result for stage in scored) else "validation"
         cells = [
-            Cell(stage.row, name.removeprefix("accuracy/"), stage.seed, 100 * value)
+            cell
             for stage in scored
-            for name, value in stage.result[split].items()
-            if name.startswith("accuracy/")
+            for scores in [stage.result[split]]
+            for cell in Cell.all_of(stage.row, by_domain(scores), stage.seed, scores)
         ]
         facts = {"split": split, "summary": summarise(cells)}
     if not cells:
@@ -115,6 +117,7 @@ def _comparison(run: RunFolder) -> dict | None:
         if len({score["n"] for name, score in scores.items()}) > 1 or len(scores) <= len(domains):
             scores.pop(AVERAGE, None)
     return facts | {
+        "metric": cells[0].metric,
         "domains": domains,
         "seeds": sorted({cell.seed for cell in cells if not cell.row.startswith(TEACHER)}),
         "teacher_seeds": sorted({cell.seed for cell in cells if cell.row.startswith(TEACHER)}),
@@ -172,9 +175,9 @@ def _close(comparison: dict | None, best: dict | None) -> list[dict]:
     return found
 
 
-def _confusion(best: dict | None, stages: Sequence[Stage]) -> dict | None:
-    """Counts [gold, predicted] by domain, summed over seeds: of the best row, or of the first that
-    has any."""
+def _counted(what: str, best: dict | None, stages: Sequence[Stage]) -> dict | None:
+    """Counts of this kind by domain, summed over seeds: of the best row, or of the first that has
+    any."""
     students = [stage for stage in stages if stage.kind == "student"]
     rows = dict.fromkeys(([best["row"]] if best else []) + [stage.row for stage in students])
     for row, split in itertools.product(rows, ("test", "validation")):
@@ -182,8 +185,8 @@ def _confusion(best: dict | None, stages: Sequence[Stage]) -> dict | None:
         own = [stage for stage in students if stage.row == row]
         for stage in own:
             for name, counts in stage.result.get(split, {}).items():
-                if name.startswith("confusion/"):
-                    domain = name.removeprefix("confusion/")
+                if name.startswith(what):
+                    domain = name.removeprefix(what)
                     domains[domain] = domains.get(domain, 0) + np.array(counts)
         if domains:
             size = len(next(iter(domains.values())))
@@ -298,12 +301,13 @@ def _tradeoff(
         if best is None:
             left_out.append({"name": row, "reason": "no latency of its shape"})
         elif AVERAGE in scores:
-            points.append({"name": row, "accuracy": scores[AVERAGE]["mean"]} | best)
+            points.append({"name": row, "score": scores[AVERAGE]["mean"]} | best)
     scored: dict[str, dict[str, list[float]]] = {}
     for export in exports:
-        accuracy = export["formats"].get(ONNX_FILES[INT8_ENGINE], {}).get("accuracy")
-        if accuracy is not None:
-            gain = accuracy - export["checked"]["accuracy"]
+        metric = comparison["metric"]
+        score = export["formats"].get(ONNX_FILES[INT8_ENGINE], {}).get(metric)
+        if score is not None:
+            gain = score - export["checked"][metric]
             scored.setdefault(export["row"], {}).setdefault(export["domain"], []).append(gain)
     for row, domains in scored.items():
         if AVERAGE not in comparison["summary"].get(row, {}):
@@ -316,12 +320,12 @@ def _tradeoff(
             continue
         # Exports are scored on texts and a seed of their own: what int8 costs there is what counts.
         gain = statistics.fmean(statistics.fmean(domains[name]) for name in wanted)
-        accuracy = comparison["summary"][row][AVERAGE]["mean"] + 100 * gain
+        score = comparison["summary"][row][AVERAGE]["mean"] + 100 * gain
         points.append(
-            {"name": f"{row}, int8", "accuracy": accuracy}
+            {"name": f"{row}, int8", "score": score}
             | {"engine": INT8_ENGINE, "p50_ms": took[row][INT8_ENGINE]}
         )
-    front = pareto([(point["p50_ms"], point["accuracy"]) for point in points])
+    front = pareto([(point["p50_ms"], point["score"]) for point in points])
     return {
         "batch": at["batch"],
         "length": at["length"],

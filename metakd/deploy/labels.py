@@ -7,7 +7,15 @@ import statistics
 
 from metakd.deploy import plots
 from metakd.deploy.parts import Section, Table
-from metakd.pipeline.table import AVERAGE, TEACHER, label_tables, show, show_interval
+from metakd.pipeline.table import (
+    AVERAGE,
+    TEACHER,
+    label_tables,
+    name_of,
+    show,
+    show_interval,
+    title_of,
+)
 
 
 def gather(compared: dict) -> dict:
@@ -25,7 +33,7 @@ def gather(compared: dict) -> dict:
 
 def section(labels: dict) -> Section:
     """The curve, and its numbers."""
-    found = Section("labels", "Accuracy by labels")
+    found = Section("labels", f"{title_of(labels)} by labels")
     curve = [
         (
             str(point["asked"]),
@@ -34,7 +42,7 @@ def section(labels: dict) -> Section:
         )
         for point in labels["points"]
     ]
-    found.plots.append(plots.by_labels(curve))
+    found.plots.append(plots.by_labels(curve, title_of(labels)))
     found.tables += [Table(*table) for table in label_tables(labels)]
     return found
 
@@ -47,7 +55,7 @@ def headline(labels: dict) -> str:
     row = max(students, key=lambda name: students[name]["mean"])
     text = (
         f"With {point['asked']} labels of its domain {row} reaches {show(students[row])} % "
-        f"accuracy ({labels['split']} split)"
+        f"{name_of(labels)} ({labels['split']} split)"
     )
     if base is None or row == base:
         return f"{text}."

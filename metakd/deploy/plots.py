@@ -135,20 +135,20 @@ def _inline(text: str, name: str, label: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def tradeoff(facts: dict) -> str:
-    """Accuracy against latency, the Pareto front joined by a line."""
+def tradeoff(facts: dict, metric: str) -> str:
+    """Scores against latency, the Pareto front joined by a line."""
     points = facts["points"]
     at = f"batch {facts['batch']}, {facts['length']} tokens"
     with _Plot(
-        "tradeoff", "Accuracy against latency", f"p50 latency, ms ({at})", "accuracy, %"
+        "tradeoff", f"{metric} against latency", f"p50 latency, ms ({at})", f"{metric}, %"
     ) as plot:
-        front = sorted((point["p50_ms"], point["accuracy"]) for point in points if point["front"])
+        front = sorted((point["p50_ms"], point["score"]) for point in points if point["front"])
         plot.axes.plot(*zip(*front), color=_SENTINELS[FAINT], linestyle=_DASHES[1], zorder=1)
         for number, point in enumerate(points):
             colour = _SENTINELS[SERIES[number % len(SERIES)]]
             plot.axes.plot(
                 point["p50_ms"],
-                point["accuracy"],
+                point["score"],
                 _MARKERS[number % len(_MARKERS)],
                 color=colour,
                 markerfacecolor=colour if point["front"] else "none",
@@ -162,16 +162,17 @@ def tradeoff(facts: dict) -> str:
     return plot.svg
 
 
-def by_labels(points: Sequence[tuple[str, float, dict[str, dict]]]) -> str:
-    """Accuracy of each row against the labels of the student's domain, with its spread over seeds.
+def by_labels(points: Sequence[tuple[str, float, dict[str, dict]]], metric: str) -> str:
+    """Score of each row against the labels of the student's domain, with its spread over seeds.
 
     Args:
         points: of each its name, its labels, and the score of each row.
+        metric: what the scores are called.
     """
     rows = list(dict.fromkeys(row for *_, scores in points for row in scores))
-    with _Plot("labels", "Accuracy by labels", "labels of the student's domain", "accuracy, %") as (
-        plot
-    ):
+    with _Plot(
+        "labels", f"{metric} by labels", "labels of the student's domain", f"{metric}, %"
+    ) as (plot):
         for number, row in enumerate(rows):
             known = [(labels, scores[row]) for _, labels, scores in points if row in scores]
             style = (number + number // len(SERIES)) % len(_DASHES)  # the next seven differ

@@ -10,7 +10,6 @@ import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +18,8 @@ from transformers import PreTrainedModel
 from metakd.config.places import meant
 from metakd.deploy.engines import Engine, Inputs, open_engine, positions, why_not
 from metakd.deploy.formats import ENGINES
-from metakd.errors import CheckpointError, DataError
+from metakd.errors import CheckpointError, DataError, listing
+from metakd.method.tasks import Answer, Task, task_of
 from metakd.models.sources import knows_words, load_config, load_tokenizer
 
 Text = str | tuple[str, str]
@@ -30,13 +30,6 @@ FASTEST = (("cuda", "cudagraph"), ("cuda", "onnx"), ("cpu", "onnx"), ("cpu", "ea
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _STUDENTS_SHOWN = 8
 _SORTED_AT_ONCE = 8192  # texts; bounds the memory of a long list
-
-
-class Prediction(NamedTuple):
-    """The likeliest class of a text, and the probability that the model gives it."""
-
-    label: str
-    score: float
 
 
 class Predictor:
@@ -73,6 +66,7 @@ class Predictor:
         folder = Path(folder)
         self.tokenizer, config = _read(folder)
         self.labels = [config.id2label[number] for number in range(config.num_labels)]
+        self.task = task_of(config.problem_type)
         device, engine = _choose(folder, device, engine)
         self.engine: Engine = open_engine(engine, folder, device=device, threads=threads)
         self.engine_name = engine
@@ -80,19 +74,14 @@ class Predictor:
         longest = max_length or self.tokenizer.model_max_length
         self._max_length = min(longest, positions(config) or longest)
 
-    def __call__(self, texts: Sequence[Text]) -> list[Prediction]:
-        """The class of each text; of two texts each where they are pairs.
+    def __call__(self, texts: Sequence[Text]) -> list[Answer]:
+        """The class of each text, a ``Prediction``; where the model's task is another, its classes,
+        ``Labels``, or its number, ``Value``. Of two texts each where they are pairs.
 
         Raises:
             DataError: something among them is no text.
         """
-        logits = self.logits(texts).astype(np.float64)
-        odds = np.exp(logits - logits.max(1, keepdims=True, initial=-np.inf))
-        best = odds.argmax(1) if len(odds) else []
-        return [
-            Prediction(self.labels[number], float(row[number] / row.sum()))
-            for number, row in zip(best, odds)
-        ]
+        return list(self.task.answers(self.logits(texts).astype(np.float64), self.labels))
 
     def with_model(self, model: PreTrainedModel) -> Predictor:
         """The same, running another PyTorch model.
@@ -151,9 +140,8 @@ def _read(folder: Path):
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder{meant(folder)}", remedy)
     if inside := sorted(folder.glob("students/*/*/config.json")):
-        listed = ", ".join(str(file.parent) for file in inside[:_STUDENTS_SHOWN])
-        more = f" and {len(inside) - _STUDENTS_SHOWN} more" * (len(inside) > _STUDENTS_SHOWN)
-        raise CheckpointError(f"{folder}: is a run with several models", f"give {listed}{more}")
+        listed = listing([str(file.parent) for file in inside], _STUDENTS_SHOWN)
+        raise CheckpointError(f"{folder}: is a run with several models", f"give {listed}")
     try:
         tokenizer, config = load_tokenizer(str(folder)), load_config(str(folder))
     except (OSError, ValueError) as error:
@@ -163,9 +151,18 @@ def _read(folder: Path):
         raise CheckpointError(cause, remedy) from error
     if not knows_words(tokenizer):
         raise CheckpointError(f"{folder}: holds no tokenizer", remedy)
-    if (config.num_labels or 0) < 2:
-        raise CheckpointError(f"{folder}: its model has one output, which tells no classes", remedy)
+    if wrong := task_of(config.problem_type).misfit(config.num_labels or 0):
+        raise CheckpointError(f"{folder}: its model has {wrong}", remedy)
     return tokenizer, config
+
+
+def task_at(folder: str | Path) -> Task:
+    """What the model of a folder is for.
+
+    Raises:
+        CheckpointError: the folder holds no classifier with its tokenizer, or a damaged one.
+    """
+    return task_of(_read(Path(folder))[1].problem_type)
 
 
 def _choose(folder: Path, device: str | None, engine: str) -> tuple[str, str]:

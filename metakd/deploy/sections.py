@@ -13,7 +13,8 @@ from metakd.deploy.formats import INT8_ENGINE
 from metakd.deploy.parts import Section, Table
 from metakd.deploy.speedup import nearest
 from metakd.environment import flat, machine
-from metakd.pipeline.table import AVERAGE, show
+from metakd.method.tasks import METRICS, by_domain
+from metakd.pipeline.table import AVERAGE, metric_of, name_of, show, title_of
 
 _MISSING = "—"
 _MOST_CLASSES = 20  # of which every pair is shown
@@ -27,7 +28,7 @@ def sections(facts: dict) -> list[Section]:
         _tradeoff(facts),
         _terms(facts),
         _weights(facts),
-        _confusion(facts),
+        *([_classes(facts["classes"])] if facts["classes"] else [_confusion(facts)]),
         _latency(facts),
         _exports(facts),
         *([_data(facts["left_out"])] if facts["left_out"] else []),
@@ -46,7 +47,7 @@ def headline(facts: dict) -> str:
     domains = len(facts["comparison"]["domains"])
     over = f"on average over {domains} domains" if domains > 1 else "on its one domain"
     text = (
-        f"{best['row']} reaches {show(best['average'])} % accuracy {over} "
+        f"{best['row']} reaches {show(best['average'])} % {name_of(facts['comparison'])} {over} "
         f"({facts['comparison']['split']} split)"
     )
     if best["teacher_average"]:
@@ -81,7 +82,8 @@ def _times(ratio: float) -> str:
 
 def _accuracy(facts: dict) -> Section:
     comparison = facts["comparison"]
-    section = Section("accuracy", "Accuracy by method and domain")
+    metric = title_of(comparison)
+    section = Section("accuracy", f"{metric} by method and domain")
     if comparison is None:
         section.notes.append(
             "Nothing is trained yet: `metakd run CONFIG` or `metakd compare CONFIG`."
@@ -94,7 +96,7 @@ def _accuracy(facts: dict) -> Section:
     ]
     section.tables.append(
         Table(
-            f"Accuracy in percent on the {comparison['split']} split: mean ± sample standard "
+            f"{metric} in percent on the {comparison['split']} split: mean ± sample standard "
             "deviation over seeds.",
             ["", *columns, "seeds"],
             rows,
@@ -117,35 +119,33 @@ def _seeds(scores: dict) -> str:
 
 
 def _evaluation(scored: dict) -> Table:
-    students = {
-        name.removeprefix("accuracy/"): value
-        for scores in scored["students"].values()
-        for name, value in scores.items()
-        if name.startswith("accuracy/")
-    }
-    rows = []
+    students: dict[str, float] = {}
+    for scores in scored["students"].values():
+        students |= by_domain(scores)
+    teachers, rows = by_domain(scored["teacher"]), []
     for domain, student in students.items():
-        teacher = scored["teacher"].get(f"accuracy/{domain}")
+        teacher = teachers.get(domain)
         if teacher is None:
             rows.append([domain, _MISSING, f"{100 * student:.1f}", _MISSING])
         else:
             values = (teacher, student, student - teacher)
             rows.append([domain, *(f"{100 * value:.1f}" for value in values)])
     return Table(
-        "The configured method once more, from its saved files in fp32: accuracy in percent on "
-        f"the {scored['split']} split.",
+        "The configured method once more, from its saved files in fp32: "
+        f"{name_of(scored)} in percent on the {scored['split']} split.",
         ["domain", "teacher", "student", "difference"],
         rows,
     )
 
 
 def _tradeoff(facts: dict) -> Section:
-    section = Section("tradeoff", "Accuracy against latency")
+    metric = title_of(facts["comparison"])
+    section = Section("tradeoff", f"{metric} against latency")
     trade = facts["tradeoff"]
     if trade is None:
         section.notes.append(_not_measured(facts))
         return section
-    section.plots.append(plots.tradeoff(trade))
+    section.plots.append(plots.tradeoff(trade, metric))
     section.notes.append(
         "Filled marks are on the Pareto front: nothing else is both as fast and as accurate. "
         "One student of each shape was measured; each model runs on its fastest engine with "
@@ -161,14 +161,14 @@ def _tradeoff(facts: dict) -> Section:
         )
     section.tables.append(
         Table(
-            f"Average accuracy in percent, p50 latency in ms at batch {trade['batch']} and "
-            f"{trade['length']} tokens.",
-            ["", "engine", "accuracy", "p50", "Pareto front"],
+            f"Average {name_of(facts['comparison'])} in percent, p50 latency in ms at batch "
+            f"{trade['batch']} and {trade['length']} tokens.",
+            ["", "engine", name_of(facts["comparison"]), "p50", "Pareto front"],
             [
                 [
                     point["name"],
                     point["engine"],
-                    f"{point['accuracy']:.1f}",
+                    f"{point['score']:.1f}",
                     _ms(point["p50_ms"]),
                     "yes" if point["front"] else "no",
                 ]
@@ -307,6 +307,33 @@ def _mistakes(domain: str, classes: Sequence[str], counts: Sequence[Sequence[int
         ],
         names=2,
     )
+
+
+def _classes(found: dict) -> Section:
+    """Precision and recall of each class, where texts have several."""
+    section = Section("confusion", "Classes by domain")
+    seeds = ", ".join(map(str, found["seeds"]))
+    section.notes.append(
+        f"{found['row']}, {found['split']} split, texts summed over seeds ({seeds})."
+    )
+    for domain, counts in found["domains"].items():
+        rows = []
+        for name, (right, wrong, missed) in zip(found["classes"], counts):
+            shares = (
+                (right, right + wrong),
+                (right, right + missed),
+                (right, right + (wrong + missed) / 2),
+            )
+            rows.append(
+                [
+                    name,
+                    *(f"{100 * a / b:.1f}" if b else _MISSING for a, b in shares),
+                    str(right + missed),
+                ]
+            )
+        header = ["class", "precision", "recall", "F1", "texts"]
+        section.tables.append(Table(f"{domain}: in percent, and texts that have it.", header, rows))
+    return section
 
 
 _TIMES = ("p50_ms", "p90_ms", "p95_ms", "p99_ms")
@@ -452,10 +479,11 @@ def _exports(facts: dict) -> Section:
         for export in facts["exports"]
     ]
     section.notes.append(f"Checked on {'; '.join(dict.fromkeys(checked))}.")
+    metric = metric_of(facts["exports"][0]["checked"])
     rows = []
     for export in facts["exports"]:
-        accuracy = _accuracy_percent(export["checked"]["accuracy"])
-        rows.append([export["student"], "PyTorch fp32", _MISSING, _MISSING, accuracy])
+        score = _score_percent(export["checked"].get(metric))
+        rows.append([export["student"], "PyTorch fp32", _MISSING, _MISSING, score])
         rows[-1] += [_MISSING, _MISSING]
         for name, file in export["formats"].items():
             rows.append(
@@ -464,7 +492,7 @@ def _exports(facts: dict) -> Section:
                     name,
                     f"{file['bytes'] / 1e6:.1f}",
                     f"{100 * file['label_agreement']:.2f}",
-                    _accuracy_percent(file["accuracy"]),
+                    _score_percent(file.get(metric)),
                     f"{file['max_logit_error']:.1e}",
                     f"{file['mean_logit_error']:.1e}",
                 ]
@@ -472,9 +500,9 @@ def _exports(facts: dict) -> Section:
     section.tables.append(
         Table(
             "Against PyTorch in fp32: size in MB, share of examples with the same label and "
-            "accuracy in percent, error of a logit.",
+            f"{METRICS[metric]} in percent, error of a logit.",
             [
-                *("student", "file", "size", "same label", "accuracy"),
+                *("student", "file", "size", "same label", METRICS[metric]),
                 *("largest error", "mean error"),
             ],
             rows,
@@ -484,7 +512,7 @@ def _exports(facts: dict) -> Section:
     return section
 
 
-def _accuracy_percent(share: float | None) -> str:
+def _score_percent(share: float | None) -> str:
     return _MISSING if share is None else f"{100 * share:.1f}"
 
 

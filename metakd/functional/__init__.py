@@ -30,7 +30,13 @@ from metakd.functional.attention import (
     relation_kl,
 )
 from metakd.functional.hidden import hidden_mse, masked_mean
-from metakd.functional.logits import linear_soft_kl, soft_jsd, soft_kl, soft_reverse_kl
+from metakd.functional.logits import (
+    linear_soft_kl,
+    sigmoid_kl,
+    soft_jsd,
+    soft_kl,
+    soft_reverse_kl,
+)
 from metakd.functional.prototypes import class_prototypes, domain_expertise, prototype_score
 
 __all__ = [
@@ -45,6 +51,7 @@ __all__ = [
     "masked_mean",
     "prototype_score",
     "relation_kl",
+    "sigmoid_kl",
     "soft_jsd",
     "soft_kl",
     "soft_reverse_kl",

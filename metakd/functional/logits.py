@@ -86,6 +86,16 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.flatten()
 
 
+def _check_student(student: Tensor) -> None:
+    require(
+        isinstance(student, Tensor) and student.dim() >= 2 and student.shape[-1] >= 1,
+        lambda: (
+            f"student must be a tensor [..., C], C >= 1, got {getattr(student, 'shape', student)!r}"
+        ),
+    )
+    check_tensor("student", student, student.shape)
+
+
 def _soft(
     op: str,
     student: Tensor,
@@ -95,13 +105,7 @@ def _soft(
     reduction: str,
     backend: str,
 ) -> Tensor:
-    require(
-        isinstance(student, Tensor) and student.dim() >= 2 and student.shape[-1] >= 1,
-        lambda: (
-            f"student must be a tensor [..., C], C >= 1, got {getattr(student, 'shape', student)!r}"
-        ),
-    )
-    check_tensor("student", student, student.shape)
+    _check_student(student)
     tokens, device = student.shape[:-1], student.device
     check_teacher("teacher", teacher, (*tokens, "C"), device)
     widths = student.shape[-1], teacher.shape[-1]
@@ -174,6 +178,62 @@ def soft_kl(
     how = (0.0, temperature, scale_by_temperature, label, hard_weight, ignore_index)
     options = _Options(*how, vocab_size, mask)
     return _soft("soft_kl", student, teacher, options, weight, reduction, backend)
+
+
+def sigmoid_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale_by_temperature: bool = True,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Forward KL divergence of the student from the teacher where each class is a question of its
+    own (multi-label), from logits, the mean over classes.
+
+    ``rows = T^2 / C * sum_c KL(Bernoulli(p_c) || Bernoulli(q_c))``, with ``p = sigmoid(teacher /
+    T)`` and ``q = sigmoid(student / T)``. A class is a softmax over its logit and 0, so that this
+    is ``soft_kl`` of C pairs a row, in the same kernels.
+
+    Args:
+        student: logits, [..., C].
+        teacher: logits, [..., C], without grad.
+        temperature: T, above 0.
+        scale_by_temperature: multiply by T^2, so that gradients keep their size as T grows.
+        mask: [...], which rows count.
+        weight: [...], factor of each row.
+        reduction: ``mean`` (over the unmasked rows), ``sum``, or ``none`` (rows, [...]).
+        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+
+    Returns:
+        The reduced loss, or rows [...], float32 (float64 for doubles).
+
+    Raises:
+        ValueError: an argument of wrong shape, dtype, device or range; a teacher that requires
+            grad.
+        UnsupportedError: the backend asked for cannot run here.
+
+    Source: Yang, Xie, Zong et al. 2023, *Multi-Label Knowledge Distillation* (arXiv 2308.06453),
+    section 3.2, which has the sum over classes; the mean goes with binary cross-entropy as
+    transformers has it.
+    """
+    _check_student(student)
+    rows = student.shape[:-1]
+    check_teacher("teacher", teacher, student.shape, student.device)
+    mask = as_mask("mask", mask, rows, student.device)
+    against_zero = [torch.stack((side, torch.zeros_like(side)), -1) for side in (student, teacher)]
+    by_class = soft_kl(
+        *against_zero,
+        temperature=temperature,
+        scale_by_temperature=scale_by_temperature,
+        mask=None if mask is None else mask[..., None].expand(student.shape),
+        reduction="none",
+        backend=backend,
+    )
+    return reduce_rows(by_class.mean(-1), weight, mask, reduction)
 
 
 def soft_reverse_kl(

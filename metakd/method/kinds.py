@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from metakd.method.tasks import SINGLE_LABEL
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -57,8 +59,8 @@ class TeacherKind:
             One value per example [B], and the terms of it [B] for the log.
         """
         assert features.logits is not None, "every teacher classifies"
-        cross_entropy = _cross_entropy(features.logits, batch["labels"])
-        return cross_entropy, {"ce": cross_entropy}
+        rows = teacher.task.loss(features.logits, batch["labels"])
+        return rows, {"ce": rows}
 
     def columns(
         self, teacher: Teacher, domain: Tensor, *, seed: int, epoch: int
@@ -146,17 +148,17 @@ class MetaTeacher(TeacherKind):
         return "with one domain a meta-teacher has no domain loss, and learns by its scores alone"
 
     def loss(self, teacher, features, batch):
-        cross_entropy = _cross_entropy(features.logits, batch["labels"])
+        unweighted = teacher.task.loss(features.logits, batch["labels"])
         # A cosine can fall below 0; a negative weight would teach the opposite of the label.
         score = batch["t"].clamp(min=0.0)
-        rows = score * cross_entropy
-        terms = {"ce": cross_entropy, "ce_weighted": rows}
+        rows = score * unweighted
+        terms = {"ce": unweighted, "ce_weighted": rows}
         if self.corrupts(teacher):
             # The release's domain classifier has the tanh that its L_TKD lacks.
             corrupted = features.domain
             corrupted = corrupted if teacher.domain_layer.tanh else corrupted.tanh()
             told = teacher.domain_classifier(corrupted)
-            terms["domain_loss"] = _cross_entropy(told, batch["false_domain"])
+            terms["domain_loss"] = SINGLE_LABEL.loss(told, batch["false_domain"])
             weight = score if teacher.recipe.score_weighs_domain_loss else 1.0
             rows = rows + teacher.gamma1 * weight * terms["domain_loss"]
         return rows, terms
@@ -191,12 +193,6 @@ class FileTeacher(TeacherKind):
     name = "file"
     line = "none here: what a model elsewhere said of each text comes with the data"
     in_data = True
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    from torch.nn.functional import cross_entropy
-
-    return cross_entropy(logits.float(), labels, reduction="none")
 
 
 TEACHER_KINDS: dict[str, TeacherKind] = {

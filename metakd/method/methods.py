@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.recipe import PAPER, Recipe
+from metakd.method.tasks import SINGLE_LABEL, Task
 from metakd.method.terms import (
     AttentionTerm,
     EmbeddingTerm,
@@ -240,14 +241,19 @@ DEFAULT_ROWS: tuple[tuple[str, str | None], ...] = (
 
 
 def build_terms(
-    config: DistillConfig, *, student_layers: int, teacher_layers: int, recipe: Recipe = PAPER
+    config: DistillConfig,
+    *,
+    student_layers: int,
+    teacher_layers: int,
+    recipe: Recipe = PAPER,
+    task: Task = SINGLE_LABEL,
 ) -> list[Term]:
     """The terms of ``config.method``, less those of weight 0.
 
     Raises:
         ValueError: the layers cannot be mapped, or no term is left.
     """
-    setup = Setup(student_layers, teacher_layers, recipe)
+    setup = Setup(student_layers, teacher_layers, recipe, task)
     weights = [(part.term, part.weight(config)) for part in METHODS[config.method].terms]
     kept = [term.configured(weight, config, setup) for term, weight in weights if weight > 0]
     if not kept:

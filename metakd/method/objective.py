@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from metakd.functional import domain_expertise
 from metakd.method.domains import DomainLayer
 from metakd.method.recipe import PAPER, Recipe
+from metakd.method.tasks import SINGLE_LABEL, Task
 from metakd.method.teachers import StepOutput, check_packed
-from metakd.method.terms import Term, presumed
+from metakd.method.terms import Term
 from metakd.models.taps import Features, Taps, pool
 
 Batch = dict[str, Tensor]
@@ -36,6 +36,7 @@ class Distillation(nn.Module):
         weigh_by_expertise: multiply terms by lambda_i (meta-distillation); otherwise lambda is 1.
         recipe: paper or released form.
         packed: run the student's layers on real tokens only.
+        task: what labels mean.
 
     Raises:
         ValueError: a width does not split into the relation heads.
@@ -52,10 +53,12 @@ class Distillation(nn.Module):
         weigh_by_expertise: bool = False,
         recipe: Recipe = PAPER,
         packed: bool = False,
+        task: Task = SINGLE_LABEL,
     ):
         super().__init__()
         check_packed(packed, recipe)
         self.packed = packed
+        self.task = task
         self.student = student
         self.terms = list(terms)
         self.weigh_by_expertise = weigh_by_expertise
@@ -99,10 +102,10 @@ class Distillation(nn.Module):
         """Losses of one batch.
 
         Args:
-            batch: model inputs, labels [B], domain [B]; t [B], or [B, M] by class where a label may
-                be missing, where lambda or ``foreign`` is used; weight [B] of each example;
-                foreign [B], which examples t weights; opinion [B, M], logits that take the place of
-                the teacher's where they are numbers.
+            batch: model inputs, labels [B] or [B, M], domain [B]; t [B], or [B, C] by cell where a
+                label may be missing, where lambda or ``foreign`` is used; weight [B] of each
+                example; foreign [B], which examples t weights; opinion [B, M], logits that take the
+                place of the teacher's where they are numbers.
             taught: the teacher's features; None for a method without teacher.
         """
         seen = self._taps(batch)
@@ -110,15 +113,15 @@ class Distillation(nn.Module):
             taught.arrive()
         if "domain" in self.needs:
             seen.domain = self.domain_layer(pool(seen, self.recipe.pooling), batch["domain"])
-        labels, score = _known(batch, taught)
+        labels, score = self._known(batch, taught)
         expertise = in_sample = None
         if taught is not None and taught.logits is not None and "opinion" in batch:
             if self.weigh_by_expertise:
-                in_sample = domain_expertise(taught.logits, labels, score)
+                in_sample = self.task.expertise(taught.logits, labels, score)
             opinion = batch["opinion"].to(taught.logits)
             taught.logits = taught.logits.where(opinion.isnan(), opinion)
         if self.weigh_by_expertise:
-            expertise = domain_expertise(taught.logits, labels, score)
+            expertise = self.task.expertise(taught.logits, labels, score)
         total = torch.zeros(len(seen.mask), device=seen.mask.device)
         logged = {}
         for term in self.terms:
@@ -144,16 +147,15 @@ class Distillation(nn.Module):
             logged["expertise_in_sample_std"] = in_sample.std(correction=0)
         return StepOutput(total, logged)
 
-
-def _known(batch: Batch, taught: Features | None) -> tuple[Tensor, Tensor | None]:
-    """Labels [B], the teacher's choice where there is none, and the scores t [B] in these classes,
-    if the batch has any."""
-    labels, score = batch["labels"], batch.get("t")
-    if taught is not None and taught.logits is not None:
-        labels = presumed(labels, taught.logits)
-    if score is not None and score.dim() == 2:
-        score = score.gather(1, labels[:, None])[:, 0]
-    return labels, score
+    def _known(self, batch: Batch, taught: Features | None) -> tuple[Tensor, Tensor | None]:
+        """Labels, the teacher's choice where there is none, and the scores t [B] with these labels,
+        if the batch has any."""
+        labels, score = batch["labels"], batch.get("t")
+        if taught is not None and taught.logits is not None:
+            labels = self.task.presumed(labels, taught.logits)
+        if score is not None and score.dim() == 2:
+            score = self.task.score_of(score, labels)
+        return labels, score
 
 
 EXPERTISE_BINS = 40

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from metakd.errors import CheckpointError, UnsupportedError
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.recipe import PAPER, Recipe
+from metakd.method.tasks import SINGLE_LABEL, Task
 from metakd.models.sources import check_finite, damaged, load_trained_classifier
 from metakd.models.taps import TAPPED, Features, Taps
 
@@ -55,6 +56,7 @@ class Teacher(nn.Module):
         withheld: domains it never sees; a multi-task teacher answers for them with the mean of its
             other heads.
         packed: run the encoder's layers on real tokens only.
+        task: what labels mean, where it is trained.
 
     Raises:
         UnsupportedError: packed, in a recipe that counts padding.
@@ -69,10 +71,12 @@ class Teacher(nn.Module):
         recipe: Recipe = PAPER,
         withheld: Sequence[str] = (),
         packed: bool = False,
+        task: Task = SINGLE_LABEL,
     ):
         super().__init__()
         check_packed(packed, recipe)
         self.model = model
+        self.task = task
         self.kind = TEACHER_KINDS[kind]
         self.domains = domains
         self.gamma1 = gamma1
@@ -101,7 +105,7 @@ class Teacher(nn.Module):
         return self.features(batch).logits
 
     def forward(self, batch: dict[str, Tensor]) -> StepOutput:
-        """The loss of its kind per example; ``batch`` carries labels [B], domain [B], t [B] where
+        """The loss of its kind per example; ``batch`` carries labels, domain [B], t [B] where
         the kind reads scores, and the kind's own columns."""
         rows, terms = self.kind.loss(self, self.features(batch), batch)
         return StepOutput(rows, {name: value.detach().mean() for name, value in terms.items()})

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import metakd
 from metakd.method.recipe import PAPER, Recipe
+from metakd.method.tasks import SINGLE_LABEL, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,16 +29,13 @@ if TYPE_CHECKING:
     Batch = dict[str, Tensor]
 
 
-NO_LABEL = -1
-"""In place of the label of a text that has none."""
-
-
 class Setup(NamedTuple):
-    """What a term is told of the models and of the form of the method."""
+    """What a term is told of the models, of the form of the method and of the labels."""
 
     student_layers: int
     teacher_layers: int
     recipe: Recipe = PAPER
+    task: Task = SINGLE_LABEL
 
 
 @dataclass(frozen=True)
@@ -234,9 +232,12 @@ class RelationTerm(Term):
 @dataclass(frozen=True)
 class PredictionTerm(Term):
     """``L_pred``: KL of softened predictions times T^2; the soft cross-entropy less the teacher's
-    entropy, which no student weight changes. ``divide_by_classes`` is the release's mean over
-    classes."""
+    entropy, which no student weight changes. Of texts with several classes it is the mean of the
+    KL of each (Yang et al. 2023, *Multi-Label Knowledge Distillation*, arXiv 2308.06453, equation
+    3, has the sum), of numbers the squared difference. ``divide_by_classes`` is the release's mean
+    over classes."""
 
+    task: Task = SINGLE_LABEL
     temperature: float = 1.0
     scale_by_temperature: bool = True
     divide_by_classes: bool = False
@@ -253,18 +254,18 @@ class PredictionTerm(Term):
             weight,
             recipe.expertise_on_prediction_stage or config.schedule == "joint",
             config.backend,
+            task=setup.task,
             temperature=config.temperature if recipe.classical_prediction else 1.0,
             scale_by_temperature=config.scale_by_temperature,
             divide_by_classes=not recipe.classical_prediction,
         )
 
     def rows(self, student, teacher, batch, projection):
-        rows = metakd.soft_kl(
+        rows = self.task.divergence(
             student.logits,
             teacher.logits,
             temperature=self.temperature,
             scale_by_temperature=self.scale_by_temperature,
-            reduction="none",
             backend=self.backend,
         )
         return rows / student.logits.shape[-1] if self.divide_by_classes else rows
@@ -296,46 +297,36 @@ class TransferTerm(Term):
 
 @dataclass(frozen=True)
 class HardLabelTerm(Term):
-    """Cross-entropy with the gold label; stands outside the lambda-weighted sum. A text without a
-    label adds nothing."""
+    """The loss with the gold label; stands outside the lambda-weighted sum. A text without a label
+    adds nothing."""
 
     by_expertise: bool = False
+    task: Task = SINGLE_LABEL
 
     name = "hard_label"
     needs = frozenset({"logits"})
     intermediate = False
     needs_label = True
 
-    def rows(self, student, teacher, batch, projection):
-        from torch.nn.functional import cross_entropy
+    @classmethod
+    def configured(cls, weight, config, setup):
+        return cls(weight, backend=config.backend, task=setup.task)
 
-        labels = batch["labels"]
-        return cross_entropy(
-            student.logits.float(), labels, reduction="none", ignore_index=NO_LABEL
-        )
+    def rows(self, student, teacher, batch, projection):
+        return self.task.loss(student.logits, batch["labels"])
 
 
 @dataclass(frozen=True)
-class PseudoLabelTerm(Term):
-    """Cross-entropy with the label, or where there is none with the class that the teacher thinks
-    likeliest. Source: Lee 2013, *Pseudo-Label*."""
-
-    by_expertise: bool = False
+class PseudoLabelTerm(HardLabelTerm):
+    """The loss with the label, or where there is none with what the teacher says. Source: Lee 2013,
+    *Pseudo-Label*."""
 
     name = "pseudo_label"
-    needs = frozenset({"logits"})
-    intermediate = False
+    needs_label = False
 
     def rows(self, student, teacher, batch, projection):
-        from torch.nn.functional import cross_entropy
-
-        labels = presumed(batch["labels"], teacher.logits)
-        return cross_entropy(student.logits.float(), labels, reduction="none")
-
-
-def presumed(labels: Tensor, logits: Tensor) -> Tensor:
-    """Labels [B], the likeliest class of logits [B, M] in place of those that are not known."""
-    return logits.argmax(-1).where(labels == NO_LABEL, labels)
+        labels = self.task.presumed(batch["labels"], teacher.logits)
+        return self.task.loss(student.logits, labels)
 
 
 def layer_map(rule: str | Sequence[int], student_layers: int, teacher_layers: int) -> list[int]:

@@ -31,6 +31,9 @@ from metakd.errors import CheckpointError
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _SHOWN = 3
 
+CLASSES = "single_label_classification"
+"""The usual ``problem_type`` of a configuration."""
+
 
 def unallocated(shape: PretrainedConfig, **options) -> PreTrainedModel:
     """A classifier of this shape on the ``meta`` device, where weights take no room."""
@@ -77,7 +80,10 @@ def load_encoder(source: str) -> PreTrainedModel:
 
 
 def load_classifier(
-    source: str, label2id: dict[str, int], num_labels: int | None = None
+    source: str,
+    label2id: dict[str, int],
+    num_labels: int | None = None,
+    problem_type: str = CLASSES,
 ) -> PreTrainedModel:
     """A sequence classifier, fp32, under SDPA, its head fresh where the classes differ in number.
 
@@ -85,6 +91,8 @@ def load_classifier(
         source: directory or hub id.
         label2id: written into the configuration.
         num_labels: outputs, where they are more than the labels (a multi-task teacher's K x M).
+        problem_type: written into the configuration, so that who loads the model elsewhere reads
+            its outputs as they are meant.
 
     Raises:
         ValueError: as ``load_encoder``; or its own labels have these names in another order.
@@ -100,6 +108,7 @@ def load_classifier(
         source,
         num_labels=num_labels or len(label2id),
         ignore_mismatched_sizes=True,
+        problem_type=problem_type,
         **names,
     )
 

@@ -19,7 +19,13 @@ from transformers import (
 )
 
 from metakd.config import StudentConfig
-from metakd.models.sources import check_positions, check_vocabulary, load_classifier, load_config
+from metakd.models.sources import (
+    CLASSES,
+    check_positions,
+    check_vocabulary,
+    load_classifier,
+    load_config,
+)
 from metakd.models.taps import encoder_layers
 
 # Layers, hidden width, heads, feed-forward width. The first is TinyBERT-4 (Jiao et al. 2020), the
@@ -69,6 +75,7 @@ def build_student(
     tokenizer: PreTrainedTokenizerBase,
     label2id: dict[str, int],
     max_length: int = 0,
+    problem_type: str = CLASSES,
 ) -> PreTrainedModel:
     """A fresh student.
 
@@ -78,6 +85,7 @@ def build_student(
         tokenizer: the teacher's; presets take its vocabulary size and padding token.
         label2id: M classes.
         max_length: tokens that an example may have; presets get as many positions, 512 at least.
+        problem_type: written into its configuration.
 
     Raises:
         ValueError: a layer to copy does not exist in ``source``; a model of another vocabulary or
@@ -87,11 +95,13 @@ def build_student(
         shape = load_config(config.model)
         check_vocabulary(config.model, shape, tokenizer)
         check_positions(config.model, shape, max_length)
-        student = load_classifier(config.model, label2id)
+        student = load_classifier(config.model, label2id, problem_type=problem_type)
     elif config.layers is not None:
-        student = keep_layers(load_classifier(source, label2id), config.layers)
+        whole = load_classifier(source, label2id, problem_type=problem_type)
+        student = keep_layers(whole, config.layers)
     else:
         student = _random_bert(PRESETS[config.preset], tokenizer, label2id, max_length)
+        student.config.problem_type = problem_type
     if config.freeze_embeddings:
         word_embeddings(student).requires_grad_(False)
     return student

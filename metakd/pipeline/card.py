@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from metakd.config import RunConfig
+from metakd.method.tasks import METRICS
 from metakd.pipeline.table import markdown_table, plain, show
 
 _BODY = """---
@@ -48,6 +49,15 @@ Predictor(FOLDER)(["a text", "another one"])
 
 The licence of the base encoder and of the data carries over to this model.
 """
+
+
+_TITLES = METRICS | {
+    "macro_f1": "macro-F1",
+    "mean_average_precision": "mean average precision",
+    "exact_match": "all classes right",
+    "spearman": "Spearman correlation",
+    "mse": "mean squared error",
+}
 
 
 @dataclass(frozen=True)
@@ -143,19 +153,18 @@ def write_card(folder: Path, result: dict, command: str, measured: Measured | No
 
 
 def _scores(result: dict, spread: dict | None) -> str:
-    rows = [
-        [split, f"{result[split]['accuracy']:.4f}", f"{result[split]['macro_f1']:.4f}"]
-        for split in ("validation", "test")
-        if split in result
-    ]
-    table = markdown_table(["split", "accuracy", "macro-F1"], rows, numbers=2)
+    splits = [split for split in ("validation", "test") if split in result]
+    names = [name for name in _TITLES if name in result[splits[0]]]
+    rows = [[split, *(f"{result[split][name]:.4f}" for name in names)] for split in splits]
+    header = ["split", *(_TITLES[name] for name in names)]
+    table = markdown_table(header, rows, numbers=len(names))
     if "doubt" in result:
         table += f"\n\n**Of no use as it is:** it {result['doubt']}."
     if spread is None or spread["n"] == 1:
         return table
     return (
-        f"{table}\n\nThis method on this domain, {spread['n']} seeds: {show(spread)} % accuracy on "
-        f"the {spread['split']} split (mean ± sample standard deviation)."
+        f"{table}\n\nThis method on this domain, {spread['n']} seeds: {show(spread)} % "
+        f"{_TITLES[names[0]]} on the {spread['split']} split (mean ± sample standard deviation)."
     )
 
 

@@ -23,6 +23,7 @@ from metakd.pipeline.table import (
     summarise,
     term_values,
     terms_markdown,
+    title_of,
 )
 
 
@@ -51,21 +52,18 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
                 scores |= run.store.result(place)[split]
             members = run.config.teacher.ensemble
             row = TEACHER + kind + (f", first of {members}" if members > 1 else "")
-            cells += [
-                Cell.of(row, domain, seed, scores)
-                for domain in run.corpus.domains
-                if f"accuracy/{domain}" in scores
-            ]
+            cells += Cell.all_of(row, run.corpus.domains, seed, scores)
     run.spread(planned)
     for lesson, options in planned:
         label, seed = options["label"], options["seed"]
         place, result = run.student(lesson, **options)
         places.setdefault(label, []).append(place)
         scored = run.corpus.domains if lesson.domain == ALL_DOMAINS else [lesson.domain]
-        cells += [Cell.of(label, name, seed, result[split]) for name in scored]
+        cells += Cell.all_of(label, scored, seed, result[split])
 
     result = {
         "split": split,
+        "metric": run.corpus.task.metric,
         "command": run.command,
         "seeds": config.seeds,
         "teacher_seeds": teacher_seeds,
@@ -75,7 +73,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
             row: [str(place.relative_to(run.folder)) for place in students]
             for row, students in places.items()
         },
-        "cells": [vars(cell) for cell in cells],
+        "cells": [cell.as_json() for cell in cells],
     }
     if run.world.is_main:
         _write(run.folder, result)
@@ -114,8 +112,9 @@ def _expand(rows: Sequence[CompareRow], gamma2: Sequence[float]) -> list[Compare
 
 def _write(folder: Path, result: dict) -> None:
     note = (
-        f"Accuracy in percent on the {result['split']} split; mean ± sample standard deviation "
-        f"over student seeds {result['seeds']}, teacher seeds {result['teacher_seeds']}.\n\n"
+        f"{title_of(result)} in percent on the {result['split']} split; mean ± sample standard "
+        f"deviation over student seeds {result['seeds']}, teacher seeds "
+        f"{result['teacher_seeds']}.\n\n"
         f"Command: `{result['command']}`\n"
     )
     terms = (
@@ -125,5 +124,5 @@ def _write(folder: Path, result: dict) -> None:
     page = f"{markdown(result)}\n\n{note}\n{terms}"
     (folder / "compare.md").write_text(page, encoding="utf-8")
     (folder / "compare.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    table = csv_table(["row", "domain", "seed", "accuracy"], result["cells"])
+    table = csv_table(["row", "domain", "seed", result["metric"]], result["cells"])
     (folder / "compare.csv").write_text(table, encoding="utf-8")

@@ -1,29 +1,42 @@
-"""Students that are of no use, told from their confusion of classes. Imports no torch."""
+"""Students that are of no use, told from what was noted of their answers. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_CONFUSION = "confusion/"
+from metakd.method.tasks import CONFUSION, COUNTS
+
 _BETTER_THAN_CHANCE = 0.1  # recall of the classes on average, above that of guessing
 
 
 def doubt(scores: Mapping[str, Any]) -> str:
-    """Why a classifier's answers say nothing: it gives one class always, or is not better than who
-    does; empty where neither holds, or only one class was asked for.
+    """Why a model's answers say nothing; empty where they do, or only one class was asked for.
+
+    It gives one class always, or is not better than who does; gives no text any of its classes;
+    gives numbers that are no closer than their mean.
 
     Args:
-        scores: as ``evaluate`` returns them, with how many examples of each class (row) were given
-            each (column), by domain.
+        scores: as ``evaluate`` returns them.
     """
-    counts = [value for name, value in scores.items() if name.startswith(_CONFUSION)]
-    if not counts:
-        return ""
-    true = [sum(map(sum, rows)) for rows in zip(*counts)]
-    given = [sum(column) for column in zip(*(row for rows in counts for row in rows))]
+    confusions = [value for name, value in scores.items() if name.startswith(CONFUSION)]
+    counts = [value for name, value in scores.items() if name.startswith(COUNTS)]
+    if confusions:
+        return _of_one_class(confusions)
+    if counts:
+        given = sum(right + wrong for classes in counts for right, wrong, _ in classes)
+        wanted = sum(right + missed for classes in counts for right, _, missed in classes)
+        return "" if given or not wanted else "gives no text any of its classes"
+    if scores.get("r2", 1.0) <= 0.0:
+        return f"is no closer to the numbers than their mean is (R² {scores['r2']:.2f})"
+    return ""
+
+
+def _of_one_class(confusions: Sequence[Sequence[Sequence[int]]]) -> str:
+    true = [sum(map(sum, rows)) for rows in zip(*confusions)]
+    given = [sum(column) for column in zip(*(row for rows in confusions for row in rows))]
     total, most = sum(true), max(true)
-    hits = [sum(rows[number][number] for rows in counts) for number in range(len(true))]
+    hits = [sum(rows[number][number] for rows in confusions) for number in range(len(true))]
     right, present = sum(hits), [number for number, many in enumerate(true) if many]
     if len(present) < 2:
         return ""
@@ -38,8 +51,8 @@ def doubt(scores: Mapping[str, Any]) -> str:
     )
 
 
-def one_label(labels: Sequence[str]) -> str:
-    """The same of answers without true classes."""
-    if len(labels) < 20 or len(set(labels)) > 1:
+def one_label(labels: Sequence[Any]) -> str:
+    """The same of answers without true ones."""
+    if len(labels) < 20 or len(set(map(repr, labels))) > 1:
         return ""
     return f"the model gives all {len(labels)} texts the same label, {labels[0]!r}"

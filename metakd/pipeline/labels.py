@@ -74,7 +74,7 @@ def compare_labels(run: Run, gamma2: Sequence[float] = ()) -> dict:
         counts: dict[str, int] = {}
         for setting, own in _settings(run, wanted):
             run.say(f"labels: {setting.folder.name}")
-            found = [Cell(**cell) for cell in compare(setting, gamma2)["cells"]]
+            found = [Cell.read(cell) for cell in compare(setting, gamma2)["cells"]]
             cells += [cell for cell in found if cell.domain in own]
             counts |= {name: len(setting.part(setting.corpus.train, name)) for name in own}
             run.world = setting.world  # another where groups of processes have trained
@@ -90,6 +90,7 @@ def compare_labels(run: Run, gamma2: Sequence[float] = ()) -> dict:
     result = {
         "command": run.command,
         "split": "validation" if run.corpus.test is None else "test",
+        "metric": run.corpus.task.metric,
         "seeds": run.config.compare.seeds,
         "points": points,
         **run.world.agree(run.world.on_first(lambda: against_base(points))),
@@ -106,7 +107,7 @@ def point(asked: int | str, labels: dict[str, int], cells: Sequence[Cell]) -> di
         "asked": asked,
         "labels": labels,
         "summary": summarise(cells),
-        "cells": [vars(cell) for cell in cells],
+        "cells": [cell.as_json() for cell in cells],
     }
 
 
@@ -144,7 +145,7 @@ def _setting(
 def against_base(points: Sequence[dict]) -> dict:
     """Each row against the first one that has no teacher: the difference with as many labels, and
     how many times the labels that one needs to come as far."""
-    cells = [[Cell(**cell) for cell in point["cells"]] for point in points]
+    cells = [[Cell.read(cell) for cell in point["cells"]] for point in points]
     rows = list(dict.fromkeys(cell.row for own in cells for cell in own))
     alone = [row for row in rows if not row.startswith(TEACHER) and "-from-" not in shapeless(row)]
     base = min(alone, key=lambda row: shapeless(row) != row, default=None)
@@ -190,7 +191,7 @@ def _write(folder: Path, result: dict) -> None:
     rows = [
         {**cell, "labels": point["asked"]} for point in result["points"] for cell in point["cells"]
     ]
-    table = csv_table(["labels", "row", "domain", "seed", "accuracy"], rows)
+    table = csv_table(["labels", "row", "domain", "seed", result["metric"]], rows)
     (folder / "labels.csv").write_text(table, encoding="utf-8")
 
 

@@ -44,35 +44,36 @@ class PrototypeStage(Context):
         around = None if unlabelled is None else self._embed(unlabelled)
         if not self.world.is_main:
             return {}
-        taught = self.is_taught(train)
+        task, outputs = self.corpus.task, len(self.corpus.label2id)
+        # A text of several classes counts for each of them.
+        rows, cells = task.cells(train.labels)
+        taught = self.is_taught(train)[rows]
         fitted = Prototypes.fit(
-            embedding[taught],
-            train.domain[taught],
-            train.labels[taught],
+            embedding[rows[taught]],
+            train.domain[rows[taught]],
+            cells[taught],
             num_domains=len(self.corpus.domains),
-            num_classes=len(self.corpus.label2id),
+            num_classes=task.num_cells(outputs),
             alpha=self.config.prototypes.alpha,
             rescale=self.config.prototypes.rescale,
             recipe=self.recipe,
         )
         fitted.save(folder)
-        score = fitted.score(embedding, train.domain, train.labels)
+        in_cells = fitted.score(embedding[rows], train.domain[rows], cells)
+        score = in_cells.new_zeros(len(train)).scatter_reduce(
+            0, rows, in_cells, "mean", include_self=False
+        )
         scores = {"t": score.contiguous()}
         if unlabelled is not None:
-            scores["unlabelled"] = self._scores_by_class(fitted, around, unlabelled)
+            scores["unlabelled"] = _scores_by_cell(
+                fitted, around, unlabelled, task.num_cells(outputs)
+            )
         save_file(scores, folder / "scores.safetensors")
         described = describe_scores(score, report=lambda text: self.say(f"warning: {text}"))
         self.say(
             f"prototypes: t mean {described['mean']:.4f}, standard deviation {described['std']:.4f}"
         )
         return described
-
-    def _scores_by_class(self, fitted: Prototypes, embedding: Tensor, split: Split) -> Tensor:
-        """The scores t that texts would have in each class [N, M]."""
-        classes = range(len(self.corpus.label2id))
-        labels = torch.ones_like(split.domain)
-        found = [fitted.score(embedding, split.domain, number * labels) for number in classes]
-        return torch.stack(found, 1)
 
     def _embed(self, split: Split) -> Tensor:
         """E(X) [N, H] of the pre-trained encoder on the CPU; ranks share the work."""
@@ -91,9 +92,16 @@ class PrototypeStage(Context):
         return embedding
 
     def scores(self) -> dict[str, Tensor]:
-        """Of training examples ``t`` [N], of unlabelled texts ``unlabelled`` [N, M]."""
+        """Of training examples ``t`` [N], of unlabelled texts ``unlabelled`` [N, C] by cell."""
         return load_file(self.prototypes() / "scores.safetensors")
 
     def scored_train(self) -> Split:
         """The training examples with their scores."""
         return self.corpus.train.with_column("t", self.scores()["t"])
+
+
+def _scores_by_cell(fitted: Prototypes, embedding: Tensor, split: Split, cells: int) -> Tensor:
+    """The scores t that texts would have in each cell [N, C]."""
+    ones = torch.ones_like(split.domain)
+    found = [fitted.score(embedding, split.domain, number * ones) for number in range(cells)]
+    return torch.stack(found, 1)

@@ -311,6 +311,7 @@ class Run(TeacherStage):
                 tokenizer=self.tokenizer,
                 label2id=corpus.label2id,
                 max_length=self.config.data.max_length,
+                problem_type=corpus.task.problem_type,
             )
         if shape.preset is not None:
             self.say(
@@ -324,6 +325,7 @@ class Run(TeacherStage):
                 student_layers=student.config.num_hidden_layers,
                 teacher_layers=taught.num_hidden_layers,
                 recipe=self.recipe,
+                task=corpus.task,
             )
             module = Distillation(
                 student,
@@ -333,6 +335,7 @@ class Run(TeacherStage):
                 weigh_by_expertise=lesson.method.by_expertise,
                 recipe=self.recipe,
                 packed=self.config.packed,
+                task=corpus.task,
             )
 
         classify, scales = _classifier(student), {}
@@ -442,13 +445,18 @@ class Run(TeacherStage):
         their files.
 
         Returns:
-            ``{"split": ..., "teacher": scores, "students": {domain: scores}}``, also written to
-            ``evaluation.json``.
+            ``{"split": ..., "metric": ..., "teacher": scores, "students": {domain: scores}}``, also
+            written to ``evaluation.json``.
         """
         split_name = "validation" if self.corpus.test is None else "test"
         split = self.corpus.validation if self.corpus.test is None else self.corpus.test
         training = self.config.distill.training
-        scores = {"split": split_name, "teacher": {}, "students": {}}
+        scores = {
+            "split": split_name,
+            "metric": self.corpus.task.metric,
+            "teacher": {},
+            "students": {},
+        }
         self.foresee(map(self._configured_lesson, self.student_domains))
         exact = self.config.model_copy(update={"bf16": False, "fp16": False})
         kind = self.teacher_kind

@@ -12,10 +12,11 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, Self, TypedDict
 
 from metakd.config.blocks import AS_SHAPE
 from metakd.errors import CheckpointError
+from metakd.method.tasks import METRICS, RIGHT, SINGLE_LABEL, by_domain
 
 ALL_DOMAINS = "all"  # in place of a domain: the one student, or teacher, that serves them all
 AVERAGE = "average"
@@ -34,20 +35,61 @@ def shape_of(row: str) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One score: accuracy in percent of a row on a domain with one seed; ``right`` has a ``1`` or a
-    ``0`` for each example, where that is known."""
+    """One score: the task's metric in percent of a row on a domain with one seed; ``right`` has a
+    ``1`` or a ``0`` for each example, where that is known."""
 
     row: str
     domain: str
     seed: int
-    accuracy: float
+    score: float
     right: str = ""
+    metric: str = SINGLE_LABEL.metric
 
     @classmethod
-    def of(cls, row: str, domain: str, seed: int, scores: dict) -> Cell:
-        """From what ``training.scoring.evaluate`` says."""
-        right = scores.get(f"right/{domain}", "")
-        return cls(row, domain, seed, 100 * scores[f"accuracy/{domain}"], right)
+    def all_of(
+        cls, row: str, domains: Iterable[str], seed: int, scores: Mapping[str, Any]
+    ) -> list[Self]:
+        """From what ``training.scoring.evaluate`` says; one for each of the domains that it
+        knows."""
+        known, metric = by_domain(scores), metric_of(scores)
+        return [
+            cls(row, name, seed, 100 * known[name], scores.get(f"{RIGHT}{name}", ""), metric)
+            for name in domains
+            if name in known
+        ]
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Self:
+        """From what ``as_json`` gives."""
+        metric = metric_of(values)
+        rest = {name: value for name, value in values.items() if name != metric}
+        return cls(**rest, score=values[metric], metric=metric)
+
+    def as_json(self) -> dict[str, Any]:
+        """Its score under the name of the metric."""
+        return {
+            "row": self.row,
+            "domain": self.domain,
+            "seed": self.seed,
+            self.metric: self.score,
+            "right": self.right,
+        }
+
+
+def metric_of(values: Mapping[str, Any]) -> str:
+    """The metric that these are of: scores, the values of a cell."""
+    return next((name for name in METRICS if name in values), SINGLE_LABEL.metric)
+
+
+def name_of(result: Mapping[str, Any] | None) -> str:
+    """What the metric of a comparison is called."""
+    return METRICS[(result or {}).get("metric", SINGLE_LABEL.metric)]
+
+
+def title_of(result: Mapping[str, Any] | None) -> str:
+    """The same at the beginning of a sentence."""
+    name = name_of(result)
+    return name[0].upper() + name[1:]
 
 
 class Score(TypedDict):
@@ -65,11 +107,10 @@ def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, Score]]:
     for row in dict.fromkeys(cell.row for cell in cells):
         own = [cell for cell in cells if cell.row == row]
         by_domain = {
-            d: [c.accuracy for c in own if c.domain == d]
-            for d in dict.fromkeys(c.domain for c in own)
+            d: [c.score for c in own if c.domain == d] for d in dict.fromkeys(c.domain for c in own)
         }
         by_seed = [
-            statistics.fmean(c.accuracy for c in own if c.seed == s)
+            statistics.fmean(c.score for c in own if c.seed == s)
             for s in dict.fromkeys(c.seed for c in own)
         ]
         summary[row] = {
@@ -131,7 +172,7 @@ def _spread(values: Sequence[float]) -> Score:
 
 
 def markdown(result: dict) -> str:
-    """The table as Markdown: accuracy in percent, mean ± sample standard deviation over seeds."""
+    """The table as Markdown: scores in percent, mean ± sample standard deviation over seeds."""
     summary = result["summary"]
     domains = list(
         dict.fromkeys(name for row in summary.values() for name in row if name != AVERAGE)
@@ -202,8 +243,8 @@ def csv_table(columns: Sequence[str], rows: Iterable[Mapping]) -> str:
 
 
 def label_tables(compared: dict) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Captions, headers and rows of a comparison by labels: accuracy, what it is more than that of
-    the first row without a teacher, and how many times the labels that one would need.
+    """Captions, headers and rows of a comparison by labels: scores, what they are more than those
+    of the first row without a teacher, and how many times the labels that one would need.
 
     Args:
         compared: ``labels.json``.
@@ -220,10 +261,10 @@ def label_tables(compared: dict) -> list[tuple[str, list[str], list[list[str]]]]
         for row in rows
     ]
     about = (
-        f"Accuracy in percent on the {compared['split']} split by the labels of the student's "
-        "domain, the mean over domains, each scarce in turn while the others keep theirs; ± the "
-        f"sample standard deviation over seeds {compared['seeds']}, each of which draws other "
-        "labels."
+        f"{title_of(compared)} in percent on the {compared['split']} split by the labels of the "
+        "student's domain, the mean over domains, each scarce in turn while the others keep "
+        f"theirs; ± the sample standard deviation over seeds {compared['seeds']}, each of which "
+        "draws other labels."
     )
     tables = [(about, header, cells)]
     found = {
@@ -232,8 +273,8 @@ def label_tables(compared: dict) -> list[tuple[str, list[str], list[list[str]]]]
         if entry["domain"] == AVERAGE
     }
     captions = {
-        "difference": f"Points of accuracy more than {base}, and between what 95 of 100 paired "
-        "draws of seeds and test examples lie.",
+        "difference": f"Points of {name_of(compared)} more than {base}, and between what 95 of 100 "
+        "paired draws of seeds and test examples lie.",
         "efficiency": f"Times the labels that {base} needs to reach as much, and between what 95 "
         "of 100 draws lie: 0 is less than it reaches with the fewest, ∞ more than with all.",
     }

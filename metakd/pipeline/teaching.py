@@ -159,7 +159,9 @@ class TeacherStage(PrototypeStage):
         seed_everything(seed)
         outputs = len(corpus.label2id) * len(corpus.domains) if rules.head_per_domain else None
         with configured("teacher.model"):
-            model = load_classifier(config.model, corpus.label2id, outputs)
+            model = load_classifier(
+                config.model, corpus.label2id, outputs, corpus.task.problem_type
+            )
         teacher = Teacher(
             model,
             kind,
@@ -168,6 +170,7 @@ class TeacherStage(PrototypeStage):
             self.recipe,
             self.config.data.withhold,
             self.config.packed,
+            corpus.task,
         )
         if remark := rules.remark(teacher):
             self.say(f"teacher {kind}: {remark}")

@@ -1,9 +1,10 @@
 """Which texts a student learns from: its domain's, with labels and without, and other domains'.
 
 A teacher reaches a student through text: what it has learned elsewhere cannot be shown on a hundred
-labelled examples. Columns that batches then carry: ``t`` [N], or [N, M] by class where a text may
+labelled examples. Columns that batches then carry: ``t`` [N], or [N, C] by cell where a text may
 have no label; ``weight`` [N] where sources weigh differently; ``foreign`` [N] where texts of other
-domains are weighted by their score t. Sizes: N texts, M classes.
+domains are weighted by their score t. Sizes: N texts, M outputs, C cells of
+prototypes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def texts_of(
         domain: the student's, or ``all``, to which no other domain is left.
         names: where from, of ``methods.TEXTS``; where there are no such texts, none.
         distill: weights of the sources.
-        scores: ``t`` [N] of training examples and ``unlabelled`` [N, M] by class; None: batches
+        scores: ``t`` [N] of training examples and ``unlabelled`` [N, C] by cell; None: batches
             need none.
         opinions: logits [N, M] of training examples from teachers that have not seen them, not a
             number where a teacher may speak for itself; batches then carry them for every text.

@@ -91,7 +91,7 @@ def fit(
             gradients.
         columns: per-example values that change every epoch (false domain labels).
         score: of the weights as they are. Where the best are to be kept it is called after each
-            epoch and its ``accuracy`` picks them (without it, the last are kept), else at the end.
+            epoch and the task's metric picks them (without it, the last are kept), else at the end.
         conclude: called once at the end, with these weights in place and still sharded.
         saves: checkpoints; None saves nothing. A phase that the checkpoint to start from has
             behind it is not run at all.
@@ -150,7 +150,7 @@ def fit(
             plan = sampler.epoch(epoch)[position.step - first : total_steps - first]
             loop.train(plan, own_batches(examples, collate, plan, world), split.lengths)
             if score and training.selection == "best" and epoch >= position.epochs_scored:
-                loop.choose(epoch, score)
+                loop.choose(epoch, score, split.task.metric)
         if saves is not None and not saves.last_phase:
             keeper.save()
         if position.best or position.averaged:
@@ -362,13 +362,13 @@ class _Loop:
             "look at these rows, lower the learning rate, or use bf16 instead of fp16",
         )
 
-    def choose(self, epoch: int, score: Callable[[], dict[str, float]]) -> None:
-        """Score an epoch, and keep its weights if they are the best so far."""
+    def choose(self, epoch: int, score: Callable[[], dict[str, float]], metric: str) -> None:
+        """Score an epoch, and keep its weights if they are the best so far by this metric."""
         position = self.position
         with self.log.pausing():
             scored = {**self.judge(score), "epoch": epoch + 1}
             position.epochs_scored = epoch + 1
-            if scored["accuracy"] > position.best.get("accuracy", -1.0):
+            if scored[metric] > position.best.get(metric, -math.inf):
                 position.best = scored
                 position.best_weights = whole_weights(self.engine.module, self.world)
         self.log.write(position.step, scored, "validation")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Iterator
 
 import torch
 import torch.distributed as dist
-from sklearn.metrics import confusion_matrix, f1_score
 from torch import Tensor
 
 from metakd.data.batches import Batch, Collate, prefetch
@@ -41,21 +40,7 @@ def in_turns(
         yield torch.tensor(chunk[world.rank]), batch
 
 
-def predict(
-    classify: Callable[[Batch], Tensor],
-    split: Split,
-    collate: Collate,
-    *,
-    batch_size: int,
-    world: World,
-) -> Tensor:
-    """Predicted class of every example [N] on the CPU; ranks share the work."""
-    empty = torch.full((len(split),), -1, device=world.device)
-    return _collect(
-        lambda batch: classify(batch).argmax(-1), empty, split, collate, batch_size, world
-    )
-
-
+@torch.no_grad()
 def logits_of(
     classify: Callable[[Batch], Tensor],
     split: Split,
@@ -66,22 +51,10 @@ def logits_of(
     world: World,
 ) -> Tensor:
     """Logits of every example [N, M] on the CPU, float32; ranks share the work."""
-    empty = torch.full((len(split), num_classes), -torch.inf, device=world.device)
-    return _collect(lambda batch: classify(batch).float(), empty, split, collate, batch_size, world)
-
-
-@torch.no_grad()
-def _collect(
-    answer: Callable[[Batch], Tensor],
-    found: Tensor,
-    split: Split,
-    collate: Collate,
-    batch_size: int,
-    world: World,
-) -> Tensor:
-    """``found``, smaller than any answer, filled row by row."""
+    # Smaller than any answer, filled row by row.
+    found = torch.full((len(split), num_classes), -torch.inf, device=world.device)
     for rows, batch in in_turns(split, collate, batch_size, world):
-        found[rows.to(world.device)] = answer(batch)
+        found[rows.to(world.device)] = classify(batch).float()
         world.progress.beat("an evaluation")
         world.progress.end_if_asked()
     if world.size > 1:
@@ -100,7 +73,7 @@ def evaluate(
     world: World,
     one_by_one: bool = False,
 ) -> dict[str, float | list[list[int]] | str]:
-    """Accuracy and macro-F1 over all examples, accuracy and confusion per domain.
+    """Scores over all examples, as the split's task has them, and those of each domain.
 
     Args:
         classify: batch to logits [B, M]; the caller has put the model in eval mode.
@@ -110,26 +83,23 @@ def evaluate(
         num_classes: M.
         batch_size: examples a batch.
         world: from ``join_world``.
-        one_by_one: also say of each example whether it was right, for paired tests.
+        one_by_one: also say of each example whether it was right, for paired tests, where answers
+            are right or wrong.
 
     Returns:
-        ``accuracy``, ``macro_f1`` and for each domain that occurs ``accuracy/<domain>``, as
-        fractions, and ``confusion/<domain>``, how many examples of each class (row) were given each
-        (column); if asked for, ``right/<domain>``, a ``1`` or a ``0`` for each example in its
-        order.
+        The scores of ``Task.scores`` (``accuracy`` and ``macro_f1``, for one), and for each domain
+        that occurs its metric, ``accuracy/<domain>``, and what ``Task.details`` notes of it:
+        ``confusion/<domain>``, ``right/<domain>``.
     """
-    predicted = predict(classify, split, collate, batch_size=batch_size, world=world)
-    right = (predicted == split.labels).double()
-    scores = {
-        "accuracy": right.mean().item(),
-        "macro_f1": float(f1_score(split.labels.numpy(), predicted.numpy(), average="macro")),
-    }
+    logits = logits_of(
+        classify, split, collate, num_classes=num_classes, batch_size=batch_size, world=world
+    )
+    task = split.task
+    scores = task.scores(split.labels, logits)
     for number in split.domain.unique().tolist():
-        own = split.domain == number
-        scores[f"accuracy/{domains[number]}"] = right[own].mean().item()
-        scores[f"confusion/{domains[number]}"] = confusion_matrix(
-            split.labels[own], predicted[own], labels=range(num_classes)
-        ).tolist()
-        if one_by_one:
-            scores[f"right/{domains[number]}"] = "".join("01"[int(r)] for r in right[own].tolist())
+        own, name = split.domain == number, domains[number]
+        part = split.labels[own], logits[own]
+        scores[f"{task.metric}/{name}"] = task.scores(*part)[task.metric]
+        details = task.details(*part, one_by_one)
+        scores |= {f"{what}{name}": found for what, found in details.items()}
     return scores
