@@ -536,7 +536,7 @@ def test_the_whole_way(source, tmp_path, task):
     scored = (exported["checked"], exported["formats"]["model.onnx"])
     one, other = (found[rules.metric] for found in scored)
     assert one == pytest.approx(other, abs=0.02)
-    with pytest.raises(DataError, match="data.task|is not among the model's|is not a"):
+    with pytest.raises(DataError, match=r"is not among the model's|are none of a model"):
         export_onnx(student, texts, labels=[("bad",)] * len(texts))
     lines = invoke("predict", student, texts[0], "--engine", "eager").splitlines()
     said = json.loads(lines[-1])["prediction"]

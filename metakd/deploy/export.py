@@ -363,7 +363,11 @@ def _encoded(task: Task, known: Sequence[str], labels: Sequence[Label], texts: i
             raise DataError(
                 f"label {name!r} is not among the model's: {listed}", "correct the data"
             )
-    return task.encode(labels, number)
+    try:
+        return task.encode(labels, number)
+    except (ValueError, TypeError) as error:
+        cause = f"labels such as {labels[0]!r:.60} are none of a model where {task.line}"
+        raise DataError(cause, "correct the data") from error
 
 
 def _check(name: str, engine: str, parity: dict, examples: int) -> None:
