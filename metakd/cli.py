@@ -22,11 +22,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from metakd import front
+from metakd import front, tables
 from metakd.config import Stage, load_config
 from metakd.errors import ConfigError, DataError, MetakdError, UnsupportedError
 from metakd.front import Result
-from metakd.pipeline.table import metric_of, name_of, title_of
+from metakd.pipeline.table import title_of
 
 if TYPE_CHECKING:
     from metakd.pipeline.stages import Run
@@ -248,6 +248,13 @@ def export(
     fp16: Annotated[
         bool, typer.Option("--fp16", help="write a half-precision model, too (for GPUs)")
     ] = False,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="static|dynamic",
+            help="of int8, rounded in ranges fixed to FILE, or in each batch's (without FILE)",
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="texts to compare on: CSV, TSV, JSONL or Parquet"),
@@ -290,6 +297,7 @@ def export(
         out=out,
         command=_command(),
         made_up=data is None,
+        activations=activations,
     )
     _show_export(report, out or f"{student}/onnx")
 
@@ -298,32 +306,9 @@ def _texts(rows: list) -> list:
     return [row.text if row.pair is None else (row.text, row.pair) for row in rows]
 
 
-def _share(value: float | None) -> str:
-    return _percent(None if value is None else 100 * value)
-
-
 def _show_export(report: dict, place: str) -> None:
-    checked = report["checked"]
-    table = Table(
-        title=f"compared with PyTorch on {checked['examples']} texts ({checked['data']})",
-        title_justify="left",
-    )
-    table.add_column("file")
-    metric = metric_of(checked)
-    for name in ("MiB", "largest logit error", "mean", "same label", name_of({"metric": metric})):
-        table.add_column(name, justify="right")
-    for name, parity in report["formats"].items():
-        table.add_row(
-            name,
-            f"{parity['bytes'] / 2**20:.1f}",
-            f"{parity['max_logit_error']:.1e}",
-            f"{parity['mean_logit_error']:.1e}",
-            f"{parity['label_agreement']:.2%}",
-            _share(parity[metric]),
-        )
-    table.add_row("PyTorch", "", "", "", "", _share(checked[metric]))
-    console.print(table)
-    for remark in checked["remarks"]:
+    console.print(tables.exported(report))
+    for remark in report["checked"]["remarks"]:
         _tell(f"warning: {remark}")
     _tell(f"written to {place}")
 
@@ -462,7 +447,7 @@ def verify(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
     if as_json:
         print(json.dumps(report, indent=1))
     else:
-        console.print(_verification_table(report))
+        console.print(tables.verified(report))
     failed = [row for row in report if not row["passed"]]
     if failed:
         raise UnsupportedError(
@@ -471,36 +456,6 @@ def verify(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
         )
     if not report:
         console.print("nothing to verify: no compiled backend runs here (see metakd doctor)")
-
-
-def _verification_table(report: list[dict]) -> Table:
-    """One line per operation, backend, device, dtype and kind of result: the worst of its cases."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in report:
-        kind = "gradients" if row["result"].startswith("d ") else row["result"]
-        key = (row["op"], row["backend"], row["device"], row["dtype"], kind)
-        groups.setdefault(key, []).append(row)
-    table = Table(
-        title="error against float64, relative to the largest value (eager PyTorch's beside it)",
-        title_justify="left",
-    )
-    for name in ("op", "backend", "device", "dtype", "of"):
-        table.add_column(name)
-    for name in ("max", "eager max", "mean", "eager mean", "of budget"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for key, rows in groups.items():
-        worst = {
-            name: max(row[name] for row in rows)
-            for name in ("max_error", "eager_max_error", "mean_error", "eager_mean_error")
-        }
-        table.add_row(
-            *key,
-            *(f"{value:.1e}" for value in worst.values()),
-            f"{100 * max(row['of_budget'] for row in rows):.0f} %",
-            "pass" if all(row["passed"] for row in rows) else "FAIL",
-        )
-    return table
 
 
 @app.command()
@@ -543,23 +498,11 @@ def _show_evaluation(run: Run) -> None:
     result = front.evaluate(run)  # on every rank, or one would wait for the others
     if not _is_main():
         return
-    *teacher, student = result.scores.values()
     console.print(f"{title_of(result.details)} in percent on the {result.split} split")
-    table = Table()
-    table.add_column("domain")
-    table.add_column("teacher", justify="right")
-    table.add_column("student", justify="right")
-    for domain in run.corpus.domains:
-        taught = (scores.get(domain) for scores in (dict(*teacher), student))
-        table.add_row(domain, *map(_percent, taught))
-    console.print(table)
+    console.print(tables.evaluated(result.scores, run.corpus.domains))
     for places in result.students.values():
         for place in places:
             run.say(f"student is in {place}")
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 def _show_comparison(result: Result) -> None:

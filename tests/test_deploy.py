@@ -100,7 +100,29 @@ class TestExport:
         assert fp32["max_logit_error"] < 1e-5 and fp32["accuracy"] == 1.0
         assert 0 < fp16["max_logit_error"] < 0.05 and fp16["bytes"] < fp32["bytes"]
         assert int8["max_logit_error"] > 0 and int8["accuracy"] == int8["label_agreement"] >= 0.9
-        assert 0 <= int8["labels_by_batch"] <= 0.1
+        assert int8["activations"] == "static" and int8["labels_by_batch"] == 0.0
+
+    def test_what_int8_says_of_a_text_depends_on_its_batch_or_not(
+        self, student, exported, tmp_path, monkeypatch
+    ):
+        import onnx
+
+        monkeypatch.setattr(exporting, "LEAST_AGREEMENT", 0.9)
+        place = tmp_path / "dynamic"
+        report = export_onnx(student, TEXTS, int8=True, activations="dynamic", out=place)
+        int8 = report["formats"]["model_int8.onnx"]
+        assert int8["activations"] == "dynamic" and 0 <= int8["labels_by_batch"] <= 0.1
+        moved, ranges = {}, {}
+        for name, folder in {"static": student, "dynamic": place}.items():
+            predictor = Predictor(folder, engine="onnx-int8")
+            alone = np.concatenate([predictor.logits([text]) for text in TEXTS])
+            moved[name] = np.abs(alone - predictor.logits(TEXTS)).max()
+            nodes = onnx.load(engines.onnx_file("onnx-int8", folder)).graph.node
+            ranges[name] = [node.op_type for node in nodes].count("DynamicQuantizeLinear")
+        assert moved["static"] < 1e-5 < 1e-3 < moved["dynamic"]
+        assert ranges["static"] == 0 < ranges["dynamic"]
+        with pytest.raises(ConfigError, match="'fixed' is neither static nor dynamic"):
+            export_onnx(student, TEXTS, int8=True, activations="fixed", out=place)
 
     def test_int8_holds_matrices_in_a_byte_and_embeddings_in_two(self, student, exported):
         import onnx

@@ -43,6 +43,7 @@ ARROWS = {
     },
     "demo": {"errors", "config", "data"},
     "front": {"config", "deploy", "pipeline", "training"},
+    "tables": {"pipeline"},
     "cli": {
         "errors",
         "config",
@@ -54,6 +55,7 @@ ARROWS = {
         "front",
         "ops",
         "pipeline",
+        "tables",
         "verify",
         "_C",
         "__init__",

@@ -1,10 +1,9 @@
 """A student as ONNX, for runtimes without PyTorch: ``export_onnx``.
 
 The graph comes from ``torch.export`` with dynamic batch and length, attention as ONNX's own
-operator. int8 is ONNX Runtime's dynamic quantisation of the matrix products, weights per output
-channel beforehand and activations while it runs, after ``smoothing`` has fitted the layers to it;
-embeddings are kept in half precision. fp16 is for GPUs. Every file is compared with PyTorch on
-texts before anything is published; one that answers otherwise is an error.
+operator. int8 is ONNX Runtime's quantisation of the matrix products (``int8``), after ``smoothing``
+has fitted the layers to it; embeddings are kept in half precision. fp16 is for GPUs. Every file is
+compared with PyTorch on texts before anything is published; one that answers otherwise is an error.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from metakd.data.labels import Label
-from metakd.deploy.engines import input_names
+from metakd.deploy.engines import Inputs, input_names
 from metakd.deploy.extra import need
 from metakd.deploy.formats import (
     EXPORT_REPORT,
@@ -32,12 +31,15 @@ from metakd.deploy.formats import (
     ONNX_FILES,
     ONNX_FOLDER,
 )
+from metakd.deploy.int8 import fix_ranges, quantise
 from metakd.deploy.predictor import Predictor, Text
 from metakd.deploy.smoothing import smoothed
 from metakd.environment import environment
 from metakd.errors import ConfigError, DataError, ParityError, UnsupportedError, listing
 from metakd.method.tasks import Task
 from metakd.pipeline.doubts import one_label
+
+ACTIVATIONS = ("static", "dynamic")
 
 OPSET = 23
 """The first with an attention operator."""
@@ -61,6 +63,7 @@ def export_onnx(
     out: str | Path | None = None,
     command: str = "",
     made_up: bool = False,
+    activations: str | None = None,
 ) -> dict:
     """Export a sequence classifier and compare the exported files with it.
 
@@ -76,20 +79,28 @@ def export_onnx(
         command: recorded.
         made_up: the texts are not like those to be served: say so, and leave out a smaller format
             that does not answer as PyTorch does, instead of publishing nothing.
+        activations: how int8 rounds them: ``static``, in ranges that are fixed to those of the
+            texts, so that answers do not depend on what else is in a batch; ``dynamic``, in ranges
+            found in each batch. None: static, unless the texts are made up.
 
     Returns:
         The content of ``export.json``: for each file its size, its largest and mean logit error,
         the share of texts with PyTorch's label, and its score where there are labels; of int8
-        also the share of labels that depend on the other texts of a batch; and remarks on what the
-        comparison cannot tell.
+        also how activations are rounded, and the share of labels that depend on the other texts of
+        a batch; and remarks on what the comparison cannot tell.
 
     Raises:
         ParityError: a file answers otherwise than PyTorch does; nothing is published then.
         UnsupportedError: a package is missing, or the model cannot be exported.
         CheckpointError: the folder holds no model, or a damaged one.
         DataError: there are no texts, or not a label for each, or one that is not the model's.
-        ConfigError: ``out`` holds something else than an export, or cannot be written.
+        ConfigError: there are no such activations; ``out`` holds something else than an export,
+            or cannot be written.
     """
+    activations = activations or ("dynamic" if made_up else "static")
+    if activations not in ACTIVATIONS:
+        ways = " nor ".join(ACTIVATIONS)
+        raise ConfigError(f"activations: {activations!r} is neither {ways}", "name one of these")
     if not texts:
         raise DataError("there are no texts to compare the export on", "give some")
     folder = Path(folder)
@@ -109,6 +120,7 @@ def export_onnx(
             int8=int8,
             fp16=fp16,
             run=lambda model: trained.with_model(model).logits(few),
+            batches=trained.batches(few) if activations == "static" else None,
         )
         trained.tokenizer.save_pretrained(building)
         report = {
@@ -116,7 +128,7 @@ def export_onnx(
             "command": command,
             "opset": OPSET,
             "environment": environment("cpu", torch.get_num_threads()),
-            **_compare(building, trained, texts, gold, data, made_up),
+            **_compare(building, trained, texts, gold, data, made_up, activations),
         }
         (building / EXPORT_REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         if out.exists():
@@ -147,6 +159,7 @@ def write_files(
     int8: bool = False,
     fp16: bool = False,
     run: Callable[[PreTrainedModel], object] | None = None,
+    batches: Iterable[Inputs] | None = None,
 ) -> None:
     """Write a model's ONNX files and its configuration into a new folder; compares nothing.
 
@@ -157,6 +170,8 @@ def write_files(
         fp16: write a half-precision model beside it.
         run: runs a model on texts like those it will serve, so that int8 can be fitted to them;
             None quantises every layer as it is.
+        batches: of such texts, to which int8's ranges of activations are fixed; None finds them
+            in each batch that is served.
 
     Raises:
         UnsupportedError: a package is missing, or the model cannot be exported.
@@ -166,7 +181,7 @@ def write_files(
     fp32 = folder / ONNX_FILES["onnx"]
     _write_onnx(model, fp32)
     if int8:
-        _write_int8(model, fp32, folder / ONNX_FILES["onnx-int8"], run)
+        _write_int8(model, fp32, folder / ONNX_FILES[INT8_ENGINE], run, batches)
     if fp16:
         _halve(fp32, folder / ONNX_FILES["onnx-fp16"])
     model.config.save_pretrained(folder)
@@ -202,66 +217,20 @@ def _write_onnx(model: PreTrainedModel, file: Path) -> None:
 
 
 def _write_int8(
-    model: PreTrainedModel, fp32: Path, int8: Path, run: Callable[[PreTrainedModel], object] | None
+    model: PreTrainedModel,
+    fp32: Path,
+    int8: Path,
+    run: Callable[[PreTrainedModel], object] | None,
+    batches: Iterable[Inputs] | None,
 ) -> None:
-    if run is None:
-        _quantise(fp32, int8, [])
-        return
-    model, plan = smoothed(model, run)
-    _write_onnx(model, int8)
-    _quantise(int8, int8, plan)
-
-
-def _quantise(fp32: Path, int8: Path, plan: list[tuple[tuple[int, int], bool]]) -> None:
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
+    plan: list = []
+    if run is not None:
+        model, plan = smoothed(model, run)
+        _write_onnx(model, int8)
     with _quiet():
-        quantize_dynamic(
-            fp32,
-            int8,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,  # one scale for a whole matrix gave 4 % of the reviews another label
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=_left_out(onnx.load(fp32).graph, plan),
-        )
-        model = onnx.load(int8)
-        _halve_embeddings(model.graph)
-        onnx.save(model, int8)
-
-
-def _left_out(graph, plan: list[tuple[tuple[int, int], bool]]) -> list[str]:
-    """Names of the products whose layers do not bear int8: they stand in the order of the plan."""
-    sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    products = [
-        node
-        for node in graph.node
-        if node.op_type in ("MatMul", "Gemm") and len(sizes.get(node.input[1], ())) == 2
-    ]
-    if [sorted(sizes[node.input[1]]) for node in products] != [sorted(s) for s, _ in plan]:
-        return []  # not told apart: all are quantised, and the comparison decides
-    return [node.name for node, (_, bears_int8) in zip(products, plan) if not bears_int8]
-
-
-def _halve_embeddings(graph) -> None:
-    """Tables of embeddings, most of a small model, in half precision; what is read is fp32 again.
-
-    In int8, even with a scale for each row, they were the largest part of the error.
-    """
-    from onnx import TensorProto, helper, numpy_helper
-
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    for node in list(graph.node):
-        table = weights.get(node.input[0]) if node.op_type == "Gather" else None
-        if table is None or len(table.dims) != 2 or table.data_type != TensorProto.FLOAT:
-            continue
-        values = numpy_helper.to_array(table).astype(np.float16)
-        graph.initializer.remove(table)
-        graph.initializer.append(numpy_helper.from_array(values, table.name))
-        [found] = node.output
-        node.output[0] = f"{found}.half"
-        cast = helper.make_node("Cast", [node.output[0]], [found], to=TensorProto.FLOAT)
-        graph.node.insert(list(graph.node).index(node) + 1, cast)
+        quantise(fp32 if run is None else int8, int8, plan)
+        if batches is not None:
+            fix_ranges(int8, batches)
 
 
 def _halve(fp32: Path, fp16: Path) -> None:
@@ -293,6 +262,7 @@ def _compare(
     gold: torch.Tensor | None,
     data: str,
     made_up: bool,
+    activations: str,
 ) -> dict:
     wanted, task = trained.logits(texts), trained.task
     answers = task.answers(wanted.astype(np.float64), trained.labels)
@@ -303,7 +273,7 @@ def _compare(
     def score(logits: np.ndarray) -> float | None:
         return None if gold is None else task.scores(gold, torch.from_numpy(logits))[task.metric]
 
-    formats = {}
+    formats: dict[str, dict] = {}
     for engine, name in ONNX_FILES.items():
         if not (built / name).exists():
             continue
@@ -331,11 +301,12 @@ def _compare(
             few = texts[:_ALONE]
             alone = np.concatenate([exported.logits([text]) for text in few])
             moved = int((~task.alike(alone, found[: len(few)])).sum())
-            formats[name]["labels_by_batch"] = moved / len(few)
+            formats[name] |= {"activations": activations, "labels_by_batch": moved / len(few)}
             if moved:
                 remarks.append(
                     f"{name}: {moved} of {len(few)} labels depend on what else is in the batch, "
-                    "since activations are rounded with one scale for all of it"
+                    "since activations are rounded with one scale for all of it: --activations "
+                    "static fixes it"
                 )
     checked = {"examples": len(texts), "data": data, task.metric: score(wanted)}
     return {"checked": checked | {"remarks": remarks}, "formats": formats}

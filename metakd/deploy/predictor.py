@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +109,21 @@ class Predictor:
             self._run(texts[part], logits[part])
         return logits
 
+    def batches(self, texts: Sequence[Text]) -> Iterator[Inputs]:
+        """What the engine is given for N texts, longest first.
+
+        Raises:
+            DataError: something among them is no text.
+        """
+        _check_texts(texts)
+        return (batch for _, batch in self._batches(texts))
+
     def _run(self, texts: Sequence[Text], logits: np.ndarray) -> None:
+        for rows, batch in self._batches(texts):
+            logits[rows] = self.engine(batch)[: len(rows)]
+
+    def _batches(self, texts: Sequence[Text]) -> Iterator[tuple[np.ndarray, Inputs]]:
+        """Padded batches, and which of the texts are in each."""
         tokens = self.tokenizer(
             list(texts), truncation=True, max_length=self._max_length, return_attention_mask=False
         )
@@ -120,7 +134,7 @@ class Predictor:
             # As many of the longest as fit: those left behind are never longer.
             count = self.engine.texts_at_once(self._batch_tokens, int(lengths[order[-1]]))
             rows, order = order[-count:], order[:-count]
-            logits[rows] = self.engine(self._pad(tokens, lengths, rows))[: len(rows)]
+            yield rows, self._pad(tokens, lengths, rows)
 
     def _pad(self, tokens: dict, lengths: np.ndarray, rows: np.ndarray) -> Inputs:
         shape = self.engine.padded_shape(len(rows), int(lengths[rows].max()))
