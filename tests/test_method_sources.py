@@ -1,6 +1,7 @@
 """Models that do not fit: each mismatch is refused naming both values, before anything trains."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from metakd.models.sources import (
     check_positions,
     load_classifier,
     load_encoder,
+    load_tokenizer,
     load_trained_classifier,
 )
 from metakd.models.student import build_student
@@ -359,6 +361,59 @@ def test_models_that_are_not_there(tmp_path, tokenizer):
     nowhere = str(tmp_path / "nowhere")
     found = refused(config(nowhere, {"model": nowhere}), tokenizer, LABELS)
     assert [line.split(":")[0] for line in found] == ["teacher.model", "student.model"]
+
+
+def configured(**changes):
+    def edit(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return edit
+
+
+def written(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+WRONG = {
+    "cut off": (written("config.json", '{"model_type": "bert", '), "config.json: is no JSON"),
+    "empty": (written("config.json", "{}"), "config.json: names no model_type"),
+    "a list": (written("config.json", "[]"), "config.json: names no model_type"),
+    "unknown": (
+        configured(model_type="berty"),
+        r"model_type 'berty' is not known to transformers .*; did you mean 'bert'\?",
+    ),
+    "of pictures": (
+        configured(model_type="vit"),
+        "is a vit model, of which transformers has no classifier of texts",
+    ),
+    "a word for a number": (configured(hidden_size="wide"), "hidden_size.* expected int, got str"),
+    "an activation of its own": (configured(hidden_act="swishy"), "KeyError: 'swishy'"),
+    "heads": (configured(num_attention_heads=7), "is not a multiple of the number of attention"),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        r"holds no weights \(model.safetensors\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_with_a_model_is_said_in_a_line(saved, case):
+    """Whatever its libraries make of it, which may be any error of theirs."""
+    edit, said = WRONG[case]
+    folder = saved("model")
+    edit(Path(folder))
+    with pytest.raises((OSError, ValueError), match=said) as caught:
+        load_classifier(folder, LABELS)
+    assert str(caught.value).startswith(folder) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_no_json(saved):
+    folder = saved("model")
+    (Path(folder) / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="JSONDecodeError") as caught:
+        load_tokenizer(folder)
+    assert str(caught.value).startswith(folder)
 
 
 def test_a_damaged_student_is_a_checkpoint_error(saved, tmp_path):

@@ -12,6 +12,7 @@ from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import build_terms
 from metakd.method.recipe import PAPER, Recipe
 from metakd.models.sources import (
+    check_classifies,
     check_embeddings,
     check_labels,
     check_positions,
@@ -58,6 +59,7 @@ def check_models(
     if taught is not None:
         note("teacher.model", check_embeddings, source, taught, tokenizer)
         note("teacher.model", check_positions, source, taught, length)
+        note("teacher.model", check_classifies, source, taught)
         if not TEACHER_KINDS[config.teacher.kind].head_per_domain:  # such a head is always fresh
             note("teacher.model", check_labels, source, taught, label2id)
 
@@ -69,6 +71,7 @@ def check_models(
                 note(key, check_vocabulary, student.model, shape, tokenizer)
                 note(key, check_labels, student.model, shape, label2id)
                 note(key, check_positions, student.model, shape, length)
+                note(key, check_classifies, student.model, shape)
         else:
             shape = None if taught is None else note(key, student_shape, student, taught)
         if taught is not None and shape is not None:

@@ -10,12 +10,16 @@ which the stages turn into errors of the configuration; of models that this tool
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
@@ -25,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from metakd.config.places import may_be_hub_id, meant
+from metakd.config.places import closest, may_be_hub_id, meant
 from metakd.errors import CheckpointError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
@@ -98,10 +102,12 @@ def load_classifier(
         ValueError: as ``load_encoder``; or its own labels have these names in another order.
         OSError: there is none.
     """
+    shape = load_config(source)
+    check_classifies(source, shape)
     # A K x M head has no names of its own.
     names = {}
     if not num_labels:
-        check_labels(source, load_config(source), label2id)
+        check_labels(source, shape, label2id)
         names = {"label2id": label2id, "id2label": {i: name for name, i in label2id.items()}}
     return _load(
         AutoModelForSequenceClassification,
@@ -132,6 +138,19 @@ def damaged(folder: Path, error: Exception) -> CheckpointError:
         f"{folder}: is damaged: {reason.removeprefix(f'{folder}: ')}",
         f"remove {folder} and build it again: `metakd teach` or `metakd distill`",
     )
+
+
+def check_classifies(source: str, config: PretrainedConfig) -> None:
+    """Has transformers a classifier of texts of this architecture?
+
+    Raises:
+        ValueError: with its name.
+    """
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(
+            f"{source}: is a {config.model_type} model, of which transformers has no classifier of "
+            "texts"
+        )
 
 
 def check_labels(source: str, config: PretrainedConfig, label2id: dict[str, int]) -> None:
@@ -219,7 +238,7 @@ def check_finite(source: str | Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _load(auto: type, source: str, whole: bool = False, **options) -> PreTrainedModel:
-    _refuse_pickles(source)
+    _check_weights_are_there(source)
     try:
         model, found = _without_code(
             auto,
@@ -257,30 +276,61 @@ def _may_be_fresh(name: str, model: nn.Module) -> bool:
     return is_head or name.removeprefix(prefix).startswith("pooler.")
 
 
-def _refuse_pickles(source: str) -> None:
+def _check_weights_are_there(source: str) -> None:
     folder = Path(source)
     files = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    if not folder.is_dir() or any(name.endswith(".safetensors") for name in files):
+        return
     pickled = sorted(name for name in files if Path(name).suffix in _PICKLES)
-    if pickled and not any(name.endswith(".safetensors") for name in files):
-        raise ValueError(
-            f"{source} holds {', '.join(pickled[:_SHOWN])} and no safetensors: such files can run "
-            "code when they are read, save the model with save_pretrained first"
-        )
+    if not pickled:
+        raise OSError(f"{source}: holds no weights (model.safetensors)")
+    raise ValueError(
+        f"{source} holds {', '.join(pickled[:_SHOWN])} and no safetensors: such files can run code "
+        "when they are read, save the model with save_pretrained first"
+    )
 
 
 def _without_code(auto: type, source: str, **options):
     path = Path(source)
     if not path.exists() and not may_be_hub_id(source, bare=True):
         raise OSError(f"{source}: no such folder, nor a hub id owner/name{meant(path)}")
+    if (path / "config.json").is_file():
+        _look_at_config(path / "config.json")
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, SafetensorError, RuntimeError):
+        raise
+    except (
+        Exception
+    ) as error:  # what is wrong in a model's files makes its libraries raise anything
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{source} needs code of its own, which is never run; use a model that "
+                "transformers knows by itself"
+            ) from None
+        said = " ".join(str(error).split("\n\n")[0].split())
+        raise ValueError(f"{source}: {type(error).__name__}: {said}") from error
+
+
+def _look_at_config(file: Path) -> None:
+    """What transformers says of these in words that name neither file nor reason.
+
+    Raises:
+        ValueError: it is no configuration, or of no model that this transformers knows.
+    """
+    try:
+        shape = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
+        raise ValueError(f"{file}: is no JSON ({error})") from error
+    kind = shape.get("model_type") if isinstance(shape, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError(f"{file}: names no model_type")
+    if kind not in CONFIG_MAPPING and "auto_map" not in shape:
+        version = transformers.__version__
         raise ValueError(
-            f"{source} needs code of its own, which is never run; use a model that transformers "
-            "knows by itself"
-        ) from None
+            f"{file}: model_type {kind!r} is not known to transformers {version}"
+            f"{closest(kind, CONFIG_MAPPING)}"
+        )
 
 
 def _vocabulary(source: str) -> dict[str, int] | None:

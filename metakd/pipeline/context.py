@@ -18,7 +18,7 @@ from metakd.errors import ConfigError, DataError
 from metakd.method.fit import check_models
 from metakd.method.methods import METHODS
 from metakd.method.recipe import RECIPES, Recipe
-from metakd.models.sources import load_tokenizer
+from metakd.models.sources import knows_words, load_tokenizer
 from metakd.pipeline.store import StageStore
 from metakd.pipeline.table import ALL_DOMAINS
 from metakd.pipeline.texts import part_of
@@ -102,6 +102,11 @@ class Context:
         where they were cut in training, whoever serves them."""
         with configured("teacher.model"):
             tokenizer = load_tokenizer(self.config.teacher.model)
+        if not knows_words(tokenizer):
+            raise ConfigError(
+                f"teacher.model: {self.config.teacher.model} holds no tokenizer",
+                "save one beside the model",
+            )
         tokenizer.model_max_length = min(tokenizer.model_max_length, self.config.data.max_length)
         return tokenizer
 
