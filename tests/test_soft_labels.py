@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import warnings
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import make_source, rows_of
+from tiny_runs import make_source, refusal, rows_of, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import metakd
@@ -20,21 +19,10 @@ from metakd.config.loading import load_config
 from metakd.data.reading import read_corpus
 from metakd.data.soft_labels import as_logits
 from metakd.deploy import Predictor, export_onnx
-from metakd.errors import ConfigError, DataError
+from metakd.errors import ConfigError
 
 TRIAL = Path(__file__).parent / "trials" / "soft_labels.jsonl"
 COLUMNS = ["p_negative", "p_positive"]
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def refusal(**keys) -> DataError:
-    with pytest.raises(DataError) as caught:
-        read_corpus(DataConfig(**keys))
-    return caught.value
 
 
 # Reading
@@ -62,7 +50,7 @@ def test_a_file_without_labels_takes_the_likeliest_class():
 )
 def test_every_way_to_write_them(tmp_path, soft, values):
     rows = [{"text": f"t {i}", "label": ("no", "yes")[i % 2], **values} for i in range(4)]
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_rows(tmp_path / "train.jsonl", rows)
     raw = read_corpus(DataConfig(train=train, domain=None, soft_labels=soft))
     assert raw.labels == ["no", "yes"]
     assert all(row.soft == [0.25, 0.75] for row in raw.splits["train"])
@@ -71,7 +59,7 @@ def test_every_way_to_write_them(tmp_path, soft, values):
 
 def test_a_list_without_labels_numbers_the_classes(tmp_path):
     rows = [{"text": f"t {i}", "soft": [0.1, 0.2, 0.7][i:] + [0.1, 0.2, 0.7][:i]} for i in range(3)]
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_rows(tmp_path / "train.jsonl", rows)
     raw = read_corpus(DataConfig(train=train, domain=None, soft_labels="soft"))
     assert raw.labels == ["0", "1", "2"]
     assert [row.label for row in raw.splits["train"]] == ["2", "1", "0"]
@@ -80,7 +68,7 @@ def test_a_list_without_labels_numbers_the_classes(tmp_path):
 def test_a_class_that_is_never_the_label_is_a_class(tmp_path):
     soft = {"a": 0.5, "b": 0.3, "c": 0.2}
     rows = [{"text": f"t {i}", "label": "ab"[i % 2], "soft": soft} for i in range(4)]
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_rows(tmp_path / "train.jsonl", rows)
     assert read_corpus(DataConfig(train=train, domain=None, soft_labels="soft")).labels == [*"abc"]
 
 
@@ -104,7 +92,7 @@ def test_a_row_of_bad_numbers(tmp_path, values, reason):
     good = {"label": "a", "p_a": 0.6, "p_b": 0.4}
     rows = [good | {"text": "t 0"}, {"text": "t 1", "label": "b", **values}]
     rows.append(good | {"text": "t 2", "label": "b"})
-    keys = {"train": write(tmp_path / "train.jsonl", rows), "domain": None}
+    keys = {"train": write_rows(tmp_path / "train.jsonl", rows), "domain": None}
     keys["soft_labels"] = ["p_a", "p_b"]
     found = refusal(**keys)
     assert f"train.jsonl:2:p_{'b' if 'p_b' not in values else 'a'}" in found.cause
@@ -120,7 +108,7 @@ def test_a_row_of_bad_numbers(tmp_path, values, reason):
 def test_a_cell_that_holds_no_numbers(tmp_path, value):
     rows = [{"text": f"t {i}", "label": "ab"[i % 2], "soft": [0.5, 0.5]} for i in range(4)]
     rows[1]["soft"] = value
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_rows(tmp_path / "train.jsonl", rows)
     found = refusal(train=train, domain=None, soft_labels="soft")
     assert "train.jsonl:2:soft: " in found.cause
 
@@ -130,7 +118,7 @@ def test_classes_must_be_the_same_everywhere(tmp_path):
         {"text": f"t {i}", "label": "ab"[i % 2], "soft": {"a": 0.5, "b": 0.5}} for i in range(4)
     ]
     rows[0]["soft"] = {"a": 0.5, "c": 0.5}
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_rows(tmp_path / "train.jsonl", rows)
     found = refusal(train=train, domain=None, soft_labels="soft")
     assert "1 problem" in found.cause
     assert "train.jsonl:1:-: soft labels are not of the classes 'a', 'b'" in found.cause
@@ -139,7 +127,7 @@ def test_classes_must_be_the_same_everywhere(tmp_path):
     rows = [
         {"text": f"t {i}", "label": "ac"[i % 2], "soft": {"a": 0.5, "b": 0.5}} for i in range(4)
     ]
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_rows(tmp_path / "train.jsonl", rows)
     found = refusal(train=train, domain=None, soft_labels="soft")
     assert "soft labels say nothing of class 'c' (there are 'a', 'b')" in found.cause
 
@@ -151,14 +139,14 @@ def test_a_label_column_that_is_named_must_be_there():
 
 def test_conflicting_soft_labels_are_counted(tmp_path):
     rows = [{"text": "t", "soft": soft} for soft in ([0.9, 0.1], [0.1, 0.9])]
-    train = write(tmp_path / "train.jsonl", [*rows, {"text": "u", "soft": [0.9, 0.1]}])
+    train = write_rows(tmp_path / "train.jsonl", [*rows, {"text": "u", "soft": [0.9, 0.1]}])
     with pytest.warns(UserWarning, match="1 text of train has more than one label"):
         read_corpus(DataConfig(train=train, domain=None, soft_labels="soft"))
 
 
 def test_a_missing_column_is_named(tmp_path):
     rows = [{"text": f"t {i}", "label": "ab"[i % 2], "p_a": 1.0} for i in range(4)]
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_rows(tmp_path / "train.jsonl", rows)
     found = refusal(train=train, domain=None, soft_labels=["p_a", "p_b"])
     assert "missing column: 'p_b' is unknown; did you mean 'p_a'?" in found.cause
 
@@ -266,7 +254,7 @@ def test_as_from_the_teacher_itself(source, tmp_path):
             told = model(**inputs).logits[0].double().softmax(0)
         row |= {f"p_{model.config.id2label[n]}": float(value) for n, value in enumerate(told)}
     columns = [f"p_{name}" for name in model.config.label2id]
-    data = {"train": write(tmp_path / "soft.jsonl", rows), "soft_labels": columns, **labels}
+    data = {"train": write_rows(tmp_path / "soft.jsonl", rows), "soft_labels": columns, **labels}
     config = settings(source, tmp_path / "file", **data)
     result = metakd.run(config, ["teacher.kind=file"])
     assert not (tmp_path / "file" / "teachers").exists()
@@ -297,7 +285,7 @@ def test_the_whole_way_with_probabilities_alone(source, tmp_path):
         for n, row in enumerate(rows_of(source / "corpus" / "train.jsonl"))
     ]
     config = settings(source, tmp_path / "run")
-    train = write(tmp_path / "train.jsonl", rows)
+    train = write_rows(tmp_path / "train.jsonl", rows)
     config["data"] = {"train": train, "domain": None, "soft_labels": "soft", "max_length": 24}
     del config["distill"]["domains"]
     config["compare"] = {

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import average_precision_score, f1_score
-from tiny_runs import make_source, rows_of
+from tiny_runs import make_source, refusal, rows_of, write_rows
 from transformers import AutoModelForSequenceClassification, pipeline
 from typer.testing import CliRunner
 
@@ -26,6 +26,7 @@ from metakd.config import DataConfig
 from metakd.config.loading import load_config
 from metakd.data.corpus import Split, Tokens, folds_of, load_corpus
 from metakd.data.reading import read_corpus
+from metakd.data.soft_labels import as_logits
 from metakd.deploy import Predictor, export_onnx
 from metakd.errors import ConfigError, DataError
 from metakd.method.tasks import (
@@ -45,23 +46,12 @@ SINGLE, MULTI, NUMBERS = TASKS.values()
 TRIALS = Path(__file__).parent / "trials"
 
 
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def write_csv(path: Path, rows: list[dict]) -> str:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     return str(path)
-
-
-def refusal(**keys) -> DataError:
-    with pytest.raises(DataError) as caught:
-        read_corpus(DataConfig(**keys))
-    return caught.value
 
 
 # Reading
@@ -118,7 +108,7 @@ def test_another_separator_between_labels(tmp_path):
 def test_a_column_for_each_class(tmp_path, values):
     yes, no = values
     rows = [{"text": "x", "rude": yes, "loud": no}, {"text": "y", "rude": no, "loud": no}]
-    make = write_csv if isinstance(yes, str) else write
+    make = write_csv if isinstance(yes, str) else write_rows
     file = make(tmp_path / ("train.csv" if isinstance(yes, str) else "train.jsonl"), rows)
     keys = {"task": "multi_label", "domain": None, "label": ["rude", "loud"]}
     with pytest.warns(UserWarning, match="or none, have label loud"):
@@ -142,7 +132,7 @@ MULTI_REFUSED = [
 @pytest.mark.parametrize(("rows", "said"), MULTI_REFUSED)
 def test_labels_that_are_no_lists(tmp_path, rows, said):
     rows = [{"text": f"text {number}", **row} for number, row in enumerate(rows)]
-    file = write(tmp_path / "train.jsonl", rows)
+    file = write_rows(tmp_path / "train.jsonl", rows)
     assert said in refusal(train=file, domain=None, task="multi_label").cause
 
 
@@ -161,27 +151,27 @@ def test_labels_that_are_no_lists(tmp_path, rows, said):
 )
 def test_labels_that_are_no_numbers(tmp_path, value, said):
     rows = [{"text": "x", "label": 1}, {"text": "y", "label": 2.5}, {"text": "z", "label": value}]
-    file = write(tmp_path / "train.jsonl", rows)
+    file = write_rows(tmp_path / "train.jsonl", rows)
     found = refusal(train=file, domain=None, task="regression")
     assert ":3:label:" in found.cause and said in found.cause
     assert "data.on_problem: drop" in found.remedy
 
 
 def test_one_number_is_nothing_to_predict(tmp_path):
-    file = write(tmp_path / "train.jsonl", [{"text": t, "label": 2} for t in "ab"])
+    file = write_rows(tmp_path / "train.jsonl", [{"text": t, "label": 2} for t in "ab"])
     assert "only one number, 2:" in refusal(train=file, domain=None, task="regression").cause
 
 
 def test_numbers_far_from_0_are_doubtful(tmp_path):
     rows = [{"text": f"text {n}", "label": 1000 * n} for n in range(10)]
-    file = write(tmp_path / "train.jsonl", rows)
+    file = write_rows(tmp_path / "train.jsonl", rows)
     with pytest.warns(UserWarning, match="mean 4500 and standard deviation 2872: .* scale them"):
         read_corpus(DataConfig(train=file, domain=None, task="regression"))
 
 
 def test_a_class_that_only_validation_has(tmp_path):
-    train = write(tmp_path / "train.jsonl", [{"text": t, "label": [t]} for t in "ab"])
-    other = write(tmp_path / "dev.jsonl", [{"text": "c", "label": ["a", "c"]}])
+    train = write_rows(tmp_path / "train.jsonl", [{"text": t, "label": [t]} for t in "ab"])
+    other = write_rows(tmp_path / "dev.jsonl", [{"text": "c", "label": ["a", "c"]}])
     found = refusal(train=train, validation=other, domain=None, task="multi_label")
     assert "label not in train: 'c' is unknown" in found.cause
 
@@ -204,7 +194,6 @@ def test_without_a_task_the_way_out_is_named(file, way_out):
         {"data.label": ["a", "a"], "data.task": "multi_label"},
         {"data.label": ["a", "b"], "data.task": "regression"},
         {"data.label_separator": ""},
-        {"data.soft_labels": "s", "data.task": "multi_label"},
         {"data.soft_labels": "s", "data.task": "regression"},
         {"distill.temperature": 2.0, "data.task": "regression"},
         {"compat": "easytransfer", "distill.schedule": "two_stage", "data.task": "regression"},
@@ -364,7 +353,7 @@ def test_unlabelled_texts_have_no_label(tmp_path):
             {"text": f"text {n}", "label": [labels[n % 2]] if task == "multi_label" else n / 40}
             for n in range(40)
         ]
-        file = write(tmp_path / f"{task}.jsonl", rows)
+        file = write_rows(tmp_path / f"{task}.jsonl", rows)
         config = DataConfig(train=file, domain=None, task=task, labels={"all": 10})
         for _ in range(2):  # the second time from the cache
             corpus = load_corpus(config, tokenizer, cache=tmp_path / "cache", say=str)
@@ -453,6 +442,32 @@ def test_which_answers_count_as_the_same():
     assert MULTI.misfit(0) and NUMBERS.misfit(2) and SINGLE.misfit(1)
 
 
+# A teacher elsewhere
+
+
+def test_soft_labels_of_each_class_by_itself(tmp_path):
+    rows = [
+        {"text": "x", "rude": 0.9, "loud": 0.8},
+        {"text": "y", "rude": 0.1, "loud": 0.5},
+        {"text": "z", "rude": 0.0, "loud": 0.2},
+    ]
+    file = write_rows(tmp_path / "train.jsonl", rows)
+    config = DataConfig(
+        train=file, domain=None, task="multi_label", soft_labels={"rude": "rude", "loud": "loud"}
+    )
+    raw = read_corpus(config)
+    assert raw.labels == ["loud", "rude"]
+    assert [row.label for row in raw.splits["train"]] == [("loud", "rude"), ("loud",), ()]
+    soft = [row.soft for row in raw.splits["train"]]
+    told = as_logits(soft, config).sigmoid()
+    assert told.tolist() == [pytest.approx([b, a], abs=1e-7) for _, a, b in map(dict.values, rows)]
+    wrong = write_rows(tmp_path / "wrong.jsonl", [*rows, {"text": "w", "rude": 2, "loud": 0}])
+    found = refusal(train=wrong, domain=None, task="multi_label", soft_labels=["rude", "loud"])
+    assert "2 is not a probability" in found.cause
+    logits = config.model_copy(update={"soft_labels_as": "logits"})
+    assert read_corpus(logits).splits["train"][2].label == ("loud", "rude")
+
+
 # The whole way
 
 
@@ -475,7 +490,7 @@ def source(tmp_path_factory) -> Path:
         (folder / task).mkdir()
         for split in ("train", "validation", "test"):
             rows = rows_of(folder / "corpus" / f"{split}.jsonl")
-            write(folder / task / f"{split}.jsonl", labelled(rows, task))
+            write_rows(folder / task / f"{split}.jsonl", labelled(rows, task))
     return folder
 
 
@@ -571,6 +586,26 @@ def test_a_student_of_several_classes_learns(source, tmp_path):
         config[block]["training"] = {"num_train_epochs": 12, "learning_rate": 5e-3}
     scores = metakd.run(config).scores
     assert scores["meta-from-meta"]["average"] > 75
+
+
+def test_probabilities_of_each_class_teach_as_their_teacher_does(source, tmp_path):
+    """To rounding, those of texts without labels, too."""
+    config = settings(source, "multi_label", tmp_path / "model")
+    config["student"]["copy_from"] = "encoder"
+    config["distill"] |= {"method": "logits_kd", "domains": ["hiking"], "temperature": 2.0}
+    metakd.run(config, ["teacher.kind=mix"])
+    rows = rows_of(source / "multi_label" / "train.jsonl")
+    teacher = Predictor(tmp_path / "model" / "teachers" / "mix-s42", engine="eager")
+    for row, answer in zip(rows, teacher([row["text"] for row in rows])):
+        row["soft"] = answer.scores
+    config["data"] |= {"train": write_rows(tmp_path / "soft.jsonl", rows), "soft_labels": "soft"}
+    config["output_dir"] = str(tmp_path / "file")
+    metakd.run(config, ["teacher.kind=file"])
+    one, other = (
+        load_file(tmp_path / f"{name}/students/logits_kd-from-{kind}-s42/hiking/model.safetensors")
+        for name, kind in (("model", "mix"), ("file", "file"))
+    )
+    assert all((one[key] - other[key]).abs().max() < 1e-5 for key in one)
 
 
 def test_scores_t_of_several_classes(source, tmp_path):

@@ -13,7 +13,9 @@ from processes import unjoined
 from safetensors.torch import load_file
 
 from metakd import demo
-from metakd.errors import StoppedError
+from metakd.config import DataConfig
+from metakd.data.reading import read_corpus
+from metakd.errors import DataError, StoppedError
 from metakd.pipeline.stages import Run
 from metakd.training import engine
 
@@ -45,6 +47,19 @@ def make_source(folder: Path) -> None:
 
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """As JSONL; the path as configurations want it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def refusal(**keys) -> DataError:
+    """What is said of a ``data`` block that must be refused."""
+    with pytest.raises(DataError) as caught:
+        read_corpus(DataConfig(**keys))
+    return caught.value
 
 
 def write_config(source: Path, folder: Path, output: str) -> Path:

@@ -140,11 +140,13 @@ def _task(config: RunConfig) -> list[str]:
     found = []
     if not isinstance(data.label, str) and task is not TASKS["multi_label"]:
         found.append(f"data.label: several columns need data.task: multi_label, got {task.name}")
-    if task is not SINGLE_LABEL:
-        if config.compat == "easytransfer":
-            found.append(f"data.task: {task.name} is excluded by compat: easytransfer")
-        if data.soft_labels is not None:
-            found.append(f"data.soft_labels: are of one class each, data.task is {task.name}")
+    if task is not SINGLE_LABEL and config.compat == "easytransfer":
+        found.append(f"data.task: {task.name} is excluded by compat: easytransfer")
+    if not task.softens and data.soft_labels is not None:
+        found.append(
+            f"data.soft_labels: excluded by data.task: {task.name}; what a teacher elsewhere says "
+            "is a label like others, in data.label"
+        )
     if not task.softens and config.distill.temperature != 1.0:
         found.append(
             f"distill.temperature: excluded by data.task: {task.name}, whose answers are "

@@ -136,6 +136,7 @@ def read_corpus(config: DataConfig) -> RawCorpus:
         taught = [split for split in _TAUGHT if split in splits]
         labels = settle(splits, taught, labels, config, problems)
         train = splits["train"]
+        given = [row.label for row in train if row.label is not None]
     if train:
         if reason := reader.lacking(given, labels):
             problems.add(config.train, None, reader.columns[0], reason)

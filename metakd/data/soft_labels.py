@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metakd.config import DataConfig
 from metakd.data.tables import Problems, ordered, show
+from metakd.method.tasks import TASKS
 
 if TYPE_CHECKING:
     from metakd.data.reading import Row
@@ -32,11 +33,10 @@ Numbers = dict[str, float] | list[float]
 
 
 def as_logits(soft: Sequence[Sequence[float]], config: DataConfig) -> Tensor:
-    """Soft labels of N texts as logits [N, M], float32: of probabilities their logarithms, so that
-    a temperature T makes of them p^(1/T), scaled to sum to 1."""
+    """Soft labels of N texts as logits [N, M], float32; of probabilities those that give them."""
     values = torch.tensor(soft, dtype=torch.float64)
     if config.soft_labels_as == "probabilities":
-        values = values.clamp(min=SMALLEST).log()
+        values = TASKS[config.task].logits_of(values, SMALLEST)
     return values.float()
 
 
@@ -46,6 +46,10 @@ class SoftLabels:
     def __init__(self, config: DataConfig):
         self._by_class = config.soft_columns
         self._are_probabilities = config.soft_labels_as == "probabilities"
+        self._sum_to_1 = self._are_probabilities and TASKS[config.task].one_class
+        each_by_itself = self._are_probabilities and not self._sum_to_1
+        self._most = 1 + SUM_TOLERANCE if each_by_itself else _LARGEST
+        self._least = 0 if self._are_probabilities else -_LARGEST
         own = config.soft_labels if isinstance(config.soft_labels, str) else ""
         self.columns = list(self._by_class.values()) if self._by_class else [own]
 
@@ -70,11 +74,11 @@ class SoftLabels:
                 number = math.nan if isinstance(value, bool) else float(value)
             except (TypeError, ValueError, OverflowError):
                 number = math.nan
-            if not abs(number) <= _LARGEST or (self._are_probabilities and number < 0):
+            if not self._least <= number <= self._most:
                 wanted = "probability" if self._are_probabilities else "finite number"
                 return None, column, f"{show(value)} is not a {wanted}"
             numbers.append(number)
-        if self._are_probabilities and abs(sum(numbers) - 1) > SUM_TOLERANCE:
+        if self._sum_to_1 and abs(sum(numbers) - 1) > SUM_TOLERANCE:
             reason = (
                 f"probabilities sum to {sum(numbers):.4g}, not to 1 (for logits set "
                 "data.soft_labels_as: logits)"
@@ -91,8 +95,8 @@ def settle(
     config: DataConfig,
     problems: Problems,
 ) -> list[str]:
-    """The classes in their order; every row of soft labels is put into it, and takes the likeliest
-    class where it has no label."""
+    """The classes in their order; every row of soft labels is put into it, and takes what they say
+    for its label where it has none."""
     given = [row.soft for split in taught for row in splits[split] if row.soft is not None]
     if not given:
         return labels
@@ -106,6 +110,7 @@ def settle(
             problems.add(config.train, None, None, f"soft labels say nothing of class {listed}")
             return labels
     wanted = {frozenset(classes), frozenset(range(len(classes)))}
+    task, border = TASKS[config.task], 0.5 if config.soft_labels_as == "probabilities" else 0.0
     for split in taught:
         problems.split, settled = split, []
         for row in splits[split]:
@@ -118,7 +123,7 @@ def settle(
             if isinstance(soft, dict):
                 soft = [soft[name] for name in classes]
             if soft is not None and split == "train" and row.label is None:
-                row = row._replace(label=classes[soft.index(max(soft))])
+                row = row._replace(label=task.told(soft, classes, border))
             settled.append(row._replace(soft=soft))
         splits[split] = settled
     return classes

@@ -196,25 +196,8 @@ def sigmoid_kl(
 
     ``rows = T^2 / C * sum_c KL(Bernoulli(p_c) || Bernoulli(q_c))``, with ``p = sigmoid(teacher /
     T)`` and ``q = sigmoid(student / T)``. A class is a softmax over its logit and 0, so that this
-    is ``soft_kl`` of C pairs a row, in the same kernels.
-
-    Args:
-        student: logits, [..., C].
-        teacher: logits, [..., C], without grad.
-        temperature: T, above 0.
-        scale_by_temperature: multiply by T^2, so that gradients keep their size as T grows.
-        mask: [...], which rows count.
-        weight: [...], factor of each row.
-        reduction: ``mean`` (over the unmasked rows), ``sum``, or ``none`` (rows, [...]).
-        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
-
-    Returns:
-        The reduced loss, or rows [...], float32 (float64 for doubles).
-
-    Raises:
-        ValueError: an argument of wrong shape, dtype, device or range; a teacher that requires
-            grad.
-        UnsupportedError: the backend asked for cannot run here.
+    is ``soft_kl`` of C pairs a row, in the same kernels. Arguments, result and errors are those of
+    ``soft_kl``.
 
     Source: Yang, Xie, Zong et al. 2023, *Multi-Label Knowledge Distillation* (arXiv 2308.06453),
     section 3.2, which has the sum over classes; the mean goes with binary cross-entropy as

@@ -94,6 +94,8 @@ class Task:
     metric_title: ClassVar[str]
     softens: ClassVar[bool] = True
     """Are there probabilities, which a temperature softens?"""
+    one_class: ClassVar[bool] = False
+    """Has each text one class, so that the probabilities of all sum to 1?"""
 
     def fitted(self, labels: Tensor) -> Self:
         """The same for a corpus with these labels [N, ...] in its train split."""
@@ -107,6 +109,16 @@ class Task:
 
     def encode(self, labels: Sequence[Any], label2id: Mapping[str, int]) -> Tensor:
         """Labels of N texts as a tensor [N] or [N, M]; None is not known."""
+        raise NotImplementedError
+
+    def told(self, soft: Sequence[float], names: Sequence[str], border: float) -> Any:
+        """The label that soft labels of these M classes come to; ``border`` is what they are of a
+        class that is as likely as not."""
+        raise NotImplementedError
+
+    def logits_of(self, probabilities: Tensor, smallest: float) -> Tensor:
+        """Logits [N, M] that give these probabilities, none taken for smaller than this, so that
+        they are finite."""
         raise NotImplementedError
 
     def known(self, labels: Tensor) -> Tensor:
@@ -202,6 +214,7 @@ class SingleLabel(Task):
     problem_type = "single_label_classification"
     metric = "accuracy"
     metric_title = "accuracy"
+    one_class = True
 
     def classes_of(self, label):
         return (label,)
@@ -210,6 +223,13 @@ class SingleLabel(Task):
         import torch
 
         return torch.tensor([label2id.get(label, NO_LABEL) for label in labels])
+
+    def told(self, soft, names, border):
+        return names[max(range(len(soft)), key=soft.__getitem__)]
+
+    def logits_of(self, probabilities, smallest):
+        # A temperature T makes p^(1/T) of them, scaled to sum to 1.
+        return probabilities.clamp(min=smallest).log()
 
     def known(self, labels):
         return labels != NO_LABEL
@@ -304,6 +324,12 @@ class MultiLabel(Task):
             else:
                 row[[label2id[name] for name in names]] = 1.0
         return found
+
+    def told(self, soft, names, border):
+        return tuple(sorted(name for name, value in zip(names, soft) if value >= border))
+
+    def logits_of(self, probabilities, smallest):
+        return probabilities.clamp(smallest, 1 - smallest).logit()
 
     def known(self, labels):
         return ~labels.isnan().any(-1)
