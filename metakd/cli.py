@@ -266,6 +266,7 @@ def export(
         list[str],
         typer.Option(help="column of the labels, if there is one; repeated, those of the classes"),
     ] = ["label"],  # noqa: B006
+    label_separator: Annotated[str, typer.Option(help="between the labels of a cell")] = ",",
     out: Annotated[str | None, typer.Option(help="by default STUDENT/onnx")] = None,
 ):
     """Export a student to ONNX; files that do not answer as PyTorch does are refused."""
@@ -280,7 +281,12 @@ def export(
     if data is not None:
         columns = label if len(label) > 1 else label[0]
         rows = read_texts(
-            data, text=text, text_pair=text_pair, label=columns, task=task_at(student).name
+            data,
+            text=text,
+            text_pair=text_pair,
+            label=columns,
+            task=task_at(student).name,
+            label_separator=label_separator,
         )
         rows = [row for row in rows if domain in (None, row.domain)]
         if not rows:

@@ -7,11 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AlbertConfig,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     DebertaV2Config,
+    MPNetConfig,
+    SqueezeBertConfig,
 )
 
 from metakd.config import RunConfig, StudentConfig
@@ -424,3 +428,71 @@ def test_a_damaged_student_is_a_checkpoint_error(saved, tmp_path):
         load_trained_classifier(folder)
     with pytest.raises(CheckpointError, match="nowhere: is damaged"):
         load_trained_classifier(tmp_path / "nowhere")
+
+
+# Architectures
+
+OTHERS = {
+    "deberta-v2": (DebertaV2Config, {}),
+    "mpnet": (MPNetConfig, {}),
+    "squeezebert": (SqueezeBertConfig, {"embedding_size": 16}),
+    "albert": (AlbertConfig, {"embedding_size": 16}),
+}
+
+
+@pytest.fixture
+def other(tmp_path, tokenizer):
+    """``other("mpnet")``: a classifier of an architecture without SDPA, or of another build."""
+
+    def save(name: str) -> str:
+        kind, options = OTHERS[name]
+        sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 2, "intermediate_size": 16, "pad_token_id": 0}
+        model = AutoModelForSequenceClassification.from_config(kind(**sizes, **options))
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_encoder_is_loaded_with_the_attention_that_it_has(other, name):
+    folder = other(name)
+    for load in (lambda f: load_classifier(f, LABELS), load_encoder):
+        model = load(folder)
+        assert model.config._attn_implementation == ("sdpa" if name == "albert" else "eager")
+        assert model(torch.ones(1, 4, dtype=torch.long)) is not None
+    load_trained_classifier(Path(folder))
+
+
+NOT_SHOWN = [
+    ("deberta-v2", {"method": "logits_kd"}, []),
+    ("deberta-v2", {"method": "meta", "terms": {"attention": 0}}, []),
+    ("deberta-v2", {"method": "meta"}, ["attention"]),
+    ("mpnet", {"method": "minilmv2", "relation_heads": 2}, ["relation"]),
+    ("squeezebert", {"method": "meta"}, ["embedding", "hidden", "attention"]),
+]
+
+
+@pytest.mark.parametrize(("name", "distill", "hidden"), NOT_SHOWN)
+def test_what_a_model_does_not_show_is_refused_with_the_key_to_set(
+    other, tokenizer, name, distill, hidden
+):
+    def check():
+        check_models(config(other(name), {"layers": [1]}, distill=distill), tokenizer, LABELS)
+
+    if not hidden:
+        return check()
+    with pytest.raises(ConfigError) as caught:
+        check()
+    for term in hidden:
+        key = "attention" if term == "relation" else term
+        for model in ("student", "teacher.model"):
+            assert f"{model}: {term}: model " in caught.value.cause
+        assert f"set distill.terms.{key}: 0" in caught.value.cause
+
+
+def test_layers_that_share_weights_cannot_be_copied(other, tokenizer):
+    found = refused(config(other("albert"), {"layers": [1]}), tokenizer, LABELS)
+    assert "has no list of 2 layers" in found[0] and found[0].startswith("student: model Albert")

@@ -24,9 +24,10 @@ import metakd
 from metakd import cli, front
 from metakd.config import DataConfig
 from metakd.config.loading import load_config
-from metakd.data.corpus import Split, Tokens, folds_of, load_corpus
-from metakd.data.reading import read_corpus
+from metakd.data.corpus import Corpus, Split, Tokens, _keep_labels, folds_of, load_corpus
+from metakd.data.reading import read_corpus, read_texts
 from metakd.data.soft_labels import as_logits
+from metakd.data.tables import _from_dataset
 from metakd.deploy import Predictor, export_onnx
 from metakd.errors import ConfigError, DataError
 from metakd.method.tasks import (
@@ -88,6 +89,7 @@ def test_the_trial_of_numbers():
         ("['b', 'a']", ("a", "b")),  # as pandas writes lists
         ("[1, 2]", ("1", "2")),
         ("[a", ("[a",)),
+        ('["\\ud83d\\ude00", "a\\/b"]', ("a/b", "\U0001f600")),  # as JSON escapes them
     ],
 )
 def test_lists_in_a_csv(tmp_path, cell, label):
@@ -97,11 +99,48 @@ def test_lists_in_a_csv(tmp_path, cell, label):
     assert raw.splits["train"][0].label == label
 
 
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("['a' 'b']", "is no list that can be read"),  # as NumPy prints one
+        ("[1 2]", "is no list that can be read"),
+        ("['a', nan]", "is no list that can be read"),
+        ('["x", null]', "missing label"),
+        ("['x', None]", "missing label"),
+        ("[NaN]", "NaN is not a label"),
+    ],
+)
+def test_lists_that_cannot_be_read(tmp_path, cell, said):
+    rows = [{"text": "x", "label": cell}, {"text": "y", "label": "a"}]
+    file = write_csv(tmp_path / "train.csv", rows)
+    assert said in refusal(train=file, domain=None, task="multi_label").cause
+
+
+def test_names_of_a_hub_that_are_missing():
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    names = ClassLabel(names=["a", "b"])
+    features = Features({"text": Value("string"), "label": List(names), "one": names})
+    rows = {"text": ["x", "y"], "label": [[0, 1], [-1]], "one": [0, -1]}
+    table = _from_dataset("hub", Dataset.from_dict(rows, features=features))
+    assert [row["label"] for _, row in table.rows] == [["a", "b"], [None]]
+    assert [row["one"] for _, row in table.rows] == ["a", None]
+
+
 def test_another_separator_between_labels(tmp_path):
     rows = [{"text": "x", "label": "a|b, c"}, {"text": "y", "label": "a"}]
     file = write_csv(tmp_path / "train.csv", rows)
     keys = {"task": "multi_label", "domain": None, "label_separator": "|"}
     assert read_corpus(DataConfig(train=file, **keys)).labels == ["a", "b, c"]
+    [first, _] = read_texts(file, label="label", task="multi_label", label_separator="|")
+    assert first.label == ("a", "b, c")
+
+
+@pytest.mark.parametrize("task", ["single_label", "regression"])
+def test_several_columns_of_labels_are_of_several_classes(tmp_path, task):
+    file = write_rows(tmp_path / "train.jsonl", [{"text": "x", "a": 1, "b": 0}])
+    with pytest.raises(ConfigError, match=r"data\.label: 2 columns, and each text has"):
+        read_texts(file, label=["a", "b"], task=task)
 
 
 @pytest.mark.parametrize("values", [("1", "0"), ("1.0", "0.0"), (1, 0), (True, False), (1.0, 0.0)])
@@ -345,6 +384,22 @@ def test_draws_of_numbers_take_small_and_large_ones():
     assert few.view(fraction=0.1).labels.sum() == 5
 
 
+@pytest.mark.parametrize("wanted", [1, 2, 3, 7, 12])
+@pytest.mark.parametrize("task", [MULTI, NUMBERS])
+def test_as_many_labels_are_kept_as_asked_for(task, wanted):
+    """However many groups they would be drawn from, in a domain or in all."""
+    number, classes = 60, 4
+    labels = torch.arange(60.0)
+    if task is MULTI:
+        labels = F.one_hot(torch.arange(number) % classes, classes).float()
+        labels[::5] = 0
+    split = split_of(task, labels)
+    split.domain[30:] = 1
+    corpus = Corpus(split, split, None, ["a", "b"], {})
+    _keep_labels(corpus, 1, wanted, seed=0)
+    assert int((corpus.train.domain == 1).sum()) == wanted and len(corpus.unlabelled) == 30 - wanted
+
+
 def test_unlabelled_texts_have_no_label(tmp_path):
     make_source(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path / "encoder"))
@@ -380,6 +435,11 @@ def test_scores_of_several_classes():
     assert right.tolist() == ((gold == 1) & found).sum(0).tolist()
     assert (right + wrong).tolist() == found.sum(0).tolist()
     assert (right + missed).tolist() == gold.sum(0).tolist()
+    one = MULTI.scores(torch.tensor([[1.0], [0.0], [0.0]]), torch.full((3, 1), -1.0))
+    assert one["micro_f1"] == one["macro_f1"] == 0.0  # and not the share of right answers
+    broken = logits.clone()
+    broken[3] = torch.nan
+    assert all(math.isfinite(value) for value in MULTI.scores(labels, broken).values())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nothing = MULTI.scores(torch.zeros(3, 2), torch.full((3, 2), -1.0))
@@ -397,14 +457,18 @@ def test_scores_of_numbers():
     for constant in (torch.zeros(30, 1), torch.full((30, 1), 1e6), torch.full((30, 1), 0.1)):
         flat = NUMBERS.scores(labels, constant)
         assert flat["pearson"] == flat["spearman"] == 0.0 and flat["r2"] < 0.1
-    assert NUMBERS.scores(torch.ones(3), torch.rand(3, 1))["r2"] == 0.0
+    assert "r2" not in NUMBERS.scores(torch.ones(3), torch.rand(3, 1))
+    logits[0] = torch.inf
+    assert all(math.isfinite(value) for value in NUMBERS.scores(labels, logits).values())
 
 
 def test_metrics_and_their_domains():
     assert list(METRICS) == ["accuracy", "micro_f1", "pearson"]
     scores = {"pearson": 0.5, "pearson/a": 0.4, "pearson/b": 0.6, "mse": 1.0, "counts/a": []}
     assert by_domain(scores) == {"a": 0.4, "b": 0.6}
-    assert task_of("regression") is NUMBERS and task_of(None) is SINGLE
+    assert task_of("regression", 1) is NUMBERS and task_of(None, 2) is SINGLE
+    assert task_of("regression", 3) is SINGLE  # of an encoder that was something else before
+    assert task_of("multi_label_classification", 1) is MULTI
 
 
 def test_models_of_no_use():
@@ -420,9 +484,9 @@ def test_models_of_no_use():
 def test_answers_of_every_task():
     logits = np.array([[2.0, -1.0, 0.0], [-3.0, -2.0, -1.0]])
     first, second = MULTI.answers(logits, ["a", "b", "c"])
-    assert first.labels == ("a", "c") and second.labels == ()
+    assert first.labels == ("a",) and second.labels == ()
     assert first.scores == pytest.approx({"a": 1 / (1 + math.exp(-2)), "b": 0.2689414, "c": 0.5})
-    assert first.fields() == {"prediction": ["a", "c"], "scores": first.scores}
+    assert first.fields() == {"prediction": ["a"], "scores": first.scores}
     [number] = NUMBERS.answers(np.array([[0.25]]), ["label"])
     assert number == Value(0.25) and number.fields() == {"prediction": 0.25}
     [best, _] = SINGLE.answers(logits, ["a", "b", "c"])
@@ -438,6 +502,9 @@ def test_which_answers_count_as_the_same():
     numbers = np.array([[0.0], [1.0]])
     moved = numbers + np.array([[0.04], [0.06]])
     assert NUMBERS.alike(moved, numbers).tolist() == [True, False]
+    assert NUMBERS.alike(np.array([[1.005]]), np.array([[1.0]])).tolist() == [True]
+    for task in TASKS.values():
+        assert task.alike(np.full((1, 2), np.nan), np.full((1, 2), -1.0)).tolist() == [False]
     assert MULTI.misfit(1) == NUMBERS.misfit(1) == SINGLE.misfit(2) == ""
     assert MULTI.misfit(0) and NUMBERS.misfit(2) and SINGLE.misfit(1)
 
@@ -457,7 +524,7 @@ def test_soft_labels_of_each_class_by_itself(tmp_path):
     )
     raw = read_corpus(config)
     assert raw.labels == ["loud", "rude"]
-    assert [row.label for row in raw.splits["train"]] == [("loud", "rude"), ("loud",), ()]
+    assert [row.label for row in raw.splits["train"]] == [("loud", "rude"), (), ()]
     soft = [row.soft for row in raw.splits["train"]]
     told = as_logits(soft, config).sigmoid()
     assert told.tolist() == [pytest.approx([b, a], abs=1e-7) for _, a, b in map(dict.values, rows)]
@@ -465,7 +532,7 @@ def test_soft_labels_of_each_class_by_itself(tmp_path):
     found = refusal(train=wrong, domain=None, task="multi_label", soft_labels=["rude", "loud"])
     assert "2 is not a probability" in found.cause
     logits = config.model_copy(update={"soft_labels_as": "logits"})
-    assert read_corpus(logits).splits["train"][2].label == ("loud", "rude")
+    assert read_corpus(logits).splits["train"][2].label == ("loud",)
 
 
 # The whole way
@@ -571,7 +638,7 @@ def test_the_whole_way(source, tmp_path, task):
     page = (tmp_path / "run" / "report.md").read_text()
     assert f"{title[0].upper()}{title[1:]} by method and domain" in page
     assert ("precision" in page) == (task == "multi_label")
-    assert "ccuracy" not in page
+    assert "ccuracy" not in page and "onfusion" not in page
 
     again = metakd.run(config)
     assert again.scores == result.scores

@@ -280,8 +280,8 @@ def _keep_labels(corpus: Corpus, domain: int, wanted: float, seed: int) -> None:
     """Leave so many labels of a domain in train, and no more in validation."""
     train, size = corpus.train, int((corpus.train.domain == domain).sum())
     number = wanted if isinstance(wanted, int) else max(1, round(wanted * size))
-    classes = len(train.strata[train.domain == domain].unique())
-    if number < classes:
+    classes = len(train.labels[train.domain == domain].unique(dim=0))
+    if train.task.one_class and number < classes:
         raise ConfigError(
             f"data.labels: {number} of {corpus.domains[domain]}, which has {classes} classes",
             "give at least one of each",
@@ -481,6 +481,9 @@ def _stratified(split: Split, wanted: float, seed: int) -> Tensor:
     _, cell, sizes = torch.unique(
         torch.stack([split.domain, split.strata]), dim=1, return_inverse=True, return_counts=True
     )
+    if 1 <= wanted < len(sizes):  # not even one of each
+        drawn = torch.randperm(len(split), generator=generator)
+        return drawn[: int(wanted)].sort().values
     fraction = wanted if wanted < 1 else wanted / len(split)
     # Largest remainders: each cell's share is rounded so that the total is right too.
     share = sizes.double() * fraction

@@ -8,19 +8,24 @@ class. Numbers are numbers.
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, ClassVar
 
 from metakd.config import DataConfig
 from metakd.data.tables import Problems, Table, ordered, show
+from metakd.errors import ConfigError
 from metakd.method.tasks import TASKS
 
 MOST_FRACTIONS = 4
 """Different numbers with a part behind the point that may still be names of classes."""
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_SIDE_BY_SIDE = re.compile(r"""['"]\s+['"]""")
 _LARGEST = 3.4e38  # that float32 holds
 
 _SEVERAL = "where texts have several labels, or none, set data.task: multi_label"
@@ -62,12 +67,22 @@ class LabelReader:
 
     Args:
         config: the ``data`` block.
+
+    Raises:
+        ConfigError: it names several columns, and labels are in one.
     """
+
+    takes_columns: ClassVar[bool] = False
 
     def __init__(self, config: DataConfig):
         self.config = config
         self.columns = config.label_columns
         self.task = TASKS[config.task]
+        if len(self.columns) > 1 and not self.takes_columns:
+            raise ConfigError(
+                f"data.label: {len(self.columns)} columns, and {self.task.line}",
+                "name one, or set data.task: multi_label",
+            )
 
     def check(self, values: dict[str, Any], problems: Problems) -> tuple[Label | None, str, str]:
         """The label of a row; the column and what is wrong, empty where nothing is."""
@@ -108,6 +123,8 @@ class LabelReader:
 class ListReader(LabelReader):
     """Any number of classes."""
 
+    takes_columns = True
+
     def check(self, values, problems):
         if len(self.columns) == 1:
             return super().check(values, problems)
@@ -125,10 +142,12 @@ class ListReader(LabelReader):
         return tuple(found), self.columns[0], ""
 
     def parse(self, value, problems):
-        if isinstance(value, str):
-            value = self._split(value)
         if value is None:
             return None, "missing label"
+        if isinstance(value, str):
+            given, value = value, self._split(value)
+            if value is None:
+                return None, f"{show(given)} is no list that can be read: write it as JSON"
         if isinstance(value, int) and not isinstance(value, bool):
             value = [value]
         if not isinstance(value, list):
@@ -141,16 +160,19 @@ class ListReader(LabelReader):
             names.append(name)
         return tuple(sorted(set(names))), None
 
-    def _split(self, text: str) -> list | str:
+    def _split(self, text: str) -> list | None:
         """What a cell of a CSV holds: a list of JSON, or of Python as pandas writes it, or names
-        between separators."""
+        between separators; None where it is a list that cannot be read."""
         text = text.strip()
-        if text.startswith("[") and text.endswith("]"):
-            try:
-                return ast.literal_eval(text)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                pass
-        return [name.strip() for name in text.split(self.config.label_separator) if name.strip()]
+        if not (text.startswith("[") and text.endswith("]")):
+            names = text.split(self.config.label_separator)
+            return [name.strip() for name in names if name.strip()]
+        for read in (json.loads, ast.literal_eval):
+            # Python would join words side by side, as NumPy prints them.
+            if read is json.loads or not _SIDE_BY_SIDE.search(text):
+                with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                    return read(text)
+        return None
 
     def check_table(self, table, problems):
         pass
@@ -169,11 +191,8 @@ class ListReader(LabelReader):
         return ""
 
     def doubts(self, labels, outputs):
-        common = [
-            name
-            for name in outputs
-            if len({name in label for label in labels}) < 2  # always there, or never
-        ]
+        times = Counter(name for label in labels for name in label)
+        common = [name for name in outputs if times[name] in (0, len(labels))]
         return [f"all texts of train, or none, have label {', '.join(common)}"] if common else []
 
 

@@ -167,6 +167,7 @@ def read_texts(
     text_pair: str | None = None,
     label: str | list[str] | None = None,
     task: str = SINGLE_LABEL.name,
+    label_separator: str = ",",
 ) -> list[Row]:
     """Reads and checks the texts of one file, as ``read_corpus`` does, to serve or to score.
 
@@ -178,19 +179,22 @@ def read_texts(
         label: column of the labels, or those of the classes; rows have none where the file has no
             such column, which goes for a column ``domain`` as well. None reads neither.
         task: what labels mean, of ``method.tasks.TASKS``.
+        label_separator: between the labels of a cell, where there are several.
 
     Raises:
         DataError: as ``read_corpus``.
+        ConfigError: several columns of labels, where the task has one.
     """
     problems = Problems()
-    columns = {} if label is None else {"label": label}
+    columns: dict[str, Any] = {} if label is None else {"label": label}
+    columns |= {"task": task, "label_separator": label_separator}
     config = DataConfig.model_validate(
-        {"train": file, "text": text, "text_pair": text_pair, "task": task, **columns}
+        {"train": file, "text": text, "text_pair": text_pair, **columns}
     )
     table = read_file(Path(file), config, problems, plain=True)
     rows = []
     if table is not None:
-        present = set(table.columns if columns else ()) - {text, text_pair}
+        present = set(table.columns if label is not None else ()) - {text, text_pair}
         named = {"label": config.label_columns, "domain": [str(config.domain)]}
         unneeded = {name for name, wanted in named.items() if not present.issuperset(wanted)}
         rows = _check_rows(table, config, None, problems, unneeded)

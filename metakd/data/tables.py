@@ -465,6 +465,10 @@ def _read_parquet(path: Path, config: DataConfig, problems: Problems) -> Table |
         return None
 
 
+def _name_of(number: int | None, feature) -> str | None:
+    return None if number is None or number < 0 else feature.int2str(number)
+
+
 def _from_dataset(file: str, dataset) -> Table:
     from datasets import ClassLabel
 
@@ -472,12 +476,12 @@ def _from_dataset(file: str, dataset) -> Table:
     for name, feature in dataset.features.items():
         # An id that has a name is kept by its name; -1 means unlabelled.
         if isinstance(feature, ClassLabel):
-            values[name] = [
-                None if i is None or i < 0 else feature.int2str(i) for i in values[name]
-            ]
+            values[name] = [_name_of(i, feature) for i in values[name]]
         several = getattr(feature, "feature", None)
         if isinstance(several, ClassLabel):
-            values[name] = [None if ids is None else several.int2str(ids) for ids in values[name]]
+            values[name] = [
+                None if ids is None else [_name_of(i, several) for i in ids] for ids in values[name]
+            ]
     rows = [dict(zip(values, row)) for row in zip(*values.values())]
     return Table(file, list(values), None, list(enumerate(rows, start=1)))
 

@@ -94,9 +94,11 @@ def export_onnx(
         UnsupportedError: a package is missing, or the model cannot be exported.
         CheckpointError: the folder holds no model, or a damaged one.
         DataError: there are no texts, or not a label for each, or one that is not the model's.
-        ConfigError: there are no such activations; ``out`` holds something else than an export,
-            or cannot be written.
+        ConfigError: there are no such activations, or no int8 to have them; ``out`` holds
+            something else than an export, or cannot be written.
     """
+    if activations and not int8:
+        raise ConfigError("activations: are those of int8", "ask for int8, or leave them out")
     activations = activations or ("dynamic" if made_up else "static")
     if activations not in ACTIVATIONS:
         ways = " nor ".join(ACTIVATIONS)
@@ -303,10 +305,15 @@ def _compare(
             moved = int((~task.alike(alone, found[: len(few)])).sum())
             formats[name] |= {"activations": activations, "labels_by_batch": moved / len(few)}
             if moved:
+                why = "rounding at a border differs"
+                if activations == "dynamic":
+                    why = (
+                        "activations are rounded with one scale for all of it: --activations "
+                        "static fixes it"
+                    )
                 remarks.append(
                     f"{name}: {moved} of {len(few)} labels depend on what else is in the batch, "
-                    "since activations are rounded with one scale for all of it: --activations "
-                    "static fixes it"
+                    f"since {why}"
                 )
     checked = {"examples": len(texts), "data": data, task.metric: score(wanted)}
     return {"checked": checked | {"remarks": remarks}, "formats": formats}

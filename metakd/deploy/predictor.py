@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from metakd.config.places import meant
 from metakd.deploy.engines import Engine, Inputs, open_engine, positions, why_not
@@ -66,7 +66,7 @@ class Predictor:
         folder = Path(folder)
         self.tokenizer, config = _read(folder)
         self.labels = [config.id2label[number] for number in range(config.num_labels)]
-        self.task = task_of(config.problem_type)
+        self.task = _task(config)
         device, engine = _choose(folder, device, engine)
         self.engine: Engine = open_engine(engine, folder, device=device, threads=threads)
         self.engine_name = engine
@@ -165,7 +165,7 @@ def _read(folder: Path):
         raise CheckpointError(cause, remedy) from error
     if not knows_words(tokenizer):
         raise CheckpointError(f"{folder}: holds no tokenizer", remedy)
-    if wrong := task_of(config.problem_type).misfit(config.num_labels or 0):
+    if wrong := _task(config).misfit(config.num_labels or 0):
         raise CheckpointError(f"{folder}: its model has {wrong}", remedy)
     return tokenizer, config
 
@@ -176,7 +176,11 @@ def task_at(folder: str | Path) -> Task:
     Raises:
         CheckpointError: the folder holds no classifier with its tokenizer, or a damaged one.
     """
-    return task_of(_read(Path(folder))[1].problem_type)
+    return _task(_read(Path(folder))[1])
+
+
+def _task(config: PretrainedConfig) -> Task:
+    return task_of(config.problem_type, config.num_labels or 0)
 
 
 def _choose(folder: Path, device: str | None, engine: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from metakd.deploy.formats import INT8_ENGINE
 from metakd.deploy.parts import Section, Table
 from metakd.deploy.speedup import nearest
 from metakd.environment import flat, machine
-from metakd.method.tasks import METRICS, by_domain
+from metakd.method.tasks import METRICS, SINGLE_LABEL, by_domain
 from metakd.pipeline.table import AVERAGE, metric_of, name_of, show, title_of
 
 _MISSING = "—"
@@ -28,7 +28,7 @@ def sections(facts: dict) -> list[Section]:
         _tradeoff(facts),
         _terms(facts),
         _weights(facts),
-        *([_classes(facts["classes"])] if facts["classes"] else [_confusion(facts)]),
+        *_by_class(facts),
         _latency(facts),
         _exports(facts),
         *([_data(facts["left_out"])] if facts["left_out"] else []),
@@ -256,6 +256,14 @@ def _weights(facts: dict) -> Section:
     return section
 
 
+def _by_class(facts: dict) -> list[Section]:
+    """What is known of the classes, where there are any."""
+    if facts["classes"]:
+        return [_classes(facts["classes"])]
+    metric = (facts["comparison"] or {}).get("metric", SINGLE_LABEL.metric)
+    return [_confusion(facts)] if metric == SINGLE_LABEL.metric else []
+
+
 def _confusion(facts: dict) -> Section:
     section = Section("confusion", "Confusion by domain")
     confusion = facts["confusion"]
@@ -332,7 +340,8 @@ def _classes(found: dict) -> Section:
                 ]
             )
         header = ["class", "precision", "recall", "F1", "texts"]
-        section.tables.append(Table(f"{domain}: in percent, and texts that have it.", header, rows))
+        caption = f"{domain}: in percent, and texts that have it."
+        section.tables.append(Table(caption, header, rows, folded=len(rows) > _MOST_CLASSES))
     return section
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from metakd.config import DistillConfig, RunConfig, StudentConfig
 from metakd.errors import ConfigError
 from metakd.method.kinds import TEACHER_KINDS
-from metakd.method.methods import build_terms
+from metakd.method.methods import METHODS, build_terms
 from metakd.method.recipe import PAPER, Recipe
+from metakd.method.terms import Term
 from metakd.models.sources import (
     check_classifies,
     check_embeddings,
@@ -20,6 +21,7 @@ from metakd.models.sources import (
     load_config,
 )
 from metakd.models.student import student_shape
+from metakd.models.taps import TAPPED, check_shows
 
 
 def check_models(
@@ -45,6 +47,7 @@ def check_models(
             numbers, labels, positions, layers, widths.
     """
     problems: list[str] = []
+    asked_before: set[tuple] = set()
 
     def note(key: str, check: Callable, *arguments, **options):
         try:
@@ -85,6 +88,26 @@ def check_models(
             )
             for term in terms or []:
                 note(name, term.check_widths, shape.hidden_size, taught.hidden_size)
+            method = METHODS[distill.method]
+            kind = method.teacher(config.teacher.kind)
+            asked = {key: shape}
+            if kind is not None and not TEACHER_KINDS[kind].in_data:
+                asked["teacher.model"] = taught
+            keys = {part.term.name: part.key for part in method.terms}
+            for place, model in asked.items():
+                for term in terms or []:
+                    check_term(place, model, term, f"{name}.{keys[term.name]}")
+
+    def check_term(key: str, shape: PretrainedConfig, term: Term, weight: str) -> None:
+        question = (key, shape.to_json_string(), term.needs)
+        if question in asked_before or not term.needs & TAPPED:
+            return
+        asked_before.add(question)
+        try:
+            check_shows(shape, term.needs & TAPPED)
+        except ValueError as error:
+            way_out = f"set {weight}: 0, or choose a method that does not compare it"
+            problems.append(f"{key}: {term.name}: {error}; {way_out}")
 
     if students:
         check_student("student", config.student, "distill", config.distill)

@@ -50,7 +50,7 @@ class Prediction(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """The classes that a text has with a probability of at least one half, and the probability of
+    """The classes that a text has with a probability of more than one half, and the probability of
     every class."""
 
     labels: tuple[str, ...]
@@ -202,7 +202,13 @@ class Task:
         return "one output, which tells no classes" if outputs < 2 else ""
 
     def alike(self, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        """[N], of which texts two models with logits [N, M] say the same."""
+        """[N], of which texts two models with logits [N, M] say the same; never what is not
+        finite."""
+        import numpy as np
+
+        return self._alike(found, wanted) & np.isfinite(found).all(1)
+
+    def _alike(self, found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
 
@@ -294,7 +300,7 @@ class SingleLabel(Task):
             for number, row in zip(best, odds)
         ]
 
-    def alike(self, found, wanted):
+    def _alike(self, found, wanted):
         return found.argmax(1) == wanted.argmax(1)
 
 
@@ -326,7 +332,7 @@ class MultiLabel(Task):
         return found
 
     def told(self, soft, names, border):
-        return tuple(sorted(name for name, value in zip(names, soft) if value >= border))
+        return tuple(sorted(name for name, value in zip(names, soft) if value > border))
 
     def logits_of(self, probabilities, smallest):
         return probabilities.clamp(smallest, 1 - smallest).logit()
@@ -383,24 +389,24 @@ class MultiLabel(Task):
         return (labels - logits.float().sigmoid()).square().mean(-1)
 
     def scores(self, labels, logits):
-        from sklearn.metrics import average_precision_score, f1_score
+        from sklearn.metrics import average_precision_score
 
         gold, found = labels.numpy() > 0.5, logits.numpy() > 0
-        present = gold.any(0)
+        right, wrong, missed = _counts(gold, found)
+        ranks = logits.nan_to_num().numpy()
         precision = [
-            average_precision_score(gold[:, number], logits[:, number].numpy())
-            for number in present.nonzero()[0]
+            average_precision_score(gold[:, number], ranks[:, number])
+            for number in gold.any(0).nonzero()[0]
         ]
         return {
-            "micro_f1": float(f1_score(gold, found, average="micro", zero_division=0.0)),
-            "macro_f1": float(f1_score(gold, found, average="macro", zero_division=0.0)),
+            "micro_f1": float(_f1(right.sum(), wrong.sum(), missed.sum())),
+            "macro_f1": float(_f1(right, wrong, missed).mean()),
             "mean_average_precision": float(sum(precision) / max(len(precision), 1)),
             "exact_match": float((gold == found).all(1).mean()),
         }
 
     def details(self, labels, logits, one_by_one):
-        gold, found = labels > 0.5, logits > 0
-        counts = [(gold & found).sum(0), (~gold & found).sum(0), (gold & ~found).sum(0)]
+        counts = _counts(labels.numpy() > 0.5, logits.numpy() > 0)
         return {COUNTS: [list(of_class) for of_class in zip(*(c.tolist() for c in counts))]}
 
     def misfit(self, outputs):
@@ -409,16 +415,16 @@ class MultiLabel(Task):
     def answers(self, logits, names):
         import numpy as np
 
-        odds = np.exp(-np.logaddexp(0.0, -logits))
+        chances = np.exp(-np.logaddexp(0.0, -logits))
         return [
             Labels(
-                tuple(name for name, chance in zip(names, row) if chance >= 0.5),
-                dict(zip(names, map(float, row))),
+                tuple(name for name, value in zip(names, row) if value > 0),
+                dict(zip(names, map(float, chance))),
             )
-            for row in odds
+            for row, chance in zip(logits, chances)
         ]
 
-    def alike(self, found, wanted):
+    def _alike(self, found, wanted):
         return ((found > 0) == (wanted > 0)).all(1)
 
 
@@ -434,6 +440,7 @@ class Regression(Task):
     softens = False
 
     _CLOSE = 0.1  # of the spread of the answers, within which two count as the same
+    _OF_SIZE, _LEAST = 0.1, 0.01  # of their size, or in all: a spread that few answers have as well
 
     def classes_of(self, label):
         return ()
@@ -491,14 +498,15 @@ class Regression(Task):
     def scores(self, labels, logits):
         from scipy.stats import rankdata
 
-        gold, found = labels.double().numpy(), logits[:, 0].double().numpy()
-        error = float(((found - gold) ** 2).mean())
-        return {
+        gold, found = labels.double().numpy(), logits[:, 0].nan_to_num().double().numpy()
+        error, variance = float(((found - gold) ** 2).mean()), float(gold.var())
+        scores = {
             "pearson": _correlation(gold, found),
             "spearman": _correlation(rankdata(gold), rankdata(found)),
             "mse": error,
-            "r2": 1.0 - error / float(gold.var()) if gold.var() > 0 else 0.0,
         }
+        # Of numbers that are all the same no mean could be further away.
+        return scores | ({"r2": 1.0 - error / variance} if variance > 0 else {})
 
     def misfit(self, outputs):
         return f"{outputs} outputs for one number" if outputs != 1 else ""
@@ -506,8 +514,22 @@ class Regression(Task):
     def answers(self, logits, names):
         return [Value(float(value)) for value in logits[:, 0]]
 
-    def alike(self, found, wanted):
-        return abs(found - wanted)[:, 0] <= self._CLOSE * max(float(wanted.std()), 1e-12)
+    def _alike(self, found, wanted):
+        wide = float(max(wanted.std(), self._OF_SIZE * abs(wanted).mean(), self._LEAST))
+        return abs(found - wanted)[:, 0] <= self._CLOSE * wide
+
+
+def _counts(gold: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each class [M] how many of N texts were given it rightly and wrongly, and how many that
+    have it were not, from [N, M]."""
+    return (gold & found).sum(0), (~gold & found).sum(0), (gold & ~found).sum(0)
+
+
+def _f1(right: np.ndarray, wrong: np.ndarray, missed: np.ndarray) -> np.ndarray:
+    """0 where nothing was wanted and nothing given."""
+    import numpy as np
+
+    return 2 * right / np.maximum(2 * right + wrong + missed, 1)
 
 
 def _correlation(gold: np.ndarray, found: np.ndarray) -> float:
@@ -531,11 +553,12 @@ METRICS = {task.metric: task.metric_title for task in TASKS.values()}
 """The scores that models are compared with, and what they are called in tables."""
 
 
-def task_of(problem_type: str | None) -> Task:
-    """The task of a model whose configuration says this; one that says nothing tells classes
-    apart."""
+def task_of(problem_type: str | None, outputs: int) -> Task:
+    """The task of a model with so many outputs whose configuration says this; one that says
+    nothing, or what cannot be, tells classes apart."""
     by_type = {task.problem_type: task for task in TASKS.values()}
-    return by_type.get(problem_type or "", SINGLE_LABEL)
+    found = by_type.get(problem_type or "", SINGLE_LABEL)
+    return SINGLE_LABEL if found.misfit(outputs) else found
 
 
 def by_domain(scores: Mapping[str, Any]) -> dict[str, float]:

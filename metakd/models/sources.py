@@ -244,7 +244,7 @@ def _load(auto: type, source: str, whole: bool = False, **options) -> PreTrained
             auto,
             source,
             use_safetensors=True,
-            attn_implementation="sdpa",
+            attn_implementation=_attention_of(auto, load_config(source)),
             dtype=torch.float32,
             output_loading_info=True,
             **options,
@@ -267,6 +267,13 @@ def _load(auto: type, source: str, whole: bool = False, **options) -> PreTrained
     own = {name: getattr(value, "ds_tensor", value) for name, value in model.named_parameters()}
     check_finite(source, own | dict(model.named_buffers()))
     return model
+
+
+def _attention_of(auto: type, config: PretrainedConfig) -> str:
+    """SDPA, which most architectures have, or else what they all have."""
+    found = auto._model_mapping.get(type(config), ())
+    [kind, *_] = found if isinstance(found, (list, tuple)) else [found]
+    return "sdpa" if kind._supports_sdpa else "eager"
 
 
 def _may_be_fresh(name: str, model: nn.Module) -> bool:

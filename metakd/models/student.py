@@ -25,6 +25,7 @@ from metakd.models.sources import (
     check_vocabulary,
     load_classifier,
     load_config,
+    unallocated,
 )
 from metakd.models.taps import encoder_layers
 
@@ -45,12 +46,13 @@ def student_shape(student: StudentConfig, taught: PretrainedConfig) -> Pretraine
         taught: the teacher's configuration.
 
     Raises:
-        ValueError: a layer to copy does not exist in the teacher.
+        ValueError: a layer to copy does not exist in the teacher, or its layers share weights.
         OSError: there is no such model.
     """
     if student.model is not None:
         return load_config(student.model)
     if student.layers is not None:
+        encoder_layers(unallocated(taught))
         return _shortened(taught, student.layers)
     return bert_shape(PRESETS[student.preset], taught.vocab_size)
 

@@ -10,20 +10,31 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from metakd.functional import masked_mean
 from metakd.models.packing import PACKING_KEYWORD, Packing, Unpacked, check_packable
+from metakd.models.sources import unallocated
 
 TAPPED_SDPA = "metakd_sdpa"
+_QUICKLY_MADE = 2e8  # weights that a model is given to be looked at
+_NO_INTERFACE = (
+    "model {} does not use transformers' attention interface, through which queries and keys are "
+    "read"
+)
 ATTENTION_INPUTS = frozenset({"query", "key", "value"})
 TAPPED = ATTENTION_INPUTS | {"embedding", "hidden", "last_hidden"}
 
@@ -36,6 +47,10 @@ _recording: contextvars.ContextVar[tuple[Taps, Features] | None] = contextvars.C
 
 # Models that run our attention function: the name of their own, and the Taps that still need ours.
 _tapped_models: WeakKeyDictionary[PreTrainedModel, tuple[str, WeakSet[Taps]]] = WeakKeyDictionary()
+
+
+class NotShownError(ValueError):
+    """An architecture that does not show what is asked for, whatever its weights."""
 
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,11 +159,10 @@ class Taps:
             check_packable(model, layers)
         if packed or self.needs & ATTENTION_INPUTS:
             own = model.config._attn_implementation
-            model.set_attn_implementation(TAPPED_SDPA)
+            with suppress(ValueError):  # of some, which say so; others keep their own
+                model.set_attn_implementation(TAPPED_SDPA)
             if model.config._attn_implementation != TAPPED_SDPA:
-                raise ValueError(
-                    f"model {type(model).__name__} does not use transformers' attention interface"
-                )
+                raise NotShownError(_NO_INTERFACE.format(type(model).__name__))
             _, readers = _tapped_models.setdefault(model, (own, WeakSet()))
             readers.add(self)
         if layers is not None:
@@ -176,11 +190,34 @@ class Taps:
         with _recorded_by(self, features), self._recomputed_packed(features):
             output = self.model(**model_inputs(batch))
         features.logits = getattr(output, "logits", None)
-        if self.needs & ATTENTION_INPUTS and not features.query:
-            raise ValueError(
-                f"model {type(self.model).__name__} does not use transformers' attention interface"
-            )
+        self._see_that_all_is_there(features)
         return features
+
+    def _see_that_all_is_there(self, features: Features) -> None:
+        name = type(self.model).__name__
+        if self.needs & ATTENTION_INPUTS and not features.query:
+            raise NotShownError(_NO_INTERFACE.format(name))
+        if ("hidden" in self.needs and not features.hidden) or (
+            "embedding" in self.needs and features.embedding is None
+        ):
+            raise NotShownError(
+                f"model {name} runs its layers in a way that shows no hidden states"
+            )
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """See that a model shows what is asked for, its weights and the text being anything.
+
+        Raises:
+            NotShownError: it does not.
+            Exception: it does not run.
+        """
+        device = next(self.model.parameters()).device
+        ids = torch.ones(1, 8, dtype=torch.long, device=device)
+        features = Features(mask=ids)
+        with _recorded_by(self, features):
+            self.model(input_ids=ids)  # a mask would be looked into, and may have no values
+        self._see_that_all_is_there(features)
 
     def remove(self) -> None:
         """Take the hooks out; the last Taps to go gives the model its own attention function
@@ -261,6 +298,36 @@ class Taps:
             features.last_hidden = output[0]
 
 
+def check_shows(
+    shape: PretrainedConfig, needs: frozenset[str] | set[str], packed: bool = False
+) -> None:
+    """Can these features be read out of a classifier of this shape? Asked without its weights.
+
+    Raises:
+        NotShownError: they cannot, see ``Taps``.
+    """
+    model = unallocated(shape)
+    if _check(model, needs, packed) or model.num_parameters() > _QUICKLY_MADE:
+        return
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForSequenceClassification.from_config(shape, trust_remote_code=False)
+        _check(model, needs, packed)
+
+
+def _check(model: PreTrainedModel, needs: frozenset[str] | set[str], packed: bool) -> bool:
+    """Does it run? Raises NotShownError if it does, and does not show what is asked for."""
+    taps = Taps(model, needs, packed)
+    try:
+        taps.check()
+    except NotShownError:
+        raise
+    except Exception:  # of its own, where it has to look at values that are not there
+        return False
+    finally:
+        taps.remove()
+    return True
+
+
 def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The stack of transformer layers, whatever the architecture calls it.
 
@@ -272,7 +339,7 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise ValueError(f"model {type(model).__name__} has no list of {depth} layers to tap")
+    raise NotShownError(f"model {type(model).__name__} has no list of {depth} layers to tap")
 
 
 def pool(features: Features, rule: str) -> Tensor:

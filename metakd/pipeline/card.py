@@ -57,6 +57,7 @@ _TITLES = METRICS | {
     "exact_match": "all classes right",
     "spearman": "Spearman correlation",
     "mse": "mean squared error",
+    "r2": "R²",
 }
 
 
@@ -155,7 +156,10 @@ def write_card(folder: Path, result: dict, command: str, measured: Measured | No
 def _scores(result: dict, spread: dict | None) -> str:
     splits = [split for split in ("validation", "test") if split in result]
     names = [name for name in _TITLES if name in result[splits[0]]]
-    rows = [[split, *(f"{result[split][name]:.4f}" for name in names)] for split in splits]
+    rows = [
+        [split, *(f"{result[split][n]:.4f}" if n in result[split] else "-" for n in names)]
+        for split in splits
+    ]
     header = ["split", *(_TITLES[name] for name in names)]
     table = markdown_table(header, rows, numbers=len(names))
     if "doubt" in result:
