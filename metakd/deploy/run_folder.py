@@ -219,5 +219,5 @@ def _from_tensors(path: Path, ask: Callable):
             return ask(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error})", f"remove {path.parent}, and build it again"
+            f"{path}: cannot be read ({error})", f"move {path.parent} away, and build it again"
         ) from error

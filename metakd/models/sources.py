@@ -136,7 +136,7 @@ def damaged(folder: Path, error: Exception) -> CheckpointError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return CheckpointError(
         f"{folder}: is damaged: {reason.removeprefix(f'{folder}: ')}",
-        f"remove {folder} and build it again: `metakd teach` or `metakd distill`",
+        f"move {folder} away and build it again: `metakd teach` or `metakd distill`",
     )
 
 

@@ -236,7 +236,7 @@ def _read(record: Path) -> dict:
             raise ValueError("it is not complete")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{record}: is damaged: {error}", f"remove {record.parent} and build it again"
+            f"{record}: is damaged: {error}", f"move {record.parent} away and build it again"
         ) from error
     return stored
 

@@ -147,7 +147,7 @@ def training_steps(log: Path) -> list[dict]:
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{log}:{number}: is no line of a log ({error})",
-                "remove the log: its curves are left out then",
+                "move the log away: its curves are left out then",
             ) from error
     return steps
 
