@@ -13,8 +13,10 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    Data2VecTextConfig,
     DebertaV2Config,
     MPNetConfig,
+    RobertaConfig,
     SqueezeBertConfig,
 )
 
@@ -352,6 +354,24 @@ def test_a_method_without_a_term_is_refused(saved, tokenizer):
     nothing = {"method": "logits_kd", "terms": {"prediction": 0}}
     (line,) = refused(config(saved("teacher"), {"layers": [1]}, distill=nothing), tokenizer, LABELS)
     assert line == "distill: terms: every weight that logits_kd has is 0"
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"),
+    [(BertConfig, 64), (RobertaConfig, 62), (MPNetConfig, 62), (Data2VecTextConfig, 62)],
+)
+def test_positions_that_begin_behind_the_padding(kind, taken):
+    """As many tokens as it says run, and one more does not."""
+    sizes = {"vocab_size": 99, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 8, "max_position_embeddings": 64, "pad_token_id": 1}
+    config = kind(**sizes)
+    model = AutoModelForSequenceClassification.from_config(config)
+    model(torch.full((1, taken), 5))
+    check_positions("model", config, taken)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, taken + 1), 5))
+    with pytest.raises(ValueError, match=f"takes {taken} tokens, max_length is {taken + 1}"):
+        check_positions("model", config, taken + 1)
 
 
 def test_relative_positions_have_no_end():

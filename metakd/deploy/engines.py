@@ -7,7 +7,6 @@ folder here, ``open_engine`` opens one; nothing falls back to another.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -66,15 +65,6 @@ def input_names(config: PretrainedConfig) -> frozenset[str]:
     """What a model reads; token types only where it tells them apart."""
     types = {"token_type_ids"} if getattr(config, "type_vocab_size", 0) > 1 else set()
     return frozenset({"input_ids", "attention_mask"} | types)
-
-
-def positions(config: PretrainedConfig) -> int | None:
-    """Tokens that a model has positions for, None where there is no limit; RoBERTa and its kin
-    count theirs from behind the padding's."""
-    number = getattr(config, "max_position_embeddings", None)
-    if number is None or not re.search("roberta|camembert|mpnet", config.model_type):
-        return number
-    return number - 1 - config.pad_token_id
 
 
 def onnx_file(engine: str, folder: Path) -> Path | None:

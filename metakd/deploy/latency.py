@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForSequenceClassification
 from transformers.utils.logging import disable_progress_bar
 
-from metakd.deploy.engines import check_device, onnx_file, open_engine, positions, why_not
+from metakd.deploy.engines import check_device, onnx_file, open_engine, why_not
 from metakd.deploy.export import write_files
 from metakd.deploy.formats import ENGINES, INT8_ENGINE, ONNX_FILES, ONNX_FOLDER, TOKENISING
 from metakd.deploy.run_folder import find_stages
@@ -45,6 +45,7 @@ from metakd.models.sources import (
     load_config,
     load_tokenizer,
     load_trained_classifier,
+    positions,
     unallocated,
 )
 from metakd.models.student import PRESETS as STUDENTS

@@ -16,11 +16,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from metakd.config.places import meant
-from metakd.deploy.engines import Engine, Inputs, open_engine, positions, why_not
+from metakd.deploy.engines import Engine, Inputs, open_engine, why_not
 from metakd.deploy.formats import ENGINES
 from metakd.errors import CheckpointError, DataError, listing
 from metakd.method.tasks import Answer, Task, task_of
-from metakd.models.sources import knows_words, load_config, load_tokenizer
+from metakd.models.sources import knows_words, load_config, load_tokenizer, positions
 
 Text = str | tuple[str, str]
 

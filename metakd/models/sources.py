@@ -11,6 +11,7 @@ which the stages turn into errors of the configuration; of models that this tool
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -34,6 +35,9 @@ from metakd.errors import CheckpointError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _SHOWN = 3
+_BEHIND_PADDING = re.compile(
+    "roberta|camembert|data2vec|esm|ibert|layoutlmv3|lilt|longformer|luke|markuplm|mpnet|xmod"
+)
 
 CLASSES = "single_label_classification"
 """The usual ``problem_type`` of a configuration."""
@@ -210,16 +214,25 @@ def check_embeddings(
         )
 
 
+def positions(shape: PretrainedConfig) -> int | None:
+    """Tokens that a model has positions for, None where there is no limit."""
+    number = getattr(shape, "max_position_embeddings", None)
+    # DeBERTa's are relative; some of its kind have no others.
+    if number is None or not getattr(shape, "position_biased_input", True):
+        return None
+    # RoBERTa and its kin count theirs from behind the padding's.
+    return number - 1 - shape.pad_token_id if _BEHIND_PADDING.search(shape.model_type) else number
+
+
 def check_positions(model: str, shape: PretrainedConfig, max_length: int) -> None:
     """Has the model a position for every token of the longest text?
 
     Raises:
         ValueError: with both numbers.
     """
-    positions = getattr(shape, "max_position_embeddings", max_length)
-    # DeBERTa's are relative; some of its kind have no others.
-    if positions < max_length and getattr(shape, "position_biased_input", True):
-        raise ValueError(f"{model} takes {positions} tokens, max_length is {max_length}")
+    limit = positions(shape)
+    if limit is not None and limit < max_length:
+        raise ValueError(f"{model} takes {limit} tokens, max_length is {max_length}")
 
 
 def check_finite(source: str | Path, tensors: dict[str, torch.Tensor]) -> None:
