@@ -108,6 +108,17 @@ def test_the_same_labels_in_another_order_are_refused(saved, tokenizer, labels):
         assert str(labels) in str(caught.value) and str(LABELS) in str(caught.value)
 
 
+def test_of_numbers_nobody_can_tell_which_name_is_which(saved):
+    """GLUE's order of the classes of MNLI is not that of the heads that are published."""
+    named = {"contradiction": 0, "entailment": 1, "neutral": 2}
+    numbers = {"0": 0, "1": 1, "2": 2}
+    with pytest.raises(ValueError, match="the data only numbers: nobody can tell which is which"):
+        load_classifier(saved("named", **names(named)), numbers)
+    for head in ({"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}, numbers):
+        assert load_classifier(saved("unnamed", **names(head)), numbers).config.num_labels == 3
+    load_classifier(saved("two", **names(LABELS)), numbers)  # a fresh head
+
+
 def test_a_label_that_changed_its_place_among_new_ones_is_refused(saved):
     folder = saved("m", **names({"good": 0, "awful": 1}))
     with pytest.raises(ValueError, match="wrong names to good"):

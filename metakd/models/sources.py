@@ -35,6 +35,7 @@ from metakd.errors import CheckpointError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _SHOWN = 3
+_NO_NAME = re.compile(r"(label_)?\d+")
 _BEHIND_PADDING = re.compile(
     "roberta|camembert|data2vec|esm|ibert|layoutlmv3|lilt|longformer|luke|markuplm|mpnet|xmod"
 )
@@ -161,20 +162,29 @@ def check_labels(source: str, config: PretrainedConfig, label2id: dict[str, int]
     """A head that answers to the same names in another order would be renamed without a word.
 
     A head of another number of classes is replaced, and one without names (``LABEL_0``) or with
-    quite other names is trained anew: both are fine.
+    quite other names is trained anew: both are fine. Of numbers nobody can tell which name is
+    which.
 
     Raises:
         ValueError: with both maps.
     """
     own = {name.casefold(): number for name, number in config.label2id.items()}
     wanted = {name.casefold(): number for name, number in label2id.items()}
+    if len(own) != len(wanted):
+        return
+    theirs = dict(sorted(config.label2id.items(), key=lambda item: item[1]))
     moved = [name for name, number in wanted.items() if own.get(name, number) != number]
-    if moved and len(own) == len(wanted):
-        theirs = dict(sorted(config.label2id.items(), key=lambda item: item[1]))
+    if moved:
         raise ValueError(
             f"{source} has the labels {theirs}, the data {label2id}: its head would give "
             f"wrong names to {', '.join(moved[:_SHOWN])}; save the model without its head to train "
             "a fresh one"
+        )
+    if all(map(str.isdecimal, wanted)) and not any(map(_NO_NAME.fullmatch, own)):
+        raise ValueError(
+            f"{source} has the labels {theirs}, the data only numbers: nobody can tell which is "
+            "which; write the names in the data, or save the model without its head to train a "
+            "fresh one"
         )
 
 
