@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from metakd import front, tables
+from metakd import front, printed
 from metakd.config import Stage, load_config
 from metakd.errors import ConfigError, DataError, MetakdError, UnsupportedError
 from metakd.front import Result
@@ -313,7 +313,7 @@ def _texts(rows: list) -> list:
 
 
 def _show_export(report: dict, place: str) -> None:
-    console.print(tables.exported(report))
+    console.print(printed.exported(report))
     for remark in report["checked"]["remarks"]:
         _tell(f"warning: {remark}")
     _tell(f"written to {place}")
@@ -453,7 +453,7 @@ def verify(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
     if as_json:
         print(json.dumps(report, indent=1))
     else:
-        console.print(tables.verified(report))
+        console.print(printed.verified(report))
     failed = [row for row in report if not row["passed"]]
     if failed:
         raise UnsupportedError(
@@ -505,7 +505,7 @@ def _show_evaluation(run: Run) -> None:
     if not _is_main():
         return
     console.print(f"{title_of(result.details)} in percent on the {result.split} split")
-    console.print(tables.evaluated(result.scores, run.corpus.domains))
+    console.print(printed.evaluated(result.scores, run.corpus.domains))
     for places in result.students.values():
         for place in places:
             run.say(f"student is in {place}")

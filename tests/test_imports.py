@@ -43,7 +43,7 @@ ARROWS = {
     },
     "demo": {"errors", "config", "data"},
     "front": {"config", "deploy", "pipeline", "training"},
-    "tables": {"pipeline"},
+    "printed": {"pipeline"},
     "cli": {
         "errors",
         "config",
@@ -55,7 +55,7 @@ ARROWS = {
         "front",
         "ops",
         "pipeline",
-        "tables",
+        "printed",
         "verify",
         "_C",
         "__init__",
