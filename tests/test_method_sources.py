@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_runs import make_source
 from transformers import (
     AlbertConfig,
     AutoModelForSequenceClassification,
@@ -20,6 +21,7 @@ from transformers import (
     SqueezeBertConfig,
 )
 
+import metakd
 from metakd.config import RunConfig, StudentConfig
 from metakd.demo import train_tokenizer
 from metakd.errors import CheckpointError, ConfigError
@@ -527,3 +529,30 @@ def test_what_a_model_does_not_show_is_refused_with_the_key_to_set(
 def test_layers_that_share_weights_cannot_be_copied(other, tokenizer):
     found = refused(config(other("albert"), {"layers": [1]}), tokenizer, LABELS)
     assert "has no list of 2 layers" in found[0] and found[0].startswith("student: model Albert")
+
+
+def test_a_row_that_cannot_be_taught_is_refused_before_its_teacher_is_trained(tmp_path):
+    """Rows of a comparison, too, whose methods the configuration does not name elsewhere."""
+    make_source(tmp_path)
+    words = load_tokenizer(str(tmp_path / "encoder"))
+    sizes = {"vocab_size": len(words), "hidden_size": 16, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 16, "pad_token_id": 0}
+    AutoModelForSequenceClassification.from_config(MPNetConfig(**sizes)).save_pretrained(
+        tmp_path / "mpnet"
+    )
+    words.save_pretrained(tmp_path / "mpnet")
+    settings = {
+        "output_dir": str(tmp_path / "run"),
+        "data": {"max_length": 24}
+        | {n: str(tmp_path / "corpus" / f"{n}.jsonl") for n in ("train", "validation")},
+        "teacher": {"model": str(tmp_path / "mpnet"), "kind": "mix"},
+        "student": {"layers": [1]},
+        "distill": {"method": "logits_kd", "domains": ["hiking"]},
+        "compare": {"seeds": [1], "rows": [{"method": "tinybert_kd", "teacher": "mix"}]},
+    }
+    with pytest.raises(ConfigError, match="tinybert_kd-from-mix: student: attention: model MPNet"):
+        metakd.compare(settings)
+    assert not (tmp_path / "run" / "teachers").exists()
+    settings["compare"]["rows"] = [{"method": "logits_kd", "teacher": "mix"}]
+    once = ["teacher.training.num_train_epochs=1", "distill.training.num_train_epochs=1"]
+    assert "logits_kd-from-mix" in metakd.compare(settings, once).scores

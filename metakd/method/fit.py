@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -21,7 +21,7 @@ from metakd.models.sources import (
     load_config,
 )
 from metakd.models.student import student_shape
-from metakd.models.taps import TAPPED, check_shows
+from metakd.models.taps import TAPPED, why_not_shown
 
 
 def check_models(
@@ -47,7 +47,6 @@ def check_models(
             numbers, labels, positions, layers, widths.
     """
     problems: list[str] = []
-    asked_before: set[tuple] = set()
 
     def note(key: str, check: Callable, *arguments, **options):
         try:
@@ -88,26 +87,12 @@ def check_models(
             )
             for term in terms or []:
                 note(name, term.check_widths, shape.hidden_size, taught.hidden_size)
-            method = METHODS[distill.method]
-            kind = method.teacher(config.teacher.kind)
-            asked = {key: shape}
+            kind = METHODS[distill.method].teacher(config.teacher.kind)
+            shapes = {key: shape}
             if kind is not None and not TEACHER_KINDS[kind].in_data:
-                asked["teacher.model"] = taught
-            keys = {part.term.name: part.key for part in method.terms}
-            for place, model in asked.items():
-                for term in terms or []:
-                    check_term(place, model, term, f"{name}.{keys[term.name]}")
-
-    def check_term(key: str, shape: PretrainedConfig, term: Term, weight: str) -> None:
-        question = (key, shape.to_json_string(), term.needs)
-        if question in asked_before or not term.needs & TAPPED:
-            return
-        asked_before.add(question)
-        try:
-            check_shows(shape, term.needs & TAPPED)
-        except ValueError as error:
-            way_out = f"set {weight}: 0, or choose a method that does not compare it"
-            problems.append(f"{key}: {term.name}: {error}; {way_out}")
+                shapes["teacher.model"] = taught
+            found = not_shown(distill, terms or [], shapes, name)
+            problems.extend(problem for problem in found if problem not in problems)
 
     if students:
         check_student("student", config.student, "distill", config.distill)
@@ -121,3 +106,27 @@ def check_models(
             problems[0] if len(problems) == 1 else listed,
             "Choose models that fit each other and the data; nothing was trained.",
         )
+
+
+def not_shown(
+    distill: DistillConfig,
+    terms: Sequence[Term],
+    shapes: Mapping[str, PretrainedConfig],
+    name: str = "distill",
+) -> list[str]:
+    """What models do not show of what these terms compare, a line each with the key to set.
+
+    Args:
+        distill: of the student.
+        terms: built from it.
+        shapes: of teacher and student, by the key that names each.
+        name: of ``distill``, where it is that of a row.
+    """
+    keys = {part.term.name: part.key for part in METHODS[distill.method].terms}
+    return [
+        f"{place}: {term.name}: {reason}; set {name}.{keys[term.name]}: 0, or choose a method that "
+        "does not compare it"
+        for place, shape in shapes.items()
+        for term in terms
+        if term.needs & TAPPED and (reason := why_not_shown(shape, term.needs & TAPPED))
+    ]

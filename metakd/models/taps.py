@@ -298,14 +298,24 @@ class Taps:
             features.last_hidden = output[0]
 
 
-def check_shows(
-    shape: PretrainedConfig, needs: frozenset[str] | set[str], packed: bool = False
-) -> None:
-    """Can these features be read out of a classifier of this shape? Asked without its weights.
+def why_not_shown(
+    shape: PretrainedConfig, needs: frozenset[str], packed: bool = False
+) -> str | None:
+    """Why these features cannot be read out of a classifier of this shape, asked without its
+    weights; None if they can."""
+    question = shape.to_json_string(), needs, packed
+    if question not in _answered:
+        try:
+            _answered[question] = _check_shape(shape, needs, packed)
+        except ValueError as error:
+            _answered[question] = str(error)
+    return _answered[question]
 
-    Raises:
-        NotShownError: they cannot, see ``Taps``.
-    """
+
+_answered: dict[tuple, str | None] = {}  # each costs a model
+
+
+def _check_shape(shape: PretrainedConfig, needs: frozenset[str], packed: bool) -> None:
     model = unallocated(shape)
     if _check(model, needs, packed) or model.num_parameters() > _QUICKLY_MADE:
         return
@@ -314,7 +324,7 @@ def check_shows(
         _check(model, needs, packed)
 
 
-def _check(model: PreTrainedModel, needs: frozenset[str] | set[str], packed: bool) -> bool:
+def _check(model: PreTrainedModel, needs: frozenset[str], packed: bool) -> bool:
     """Does it run? Raises NotShownError if it does, and does not show what is asked for."""
     taps = Taps(model, needs, packed)
     try:

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from metakd.config import DistillConfig, StudentConfig, TrainingConfig, row_label
 from metakd.errors import ConfigError
+from metakd.method.fit import not_shown
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import METHODS, Method, build_terms
 from metakd.method.terms import Term
@@ -176,19 +177,34 @@ class TeacherOutputs:
                 self._shapes[key] = student_shape(student, self.taught)
         return self._shapes[key]
 
-    def asked_of(self, lesson: Lesson) -> list[frozenset[Signal]]:
-        """What each phase asks the teacher for."""
-        learning = self._learning(lesson.student)
-        depth = self.taught.num_hidden_layers
+    def _terms(self, lesson: Lesson) -> list[Term]:
         with configured("distill"):
-            terms = build_terms(
+            return build_terms(
                 lesson.distill,
-                student_layers=learning.num_hidden_layers,
-                teacher_layers=depth,
+                student_layers=self._learning(lesson.student).num_hidden_layers,
+                teacher_layers=self.taught.num_hidden_layers,
                 recipe=self._run.recipe,
             )
-        phases = phases_of(lesson.distill, terms)
+
+    def asked_of(self, lesson: Lesson) -> list[frozenset[Signal]]:
+        """What each phase asks the teacher for."""
+        depth, phases = (
+            self.taught.num_hidden_layers,
+            phases_of(lesson.distill, self._terms(lesson)),
+        )
         return [signals_of(phase.terms, lesson.reads_scores, depth) for phase in phases]
+
+    def check(self, lesson: Lesson) -> None:
+        """Do teacher and student show what its terms compare?
+
+        Raises:
+            ConfigError: they do not.
+        """
+        shapes = {"student": self._learning(lesson.student)}
+        if lesson.asks_a_model():
+            shapes["teacher.model"] = self.taught
+        if problems := not_shown(lesson.distill, self._terms(lesson), shapes):
+            raise ConfigError(f"{lesson.label}: {'; '.join(problems)}", "nothing was trained")
 
     def cached_phases(self, lesson: Lesson) -> list[bool]:
         """Which phases learn from kept outputs."""

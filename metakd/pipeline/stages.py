@@ -179,6 +179,7 @@ class Run(TeacherStage):
                 f"{lesson.distill.method}: there is no {lesson.teacher_kind} teacher of {domain}",
                 "name another teacher: the domain is withheld, or the student serves them all",
             )
+        self.outputs.check(lesson)
         if "own" not in lesson.texts:
             self.texts(lesson)  # raises where there are none
         if self.config.teacher.folds and lesson.method.mixes(lesson.teacher_kind):
