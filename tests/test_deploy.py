@@ -430,7 +430,7 @@ class TestPredictor:
         (regression / "config.json").write_text(json.dumps(config))
         for folder, said in (
             (wordless, "holds no tokenizer"),
-            (damaged, "is damaged: KeyError"),
+            (damaged, "damaged: its files cannot be used: KeyError"),
             (regression, "one output"),
         ):
             with pytest.raises(CheckpointError, match=said) as raised:

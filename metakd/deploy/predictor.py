@@ -159,10 +159,8 @@ def _read(folder: Path):
     try:
         tokenizer, config = load_tokenizer(str(folder)), load_config(str(folder))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}", remedy) from error
-    except Exception as error:  # a tokenizer that is damaged raises anything
-        cause = f"{folder}: is damaged: {type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(cause, remedy) from error
+        reason = str(error).splitlines()[0].removeprefix(f"{folder}: ")
+        raise CheckpointError(f"{folder}: {reason}", remedy) from error
     if not knows_words(tokenizer):
         raise CheckpointError(f"{folder}: holds no tokenizer", remedy)
     if wrong := _task(config).misfit(config.num_labels or 0):

@@ -339,7 +339,8 @@ def _without_code(auto: type, source: str, **options):
                 "transformers knows by itself"
             ) from None
         said = " ".join(str(error).split("\n\n")[0].split())
-        raise ValueError(f"{source}: {type(error).__name__}: {said}") from error
+        kind = type(error).__name__
+        raise ValueError(f"{source}: its files cannot be used: {kind}: {said}") from error
 
 
 def _look_at_config(file: Path) -> None:
