@@ -18,7 +18,7 @@ def exported(report: dict) -> Table:
     )
     table.add_column("file")
     metric = metric_of(checked)
-    for name in ("MiB", "largest logit error", "mean", "same label", name_of({"metric": metric})):
+    for name in ("MiB", "largest logit error", "mean", "same label", name_of(checked)):
         table.add_column(name, justify="right")
     for name, parity in report["formats"].items():
         table.add_row(

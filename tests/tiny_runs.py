@@ -13,9 +13,9 @@ from processes import unjoined
 from safetensors.torch import load_file
 
 from metakd import demo
-from metakd.config import DataConfig
+from metakd.config import DataConfig, load_config
 from metakd.data.reading import read_corpus
-from metakd.errors import DataError, StoppedError
+from metakd.errors import ConfigError, DataError, StoppedError
 from metakd.pipeline.stages import Run
 from metakd.training import engine
 
@@ -59,6 +59,25 @@ def refusal(**keys) -> DataError:
     """What is said of a ``data`` block that must be refused."""
     with pytest.raises(DataError) as caught:
         read_corpus(DataConfig(**keys))
+    return caught.value
+
+
+def config_refusal(changes: dict, **distill) -> ConfigError:
+    """What is said of a small configuration with these keys, as in ``data.task``, that must be
+    refused."""
+    settings: dict = {
+        "output_dir": "x",
+        "data": {"train": "x.csv"},
+        "teacher": {"model": "m"},
+        "student": {"layers": [0]},
+        "distill": distill,
+    }
+    for name, value in changes.items():
+        *blocks, key = name.split(".")
+        block = settings.setdefault(blocks[0], {}) if blocks else settings
+        block[key] = value
+    with pytest.raises(ConfigError) as caught:
+        load_config(settings)
     return caught.value
 
 

@@ -138,7 +138,7 @@ def _task(config: RunConfig) -> list[str]:
     """What only some kinds of task have."""
     data, task = config.data, TASKS[config.data.task]
     found = []
-    if not isinstance(data.label, str) and task is not TASKS["multi_label"]:
+    if not isinstance(data.label, str) and not task.takes_columns:
         found.append(f"data.label: several columns need data.task: multi_label, got {task.name}")
     if task is not SINGLE_LABEL and config.compat == "easytransfer":
         found.append(f"data.task: {task.name} is excluded by compat: easytransfer")

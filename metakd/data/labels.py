@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any
 
 from metakd.config import DataConfig
 from metakd.data.tables import Problems, Table, ordered, show
@@ -63,7 +63,7 @@ def check_characters(value: str) -> Checked:
 
 
 class LabelReader:
-    """How the labels of a kind of task are read; this one reads a class each.
+    """How the labels of a kind of task are read.
 
     Args:
         config: the ``data`` block.
@@ -72,13 +72,11 @@ class LabelReader:
         ConfigError: it names several columns, and labels are in one.
     """
 
-    takes_columns: ClassVar[bool] = False
-
     def __init__(self, config: DataConfig):
         self.config = config
         self.columns = config.label_columns
         self.task = TASKS[config.task]
-        if len(self.columns) > 1 and not self.takes_columns:
+        if len(self.columns) > 1 and not self.task.takes_columns:
             raise ConfigError(
                 f"data.label: {len(self.columns)} columns, and {self.task.line}",
                 "name one, or set data.task: multi_label",
@@ -92,18 +90,10 @@ class LabelReader:
 
     def parse(self, value: Any, problems: Problems) -> Checked:
         """A label from a cell."""
-        label, wrong = check_name("label", value)
-        if wrong and isinstance(value, list):
-            problems.offer(_SEVERAL)
-        if wrong and isinstance(value, float) and math.isfinite(value):
-            problems.offer(_NUMBERS)
-        return label, wrong
+        raise NotImplementedError
 
     def check_table(self, table: Table, problems: Problems) -> None:
         """What only all rows of a table show."""
-        [column] = self.columns
-        _check_types(table, column, problems)
-        _check_values(table, column, problems)
 
     def outputs(self, labels: Iterable[Label]) -> list[str]:
         """What models have an output for, in order, where train has these labels."""
@@ -111,19 +101,37 @@ class LabelReader:
 
     def lacking(self, labels: Sequence[Label], outputs: list[str]) -> str:
         """Why nothing can be learned from these labels; empty where it can."""
-        if len(outputs) == 1:
-            return f"only one class, {outputs[0]!r}: a classifier needs two"
-        return ""
+        raise NotImplementedError
 
     def doubts(self, labels: Sequence[Label], outputs: list[str]) -> list[str]:
         """What is doubtful about them, a line each."""
         return []
 
 
+class ClassReader(LabelReader):
+    """A class."""
+
+    def parse(self, value, problems):
+        label, wrong = check_name("label", value)
+        if wrong and isinstance(value, list):
+            problems.offer(_SEVERAL)
+        if wrong and isinstance(value, float) and math.isfinite(value):
+            problems.offer(_NUMBERS)
+        return label, wrong
+
+    def check_table(self, table, problems):
+        [column] = self.columns
+        _check_types(table, column, problems)
+        _check_values(table, column, problems)
+
+    def lacking(self, labels, outputs):
+        if len(outputs) == 1:
+            return f"only one class, {outputs[0]!r}: a classifier needs two"
+        return ""
+
+
 class ListReader(LabelReader):
     """Any number of classes."""
-
-    takes_columns = True
 
     def check(self, values, problems):
         if len(self.columns) == 1:
@@ -174,9 +182,6 @@ class ListReader(LabelReader):
                     return read(text)
         return None
 
-    def check_table(self, table, problems):
-        pass
-
     def outputs(self, labels):
         return self.columns if len(self.columns) > 1 else super().outputs(labels)
 
@@ -211,9 +216,6 @@ class NumberReader(LabelReader):
             return None, f"{show(value)} is not a finite number"
         return float(number), None
 
-    def check_table(self, table, problems):
-        pass
-
     def outputs(self, labels):
         return list(self.columns)
 
@@ -238,7 +240,7 @@ def _number(text: str) -> float | None:
 
 
 READERS: dict[str, type[LabelReader]] = {
-    "single_label": LabelReader,
+    "single_label": ClassReader,
     "multi_label": ListReader,
     "regression": NumberReader,
 }

@@ -273,7 +273,7 @@ def _compare(
         remarks.append(f"compared on {data}: --data FILE gives texts like those to be served")
 
     def score(logits: np.ndarray) -> float | None:
-        return None if gold is None else task.scores(gold, torch.from_numpy(logits))[task.metric]
+        return None if gold is None else task.score(gold, torch.from_numpy(logits))
 
     formats: dict[str, dict] = {}
     for engine, name in ONNX_FILES.items():

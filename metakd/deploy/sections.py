@@ -13,7 +13,7 @@ from metakd.deploy.formats import INT8_ENGINE
 from metakd.deploy.parts import Section, Table
 from metakd.deploy.speedup import nearest
 from metakd.environment import flat, machine
-from metakd.method.tasks import METRICS, SINGLE_LABEL, by_domain
+from metakd.method.tasks import SINGLE_LABEL, by_domain
 from metakd.pipeline.table import AVERAGE, metric_of, name_of, show, title_of
 
 _MISSING = "—"
@@ -260,8 +260,8 @@ def _by_class(facts: dict) -> list[Section]:
     """What is known of the classes, where there are any."""
     if facts["classes"]:
         return [_classes(facts["classes"])]
-    metric = (facts["comparison"] or {}).get("metric", SINGLE_LABEL.metric)
-    return [_confusion(facts)] if metric == SINGLE_LABEL.metric else []
+    of_classes = name_of(facts["comparison"]) == SINGLE_LABEL.metric_title
+    return [_confusion(facts)] if of_classes else []
 
 
 def _confusion(facts: dict) -> Section:
@@ -489,6 +489,7 @@ def _exports(facts: dict) -> Section:
     ]
     section.notes.append(f"Checked on {'; '.join(dict.fromkeys(checked))}.")
     metric = metric_of(facts["exports"][0]["checked"])
+    called = name_of(facts["exports"][0]["checked"])
     rows = []
     for export in facts["exports"]:
         score = _score_percent(export["checked"].get(metric))
@@ -509,9 +510,9 @@ def _exports(facts: dict) -> Section:
     section.tables.append(
         Table(
             "Against PyTorch in fp32: size in MB, share of examples with the same label and "
-            f"{METRICS[metric]} in percent, error of a logit.",
+            f"{called} in percent, error of a logit.",
             [
-                *("student", "file", "size", "same label", METRICS[metric]),
+                *("student", "file", "size", "same label", called),
                 *("largest error", "mean error"),
             ],
             rows,

@@ -94,6 +94,8 @@ class Task:
     metric_title: ClassVar[str]
     softens: ClassVar[bool] = True
     """Are there probabilities, which a temperature softens?"""
+    takes_columns: ClassVar[bool] = False
+    """May files have a column of labels for each class?"""
     one_class: ClassVar[bool] = False
     """Has each text one class, so that the probabilities of all sum to 1?"""
 
@@ -182,8 +184,15 @@ class Task:
 
     # Scores
 
+    def score(self, labels: Tensor, logits: Tensor) -> float:
+        """The ``metric`` of N examples on the CPU."""
+        raise NotImplementedError
+
     def scores(self, labels: Tensor, logits: Tensor) -> dict[str, float]:
-        """Scores of N examples on the CPU, ``metric`` among them."""
+        """Every score of them."""
+        return {self.metric: self.score(labels, logits), **self._more_scores(labels, logits)}
+
+    def _more_scores(self, labels: Tensor, logits: Tensor) -> dict[str, float]:
         raise NotImplementedError
 
     def details(self, labels: Tensor, logits: Tensor, one_by_one: bool) -> dict[str, Any]:
@@ -271,14 +280,14 @@ class SingleLabel(Task):
     def expertise(self, logits, labels, t):
         return metakd.domain_expertise(logits, labels, t)
 
-    def scores(self, labels, logits):
+    def score(self, labels, logits):
+        return (logits.argmax(-1) == labels).double().mean().item()
+
+    def _more_scores(self, labels, logits):
         from sklearn.metrics import f1_score
 
         answers = logits.argmax(-1)
-        return {
-            "accuracy": (answers == labels).double().mean().item(),
-            "macro_f1": float(f1_score(labels.numpy(), answers.numpy(), average="macro")),
-        }
+        return {"macro_f1": float(f1_score(labels.numpy(), answers.numpy(), average="macro"))}
 
     def details(self, labels, logits, one_by_one):
         from sklearn.metrics import confusion_matrix
@@ -316,6 +325,7 @@ class MultiLabel(Task):
     problem_type = "multi_label_classification"
     metric = "micro_f1"
     metric_title = "micro-F1"
+    takes_columns = True
 
     def classes_of(self, label):
         return label
@@ -388,25 +398,26 @@ class MultiLabel(Task):
     def _squared_error(self, logits, labels):
         return (labels - logits.float().sigmoid()).square().mean(-1)
 
-    def scores(self, labels, logits):
+    def score(self, labels, logits):
+        return float(_f1(*(each.sum() for each in _counts(*_decided(labels, logits)))))
+
+    def _more_scores(self, labels, logits):
         from sklearn.metrics import average_precision_score
 
-        gold, found = labels.numpy() > 0.5, logits.numpy() > 0
-        right, wrong, missed = _counts(gold, found)
+        gold, found = _decided(labels, logits)
         ranks = logits.nan_to_num().numpy()
         precision = [
             average_precision_score(gold[:, number], ranks[:, number])
             for number in gold.any(0).nonzero()[0]
         ]
         return {
-            "micro_f1": float(_f1(right.sum(), wrong.sum(), missed.sum())),
-            "macro_f1": float(_f1(right, wrong, missed).mean()),
+            "macro_f1": float(_f1(*_counts(gold, found)).mean()),
             "mean_average_precision": float(sum(precision) / max(len(precision), 1)),
             "exact_match": float((gold == found).all(1).mean()),
         }
 
     def details(self, labels, logits, one_by_one):
-        counts = _counts(labels.numpy() > 0.5, logits.numpy() > 0)
+        counts = _counts(*_decided(labels, logits))
         return {COUNTS: [list(of_class) for of_class in zip(*(c.tolist() for c in counts))]}
 
     def misfit(self, outputs):
@@ -495,16 +506,15 @@ class Regression(Task):
     def _squared_error(self, logits, labels):
         return ((logits[..., 0].float() - labels) / self.spread).square()
 
-    def scores(self, labels, logits):
+    def score(self, labels, logits):
+        return _correlation(*_numbers(labels, logits))
+
+    def _more_scores(self, labels, logits):
         from scipy.stats import rankdata
 
-        gold, found = labels.double().numpy(), logits[:, 0].nan_to_num().double().numpy()
+        gold, found = _numbers(labels, logits)
         error, variance = float(((found - gold) ** 2).mean()), float(gold.var())
-        scores = {
-            "pearson": _correlation(gold, found),
-            "spearman": _correlation(rankdata(gold), rankdata(found)),
-            "mse": error,
-        }
+        scores = {"spearman": _correlation(rankdata(gold), rankdata(found)), "mse": error}
         # Of numbers that are all the same no mean could be further away.
         return scores | ({"r2": 1.0 - error / variance} if variance > 0 else {})
 
@@ -519,6 +529,11 @@ class Regression(Task):
         return abs(found - wanted)[:, 0] <= self._CLOSE * wide
 
 
+def _decided(labels: Tensor, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Which classes N texts have, and which they are given, [N, M]."""
+    return labels.numpy() > 0.5, logits.numpy() > 0
+
+
 def _counts(gold: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each class [M] how many of N texts were given it rightly and wrongly, and how many that
     have it were not, from [N, M]."""
@@ -530,6 +545,11 @@ def _f1(right: np.ndarray, wrong: np.ndarray, missed: np.ndarray) -> np.ndarray:
     import numpy as np
 
     return 2 * right / np.maximum(2 * right + wrong + missed, 1)
+
+
+def _numbers(labels: Tensor, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """What N texts have, and what they are given, [N]; a number whatever the model says."""
+    return labels.double().numpy(), logits[:, 0].nan_to_num().double().numpy()
 
 
 def _correlation(gold: np.ndarray, found: np.ndarray) -> float:

@@ -85,7 +85,7 @@ def load_encoder(source: str) -> PreTrainedModel:
             not finite.
         OSError: there is none.
     """
-    return _load(AutoModel, source)
+    return _load(AutoModel, source, load_config(source))
 
 
 def load_classifier(
@@ -117,6 +117,7 @@ def load_classifier(
     return _load(
         AutoModelForSequenceClassification,
         source,
+        shape,
         num_labels=num_labels or len(label2id),
         ignore_mismatched_sizes=True,
         problem_type=problem_type,
@@ -131,7 +132,8 @@ def load_trained_classifier(folder: Path) -> PreTrainedModel:
         CheckpointError: there is none, or what is there is not whole or not finite.
     """
     try:
-        return _load(AutoModelForSequenceClassification, str(folder), whole=True)
+        shape = load_config(str(folder))
+        return _load(AutoModelForSequenceClassification, str(folder), shape, whole=True)
     except (OSError, ValueError) as error:
         raise damaged(folder, error) from error
 
@@ -260,14 +262,16 @@ def check_finite(source: str | Path, tensors: dict[str, torch.Tensor]) -> None:
             )
 
 
-def _load(auto: type, source: str, whole: bool = False, **options) -> PreTrainedModel:
+def _load(
+    auto: type, source: str, shape: PretrainedConfig, whole: bool = False, **options
+) -> PreTrainedModel:
     _check_weights_are_there(source)
     try:
         model, found = _without_code(
             auto,
             source,
             use_safetensors=True,
-            attn_implementation=_attention_of(auto, load_config(source)),
+            attn_implementation=_attention_of(auto, shape),
             dtype=torch.float32,
             output_loading_info=True,
             **options,
@@ -330,9 +334,7 @@ def _without_code(auto: type, source: str, **options):
         return auto.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, SafetensorError, RuntimeError):
         raise
-    except (
-        Exception
-    ) as error:  # what is wrong in a model's files makes its libraries raise anything
+    except Exception as error:  # files with something wrong make libraries raise anything
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{source} needs code of its own, which is never run; use a model that "

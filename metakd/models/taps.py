@@ -298,15 +298,13 @@ class Taps:
             features.last_hidden = output[0]
 
 
-def why_not_shown(
-    shape: PretrainedConfig, needs: frozenset[str], packed: bool = False
-) -> str | None:
+def why_not_shown(shape: PretrainedConfig, needs: frozenset[str]) -> str | None:
     """Why these features cannot be read out of a classifier of this shape, asked without its
     weights; None if they can."""
-    question = shape.to_json_string(), needs, packed
+    question = shape.to_json_string(), needs
     if question not in _answered:
         try:
-            _answered[question] = _check_shape(shape, needs, packed)
+            _answered[question] = _check_shape(shape, needs)
         except ValueError as error:
             _answered[question] = str(error)
     return _answered[question]
@@ -315,18 +313,18 @@ def why_not_shown(
 _answered: dict[tuple, str | None] = {}  # each costs a model
 
 
-def _check_shape(shape: PretrainedConfig, needs: frozenset[str], packed: bool) -> None:
+def _check_shape(shape: PretrainedConfig, needs: frozenset[str]) -> None:
     model = unallocated(shape)
-    if _check(model, needs, packed) or model.num_parameters() > _QUICKLY_MADE:
+    if _check(model, needs) or model.num_parameters() > _QUICKLY_MADE:
         return
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForSequenceClassification.from_config(shape, trust_remote_code=False)
-        _check(model, needs, packed)
+        _check(model, needs)
 
 
-def _check(model: PreTrainedModel, needs: frozenset[str], packed: bool) -> bool:
+def _check(model: PreTrainedModel, needs: frozenset[str]) -> bool:
     """Does it run? Raises NotShownError if it does, and does not show what is asked for."""
-    taps = Taps(model, needs, packed)
+    taps = Taps(model, needs)
     try:
         taps.check()
     except NotShownError:

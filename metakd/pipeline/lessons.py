@@ -177,21 +177,21 @@ class TeacherOutputs:
                 self._shapes[key] = student_shape(student, self.taught)
         return self._shapes[key]
 
-    def _terms(self, lesson: Lesson) -> list[Term]:
+    def terms(self, lesson: Lesson) -> list[Term]:
+        """What the student minimises."""
         with configured("distill"):
             return build_terms(
                 lesson.distill,
                 student_layers=self._learning(lesson.student).num_hidden_layers,
                 teacher_layers=self.taught.num_hidden_layers,
                 recipe=self._run.recipe,
+                task=self._run.corpus.task,
             )
 
     def asked_of(self, lesson: Lesson) -> list[frozenset[Signal]]:
         """What each phase asks the teacher for."""
-        depth, phases = (
-            self.taught.num_hidden_layers,
-            phases_of(lesson.distill, self._terms(lesson)),
-        )
+        depth = self.taught.num_hidden_layers
+        phases = phases_of(lesson.distill, self.terms(lesson))
         return [signals_of(phase.terms, lesson.reads_scores, depth) for phase in phases]
 
     def check(self, lesson: Lesson) -> None:
@@ -203,7 +203,7 @@ class TeacherOutputs:
         shapes = {"student": self._learning(lesson.student)}
         if lesson.asks_a_model():
             shapes["teacher.model"] = self.taught
-        if problems := not_shown(lesson.distill, self._terms(lesson), shapes):
+        if problems := not_shown(lesson.distill, self.terms(lesson), shapes):
             raise ConfigError(f"{lesson.label}: {'; '.join(problems)}", "nothing was trained")
 
     def cached_phases(self, lesson: Lesson) -> list[bool]:

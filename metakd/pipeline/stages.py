@@ -29,7 +29,6 @@ from metakd.data.corpus import Split
 from metakd.errors import ConfigError, DataError
 from metakd.method.balance import SAMPLED, balanced
 from metakd.method.kinds import TEACHER_KINDS
-from metakd.method.methods import build_terms
 from metakd.method.objective import Distillation
 from metakd.method.teachers import told
 from metakd.method.terms import Term
@@ -320,14 +319,8 @@ class Run(TeacherStage):
                 "more texts and steps than student.layers, which copies a teacher's"
             )
         taught = self.outputs.taught if teacher_folders else student.config
+        terms = self.outputs.terms(lesson)
         with configured("distill"):
-            terms = build_terms(
-                distill,
-                student_layers=student.config.num_hidden_layers,
-                teacher_layers=taught.num_hidden_layers,
-                recipe=self.recipe,
-                task=corpus.task,
-            )
             module = Distillation(
                 student,
                 terms,

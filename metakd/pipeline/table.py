@@ -82,8 +82,9 @@ def metric_of(values: Mapping[str, Any]) -> str:
 
 
 def name_of(result: Mapping[str, Any] | None) -> str:
-    """What the metric of a comparison is called."""
-    return METRICS[(result or {}).get("metric", SINGLE_LABEL.metric)]
+    """What the metric of a comparison, or of scores, is called."""
+    result = result or {}
+    return METRICS[result.get("metric", metric_of(result))]
 
 
 def title_of(result: Mapping[str, Any] | None) -> str:
@@ -106,7 +107,7 @@ def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, Score]]:
     summary: dict[str, dict[str, Score]] = {}
     for row in dict.fromkeys(cell.row for cell in cells):
         own = [cell for cell in cells if cell.row == row]
-        by_domain = {
+        of_domain = {
             d: [c.score for c in own if c.domain == d] for d in dict.fromkeys(c.domain for c in own)
         }
         by_seed = [
@@ -114,7 +115,7 @@ def summarise(cells: Sequence[Cell]) -> dict[str, dict[str, Score]]:
             for s in dict.fromkeys(c.seed for c in own)
         ]
         summary[row] = {
-            name: _spread(values) for name, values in {**by_domain, AVERAGE: by_seed}.items()
+            name: _spread(values) for name, values in {**of_domain, AVERAGE: by_seed}.items()
         }
     return summary
 

@@ -3,8 +3,7 @@
 A teacher reaches a student through text: what it has learned elsewhere cannot be shown on a hundred
 labelled examples. Columns that batches then carry: ``t`` [N], or [N, C] by cell where a text may
 have no label; ``weight`` [N] where sources weigh differently; ``foreign`` [N] where texts of other
-domains are weighted by their score t. Sizes: N texts, M outputs, C cells of
-prototypes.
+domains are weighted by their score t. Sizes: N texts, M outputs, C cells of prototypes.
 """
 
 from __future__ import annotations

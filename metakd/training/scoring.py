@@ -101,7 +101,7 @@ def evaluate(
     for number in split.domain.unique().tolist():
         own, name = split.domain == number, domains[number]
         part = split.labels[own], logits[own]
-        scores[f"{task.metric}/{name}"] = task.scores(*part)[task.metric]
+        scores[f"{task.metric}/{name}"] = task.score(*part)
         details = task.details(*part, one_by_one)
         scores |= {f"{what}{name}": found for what, found in details.items()}
     return scores
