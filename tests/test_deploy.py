@@ -35,6 +35,7 @@ from metakd.errors import (
     UnsupportedError,
 )
 from metakd.method.tasks import SINGLE_LABEL
+from metakd.models.sources import input_names
 
 pytest.importorskip("onnxruntime", reason="the extra 'deploy' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'deploy' is not installed")
@@ -195,7 +196,7 @@ class TestExport:
         model = BUILDERS[name]().eval()
         exporting.write_files(model, tmp_path / "onnx")
         engine = engines.open_engine("onnx", tmp_path)
-        assert engine.inputs == engines.input_names(model.config)
+        assert engine.inputs == input_names(model.config)
         ids = np.random.default_rng(0).integers(2, 50, (5, 17))
         mask = (np.arange(17) < np.array([[17], [9], [1], [4], [16]])).astype(np.int64)
         batch = {"input_ids": ids * mask, "attention_mask": mask}

@@ -139,7 +139,7 @@ def test_saved_prototypes_score_alike(corpus, tmp_path):
 
 def test_pooling_is_the_mean_over_all_positions_but_the_first(tiny_bert, make_batch):
     model, batch = tiny_bert().bert, make_batch()
-    hidden = model(**model_inputs(batch)).last_hidden_state
+    hidden = model(**model_inputs(batch, model)).last_hidden_state
     features = Features(mask=batch["attention_mask"], last_hidden=hidden)
     expected = hidden[:, 1:].mean(1)  # padding and the closing token included
     torch.testing.assert_close(pool(features, EASYTRANSFER.pooling), expected)
@@ -152,7 +152,7 @@ def test_pooling_is_the_mean_over_all_positions_but_the_first(tiny_bert, make_ba
 def test_the_domain_loss_is_off(meta, make_batch):
     teacher, batch = meta(EASYTRANSFER), make_batch()
     output = teacher(batch)
-    logits = teacher.model(**model_inputs(batch)).logits
+    logits = teacher.model(**model_inputs(batch, teacher.model)).logits
     ce = F.cross_entropy(logits, batch["labels"], reduction="none")
     torch.testing.assert_close(output.rows, batch["t"] * ce)
     assert not teacher.kind.corrupts(teacher)
@@ -163,9 +163,15 @@ def test_switched_on_the_domain_loss_is_weighted_by_t_as_well(meta, make_batch):
     teacher, batch = meta(replace(EASYTRANSFER, domain_loss=True)), make_batch()
     output = teacher(batch)
     ce = F.cross_entropy(
-        teacher.model(**model_inputs(batch)).logits, batch["labels"], reduction="none"
+        teacher.model(**model_inputs(batch, teacher.model)).logits,
+        batch["labels"],
+        reduction="none",
     )
-    mean = teacher.model.bert(**model_inputs(batch)).last_hidden_state[:, 1:].mean(1)
+    mean = (
+        teacher.model.bert(**model_inputs(batch, teacher.model.bert))
+        .last_hidden_state[:, 1:]
+        .mean(1)
+    )
     # The head that is trained on false domains keeps its tanh.
     h_d = torch.tanh(corrupted(mean, batch["domain"], teacher.domain_layer))
     domain_logits = teacher.domain_classifier(h_d)
@@ -205,7 +211,9 @@ def test_the_transfer_term_compares_h_d_before_its_tanh(scene):
         return corrupted(last_hidden[:, 1:].mean(1), batch["domain"], layer)
 
     with torch.no_grad():
-        last = scene.teacher.model.bert(**model_inputs(batch)).last_hidden_state
+        last = scene.teacher.model.bert(
+            **model_inputs(batch, scene.teacher.model.bert)
+        ).last_hidden_state
         theirs = h_d(last, scene.teacher.domain_layer)
     torch.testing.assert_close(scene.taught.domain, theirs)
     ours = h_d(scene.seen.last_hidden, scene.distillation.domain_layer) @ w
@@ -273,7 +281,7 @@ def test_the_prediction_has_no_temperature_and_is_divided_by_the_classes(tiny_be
     scene.run("prediction").rows.mean().backward()
     ours = scene.student.classifier.weight.grad.clone()
     scene.student.zero_grad()
-    logits = scene.student(**model_inputs(scene.batch)).logits
+    logits = scene.student(**model_inputs(scene.batch, scene.student)).logits
     target = scene.taught.logits.softmax(-1)
     (-target * logits.log_softmax(-1)).mean().backward()  # the mean over examples and 3 classes
     torch.testing.assert_close(ours, scene.student.classifier.weight.grad)

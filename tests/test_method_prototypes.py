@@ -147,7 +147,7 @@ def test_embed_is_the_masked_mean_of_the_last_hidden_state(tiny_bert, make_batch
     model, batches = tiny_bert().bert, [make_batch(rows=3), make_batch(rows=2)]
     expected = []
     for batch in batches:
-        hidden = model(**model_inputs(batch)).last_hidden_state.detach()
+        hidden = model(**model_inputs(batch, model)).last_hidden_state.detach()
         for row, mask in zip(hidden, batch["attention_mask"].bool(), strict=True):
             expected.append(row[mask].mean(0))
     embedding = embed(model, batches)

@@ -88,8 +88,8 @@ def test_kept_layers_carry_the_weights_of_their_origin(tiny_bert, name, layers):
 def test_a_student_of_all_layers_is_the_teacher(tiny_bert, make_batch):
     source, batch = tiny_bert(layers=3), make_batch()
     student = keep_layers(source, [0, 1, 2]).eval()
-    expected = source(**model_inputs(batch)).logits
-    assert torch.equal(student(**model_inputs(batch)).logits, expected)
+    expected = source(**model_inputs(batch, source)).logits
+    assert torch.equal(student(**model_inputs(batch, student)).logits, expected)
     assert student.config._attn_implementation == "sdpa"
 
 
@@ -116,8 +116,8 @@ def test_a_student_from_a_directory_keeps_head_and_weights(tiny_bert, make_batch
     student = build_student(
         StudentConfig(model=str(tmp_path)), source="", tokenizer=Vocabulary(), label2id=LABELS
     ).eval()
-    expected = source(**model_inputs(batch)).logits
-    assert torch.equal(student(**model_inputs(batch)).logits, expected)
+    expected = source(**model_inputs(batch, source)).logits
+    assert torch.equal(student(**model_inputs(batch, student)).logits, expected)
 
 
 def test_positions_have_room_for_the_longest_example(tiny_bert, tmp_path):
@@ -180,8 +180,8 @@ def test_a_saved_student_is_a_plain_classifier(tiny_bert, make_batch, tmp_path, 
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    expected = trained(**model_inputs(batch)).logits
-    assert torch.equal(loaded.eval()(**model_inputs(batch)).logits, expected)
+    expected = trained(**model_inputs(batch, trained)).logits
+    assert torch.equal(loaded.eval()(**model_inputs(batch, loaded)).logits, expected)
     if pairs:
         alone = batch | {"token_type_ids": torch.zeros_like(batch["token_type_ids"])}
-        assert not torch.allclose(loaded(**model_inputs(alone)).logits, expected)
+        assert not torch.allclose(loaded(**model_inputs(alone, loaded)).logits, expected)

@@ -53,7 +53,7 @@ def batch(make_batch):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_are_those_of_plain_sdpa_bit_for_bit(build, batch, name):
     model = build(name)
-    plain = model(**model_inputs(batch)).logits
+    plain = model(**model_inputs(batch, model)).logits
     assert torch.equal(Taps(model, EVERYTHING)(batch).logits, plain)
 
 
@@ -75,7 +75,7 @@ def test_hidden_states_and_embedding_are_those_of_an_eager_run(build, batch, nam
     eager = build(name)
     eager.load_state_dict(model.state_dict())
     eager.set_attn_implementation("eager")
-    seen = eager(**model_inputs(batch), output_hidden_states=True)
+    seen = eager(**model_inputs(batch, eager), output_hidden_states=True)
     real = batch["attention_mask"].bool()
     assert len(features.hidden) == LAYERS
 
@@ -110,7 +110,7 @@ def test_queries_and_keys_give_the_eager_attention_maps(build, batch, name):
     eager = build(name)
     eager.load_state_dict(model.state_dict())
     eager.set_attn_implementation("eager")
-    maps = eager(**model_inputs(batch), output_attentions=True).attentions
+    maps = eager(**model_inputs(batch, eager), output_attentions=True).attentions
     hidden = batch["attention_mask"][:, None, None] == 0
     for query, key, expected in zip(features.query, features.key, maps, strict=True):
         scores = query @ key.mT / math.sqrt(query.shape[-1])
@@ -149,7 +149,7 @@ def test_several_taps_on_one_model_record_their_own_only(build, batch):
     model = build("bert")
     first, second = Taps(model, {"hidden", "query"}), Taps(model, {"hidden", "embedding"})
     one, other = first(batch), second(batch)
-    model(**model_inputs(batch))  # nobody asked
+    model(**model_inputs(batch, model))  # nobody asked
     assert (len(one.hidden), len(one.query), one.embedding) == (LAYERS, LAYERS, None)
     assert (len(other.hidden), len(other.query)) == (LAYERS, 0)
     assert other.embedding is not None
@@ -159,7 +159,7 @@ def test_several_taps_on_one_model_record_their_own_only(build, batch):
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_taps_may_be_removed_in_any_order(build, batch, order):
     model = build("bert")
-    plain = model(**model_inputs(batch)).logits
+    plain = model(**model_inputs(batch, model)).logits
     pair = Taps(model, {"query", "hidden"}), Taps(model, {"key", "last_hidden"})
     pair[order[0]].remove()
     left = pair[order[1]](batch)
@@ -171,14 +171,14 @@ def test_taps_may_be_removed_in_any_order(build, batch, order):
 
 def test_remove_restores_the_model_and_may_be_repeated(build, batch):
     model = build("bert")
-    plain = model(**model_inputs(batch)).logits
+    plain = model(**model_inputs(batch, model)).logits
     taps = Taps(model, EVERYTHING)
     taps(batch)
     taps.remove()
     taps.remove()
     assert model.config._attn_implementation == "sdpa"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert torch.equal(model(**model_inputs(batch)).logits, plain)
+    assert torch.equal(model(**model_inputs(batch, model)).logits, plain)
 
 
 def test_removed_taps_give_an_eager_model_its_attention_back(build, batch):
@@ -199,7 +199,7 @@ def test_saved_models_carry_no_trace(build, batch, tmp_path, tapped):
     assert "metakd" not in (tmp_path / "config.json").read_text()
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert loaded.config._attn_implementation == "sdpa"
-    assert torch.equal(loaded(**model_inputs(batch)).logits, logits)
+    assert torch.equal(loaded(**model_inputs(batch, loaded)).logits, logits)
 
 
 def test_a_checkpointed_layer_is_recorded_once_and_differentiated_right(build, batch):

@@ -34,12 +34,12 @@ def teacher(tiny_bert):
 
 
 def plain_logits(teacher, batch):
-    return teacher.model(**model_inputs(batch)).logits
+    return teacher.model(**model_inputs(batch, teacher.model)).logits
 
 
 def plain_h_d(teacher, batch):
     """tanh((E + DomEmb[k]) W + b), line by line."""
-    hidden = teacher.model.bert(**model_inputs(batch)).last_hidden_state
+    hidden = teacher.model.bert(**model_inputs(batch, teacher.model.bert)).last_hidden_state
     mask = batch["attention_mask"][..., None]
     mean = (hidden * mask).sum(1) / mask.sum(1)
     layer = teacher.domain_layer

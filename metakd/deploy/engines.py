@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from metakd.deploy.extra import INSTALL, absent
 from metakd.deploy.formats import ONNX_FILES, ONNX_FOLDER
 from metakd.errors import CheckpointError, ConfigError, UnsupportedError
-from metakd.models.sources import load_trained_classifier
+from metakd.models.sources import input_names, load_trained_classifier
 
 Inputs = dict[str, np.ndarray]
 
@@ -59,12 +59,6 @@ def why_not(engine: str, folder: Path, device: str) -> str | None:
         option = engine.removeprefix("onnx").replace("-", " --")
         return f"{folder} is not exported: metakd export {folder} --to onnx{option}"
     return None
-
-
-def input_names(config: PretrainedConfig) -> frozenset[str]:
-    """What a model reads; token types only where it tells them apart."""
-    types = {"token_type_ids"} if getattr(config, "type_vocab_size", 0) > 1 else set()
-    return frozenset({"input_ids", "attention_mask"} | types)
 
 
 def onnx_file(engine: str, folder: Path) -> Path | None:

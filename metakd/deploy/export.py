@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from metakd.data.labels import Label
-from metakd.deploy.engines import Inputs, input_names
+from metakd.deploy.engines import Inputs
 from metakd.deploy.extra import need
 from metakd.deploy.formats import (
     EXPORT_REPORT,
@@ -37,6 +37,7 @@ from metakd.deploy.smoothing import smoothed
 from metakd.environment import environment
 from metakd.errors import ConfigError, DataError, ParityError, UnsupportedError, listing
 from metakd.method.tasks import Task
+from metakd.models.sources import input_names
 from metakd.pipeline.doubts import one_label
 
 ACTIVATIONS = ("static", "dynamic")
@@ -212,8 +213,13 @@ def _write_onnx(model: PreTrainedModel, file: Path) -> None:
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
+            found: BaseException = error
+            while found.__cause__ is not None:
+                found = found.__cause__
+            reason = f"{type(found).__name__}: {(str(found).splitlines() or [''])[0]}"
             raise UnsupportedError(
-                f"{type(model).__name__} cannot be exported: {str(error).splitlines()[0]}",
+                f"{type(model).__name__} cannot be exported: torch.export cannot follow its "
+                f"forward pass for batches of any size ({reason})",
                 "serve it with engine eager or compile",
             ) from error
 

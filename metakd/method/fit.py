@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from metakd.config import DistillConfig, RunConfig, StudentConfig
@@ -12,16 +14,20 @@ from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import METHODS, build_terms
 from metakd.method.recipe import PAPER, Recipe
 from metakd.method.terms import Term
+from metakd.models.reader import Reader, padding_of
 from metakd.models.sources import (
     check_classifies,
     check_embeddings,
     check_labels,
     check_positions,
-    check_vocabulary,
     load_config,
+    unallocated,
+    why_not_alike,
 )
-from metakd.models.student import student_shape
-from metakd.models.taps import TAPPED, why_not_shown
+from metakd.models.student import student_shape, word_embeddings
+from metakd.models.taps import TAPPED, why_not_run, why_not_shown
+
+Batch = dict[str, Tensor]
 
 
 def check_models(
@@ -30,10 +36,11 @@ def check_models(
     label2id: dict[str, int],
     recipe: Recipe = PAPER,
     students: bool = True,
+    longest: Callable[[StudentConfig | None], tuple[Reader, Batch]] | None = None,
 ) -> None:
     """Do teacher, student, objective and data fit together, and the students of a comparison's
     rows? Reads configurations and tokenizers, no weights, so that a run can ask before it trains
-    anything.
+    anything; small models of the same shapes are tried out.
 
     Args:
         config: the whole configuration.
@@ -41,12 +48,21 @@ def check_models(
         label2id: of the data.
         recipe: form of the method.
         students: False leaves them out of it.
+        longest: how a student, or the teacher, reads texts, and a batch with the longest text of
+            the corpus, on which models are tried out.
 
     Raises:
         ConfigError: every pair that does not fit, with both values: number of tokens and token
-            numbers, labels, positions, layers, widths.
+            numbers, labels, positions, layers, widths, features.
     """
     problems: list[str] = []
+    trials: dict[str, tuple[PretrainedConfig, StudentConfig | None, frozenset[str]]] = {}
+
+    def tried(
+        key: str, shape: PretrainedConfig, student: StudentConfig | None, terms: Sequence[Term]
+    ) -> None:
+        known = trials[key][2] if key in trials else frozenset()
+        trials[key] = shape, student, known.union(*(term.needs & TAPPED for term in terms))
 
     def note(key: str, check: Callable, *arguments, **options):
         try:
@@ -70,12 +86,18 @@ def check_models(
             key = f"{key}.model"
             shape = note(key, load_config, student.model)
             if shape is not None:
-                note(key, check_vocabulary, student.model, shape, tokenizer)
+                apart = why_not_alike(student.model, tokenizer)
+                if apart is None:
+                    note(key, check_embeddings, student.model, shape, tokenizer)
+                    note(key, padding_of, student.model, shape, tokenizer)
                 note(key, check_labels, student.model, shape, label2id)
                 note(key, check_positions, student.model, shape, length)
                 note(key, check_classifies, student.model, shape)
         else:
             shape = None if taught is None else note(key, student_shape, student, taught)
+            apart = None
+        if shape is not None and student.freeze_embeddings:
+            note(key, lambda: word_embeddings(unallocated(shape)))
         if taught is not None and shape is not None:
             terms = note(
                 name,
@@ -92,7 +114,12 @@ def check_models(
             if kind is not None and not TEACHER_KINDS[kind].in_data:
                 shapes["teacher.model"] = taught
             found = not_shown(distill, terms or [], shapes, name)
+            if apart:
+                found += not_alike(distill, terms or [], apart, name)
             problems.extend(problem for problem in found if problem not in problems)
+            tried(key, shape, student, terms or [])
+            if len(shapes) > 1:
+                tried("teacher.model", taught, None, terms or [])
 
     if students:
         check_student("student", config.student, "distill", config.distill)
@@ -100,6 +127,15 @@ def check_models(
         if row.student is not None:
             key = f"compare.rows.{number}"
             check_student(f"{key}.student", row.student, key, row.taught(config.distill))
+    if taught is not None:
+        tried("teacher.model", taught, None, [])
+    if longest is not None and not problems:
+        for place, (shape, student, needs) in trials.items():
+            reader, batch = longest(student)
+            shape = copy.deepcopy(shape)
+            shape.pad_token_id = reader.pad_token_id
+            if reason := why_not_run(shape, needs, config.packed, batch):
+                problems.append(f"{place}: {reason}")
     if problems:
         listed = "\n  ".join([f"{len(problems)} problems:", *problems])
         raise ConfigError(
@@ -122,11 +158,38 @@ def not_shown(
         shapes: of teacher and student, by the key that names each.
         name: of ``distill``, where it is that of a row.
     """
-    keys = {part.term.name: part.key for part in METHODS[distill.method].terms}
+    remedy = _ways_out(distill, name)
     return [
-        f"{place}: {term.name}: {reason}; set {name}.{keys[term.name]}: 0, or choose a method that "
-        "does not compare it"
+        f"{place}: {term.name}: {reason}; {remedy[term.name]}"
         for place, shape in shapes.items()
         for term in terms
         if term.needs & TAPPED and (reason := why_not_shown(shape, term.needs & TAPPED))
     ]
+
+
+def not_alike(
+    distill: DistillConfig, terms: Sequence[Term], reason: str, name: str = "distill"
+) -> list[str]:
+    """What terms compare that a student which reads other tokens than its teacher does not have, a
+    line each with the key to set.
+
+    Args:
+        distill: of the student.
+        terms: built from it.
+        reason: in what their tokens differ.
+        name: of ``distill``, where it is that of a row.
+    """
+    remedy = _ways_out(distill, name)
+    return [
+        f"{name}: {term.name} compares token with token, but {reason}; {remedy[term.name]}"
+        for term in terms
+        if term.compares_tokens
+    ]
+
+
+def _ways_out(distill: DistillConfig, name: str) -> dict[str, str]:
+    """By term."""
+    return {
+        part.term.name: f"set {name}.{part.key}: 0, or choose a method that does not compare it"
+        for part in METHODS[distill.method].terms
+    }

@@ -70,6 +70,11 @@ class Term:
         """
         return cls(weight, backend=config.backend)
 
+    @property
+    def compares_tokens(self) -> bool:
+        """Must student and teacher read the same tokens?"""
+        return bool(self.needs - {"logits", "domain"})
+
     def by_layer(self) -> list[Self]:
         """Terms of one layer each whose sum it is, but for the scales."""
         return [self]

@@ -10,8 +10,10 @@ which the stages turn into errors of the configuration; of models that this tool
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +37,8 @@ from metakd.errors import CheckpointError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _SHOWN = 3
+_QUICKLY_MADE = 2e8  # weights that a model is given to be tried out
+_BY_LAYER = ("layer_types", "attention_window")  # of architectures whose layers differ
 _NO_NAME = re.compile(r"(label_)?\d+")
 _BEHIND_PADDING = re.compile(
     "roberta|camembert|data2vec|esm|ibert|layoutlmv3|lilt|longformer|luke|markuplm|mpnet|xmod"
@@ -50,6 +54,52 @@ def unallocated(shape: PretrainedConfig, **options) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_config(
             shape, trust_remote_code=False, **options
         )
+
+
+def small(shape: PretrainedConfig) -> PreTrainedModel | None:
+    """A classifier of this shape with weights that were drawn, to be tried out: of all its layers
+    if it is made quickly so, or else of two, or else a narrow one; None if it is large even so."""
+    for shrunk in (_as_it_is, _shallow, _narrow):
+        candidate = shrunk(copy.deepcopy(shape))
+        if unallocated(candidate).num_parameters() <= _QUICKLY_MADE:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return AutoModelForSequenceClassification.from_config(
+                    candidate, trust_remote_code=False, dtype=torch.float32
+                ).eval()
+    return None
+
+
+def _as_it_is(shape: PretrainedConfig) -> PretrainedConfig:
+    return shape
+
+
+def _shallow(shape: PretrainedConfig) -> PretrainedConfig:
+    return shortened(shape, [0, shape.num_hidden_layers - 1])
+
+
+def _narrow(shape: PretrainedConfig) -> PretrainedConfig:
+    shape = _shallow(shape)
+    shape.hidden_size, shape.intermediate_size = 8 * shape.num_attention_heads, 32
+    if getattr(shape, "head_dim", None):
+        shape.head_dim = 8
+    return shape
+
+
+def shortened(shape: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """The configuration of a model with only these of its layers, 0-based and in this order."""
+    shape = copy.deepcopy(shape)
+    shape.num_hidden_layers = len(layers)
+    for name in _BY_LAYER:
+        if isinstance(each := getattr(shape, name, None), list):
+            setattr(shape, name, [each[layer] for layer in layers])
+    return shape
+
+
+def input_names(shape: PretrainedConfig) -> frozenset[str]:
+    """What a model reads; token types only where it tells them apart."""
+    types = {"token_type_ids"} if getattr(shape, "type_vocab_size", 0) > 1 else set()
+    return frozenset({"input_ids", "attention_mask"} | types)
 
 
 def load_config(source: str) -> PretrainedConfig:
@@ -93,6 +143,7 @@ def load_classifier(
     label2id: dict[str, int],
     num_labels: int | None = None,
     problem_type: str = CLASSES,
+    pad_token_id: int | None = None,
 ) -> PreTrainedModel:
     """A sequence classifier, fp32, under SDPA, its head fresh where the classes differ in number.
 
@@ -102,6 +153,7 @@ def load_classifier(
         num_labels: outputs, where they are more than the labels (a multi-task teacher's K x M).
         problem_type: written into the configuration, so that who loads the model elsewhere reads
             its outputs as they are meant.
+        pad_token_id: written into the configuration, see ``reader``; None leaves its own.
 
     Raises:
         ValueError: as ``load_encoder``; or its own labels have these names in another order.
@@ -109,11 +161,12 @@ def load_classifier(
     """
     shape = load_config(source)
     check_classifies(source, shape)
-    # A K x M head has no names of its own.
-    names = {}
-    if not num_labels:
+    written = {}
+    if not num_labels:  # a K x M head has no names of its own
         check_labels(source, shape, label2id)
-        names = {"label2id": label2id, "id2label": {i: name for name, i in label2id.items()}}
+        written = {"label2id": label2id, "id2label": {i: name for name, i in label2id.items()}}
+    if pad_token_id is not None:
+        written["pad_token_id"] = pad_token_id
     return _load(
         AutoModelForSequenceClassification,
         source,
@@ -121,7 +174,7 @@ def load_classifier(
         num_labels=num_labels or len(label2id),
         ignore_mismatched_sizes=True,
         problem_type=problem_type,
-        **names,
+        **written,
     )
 
 
@@ -190,25 +243,19 @@ def check_labels(source: str, config: PretrainedConfig, label2id: dict[str, int]
         )
 
 
-def check_vocabulary(
-    source: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Student and teacher must read the same tokens, and have an embedding for each.
-
-    Raises:
-        ValueError: with both sizes, or the first token whose numbers differ.
-    """
-    own = _vocabulary(source)  # None: weights without a tokenizer, whose size has to do
-    if own is not None and own != (taught := tokenizer.get_vocab()):
-        token = min(
-            token for token in own.keys() | taught.keys() if own.get(token) != taught.get(token)
-        )
-        raise ValueError(
-            f"{source} has a vocabulary of {len(own)} tokens, the teacher another of "
-            f"{len(taught)}: they must read the same tokens, but {token!r} is number "
-            f"{own.get(token, 'none')} there and {taught.get(token, 'none')} here"
-        )
-    check_embeddings(source, config, tokenizer)
+def why_not_alike(source: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """How the tokens that a model knows differ from those of this tokenizer; None if they have the
+    same numbers. Weights without a tokenizer are taken to know them."""
+    own, taught = _vocabulary(source), tokenizer.get_vocab()
+    if own is None or own == taught:
+        return None
+    token = min(
+        token for token in own.keys() | taught.keys() if own.get(token) != taught.get(token)
+    )
+    return (
+        f"{source} has a vocabulary of {len(own)} tokens, the teacher another of {len(taught)}: "
+        f"{token!r} is number {own.get(token, 'none')} there and {taught.get(token, 'none')} here"
+    )
 
 
 def check_embeddings(
@@ -221,8 +268,7 @@ def check_embeddings(
     """
     if config.vocab_size < len(tokenizer):
         raise ValueError(
-            f"{source} knows {config.vocab_size} tokens, the teacher's tokenizer has "
-            f"{len(tokenizer)}"
+            f"{source} knows {config.vocab_size} tokens, the tokenizer has {len(tokenizer)}"
         )
 
 
@@ -290,6 +336,8 @@ def _load(
     if lost:
         shown = ", ".join(f"{name} ({why})" for name, why in sorted(lost.items())[:_SHOWN])
         raise ValueError(f"{source}: {len(lost)} weights do not fit its config.json: {shown}")
+    if getattr(model.config, "use_cache", False):  # of keys and values, for what writes texts
+        model.config.use_cache = False
     # Of a model that is read into shards, this process can only check its own.
     own = {name: getattr(value, "ds_tensor", value) for name, value in model.named_parameters()}
     check_finite(source, own | dict(model.named_buffers()))

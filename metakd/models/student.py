@@ -7,8 +7,7 @@ A student is a plain ``AutoModelForSequenceClassification``; everything that onl
 
 from __future__ import annotations
 
-import copy
-
+import torch
 from torch import nn
 from transformers import (
     BertConfig,
@@ -21,10 +20,11 @@ from transformers import (
 from metakd.config import StudentConfig
 from metakd.models.sources import (
     CLASSES,
+    check_embeddings,
     check_positions,
-    check_vocabulary,
     load_classifier,
     load_config,
+    shortened,
     unallocated,
 )
 from metakd.models.taps import encoder_layers
@@ -52,8 +52,8 @@ def student_shape(student: StudentConfig, taught: PretrainedConfig) -> Pretraine
     if student.model is not None:
         return load_config(student.model)
     if student.layers is not None:
-        encoder_layers(unallocated(taught))
-        return _shortened(taught, student.layers)
+        with torch.device("meta"):
+            return keep_layers(unallocated(taught), student.layers).config
     return bert_shape(PRESETS[student.preset], taught.vocab_size)
 
 
@@ -78,28 +78,30 @@ def build_student(
     label2id: dict[str, int],
     max_length: int = 0,
     problem_type: str = CLASSES,
+    pad_token_id: int | None = None,
 ) -> PreTrainedModel:
     """A fresh student.
 
     Args:
         config: preset, layers to copy, or a model.
         source: directory or hub id of the encoder whose layers are copied (``layers`` only).
-        tokenizer: the teacher's; presets take its vocabulary size and padding token.
+        tokenizer: that it reads with; presets take its vocabulary size and padding token.
         label2id: M classes.
         max_length: tokens that an example may have; presets get as many positions, 512 at least.
         problem_type: written into its configuration.
+        pad_token_id: likewise, but for presets; None leaves that of the model.
 
     Raises:
-        ValueError: a layer to copy does not exist in ``source``; a model of another vocabulary or
-            with fewer positions than ``max_length``.
+        ValueError: a layer to copy does not exist in ``source``; a model of fewer tokens than the
+            tokenizer or with fewer positions than ``max_length``.
     """
     if config.model is not None:
         shape = load_config(config.model)
-        check_vocabulary(config.model, shape, tokenizer)
+        check_embeddings(config.model, shape, tokenizer)
         check_positions(config.model, shape, max_length)
-        student = load_classifier(config.model, label2id, problem_type=problem_type)
+        student = load_classifier(config.model, label2id, None, problem_type, pad_token_id)
     elif config.layers is not None:
-        whole = load_classifier(source, label2id, problem_type=problem_type)
+        whole = load_classifier(source, label2id, None, problem_type, pad_token_id)
         student = keep_layers(whole, config.layers)
     else:
         student = _random_bert(PRESETS[config.preset], tokenizer, label2id, max_length)
@@ -146,19 +148,19 @@ def _shortened(taught: PretrainedConfig, layers: list[int]) -> PretrainedConfig:
         raise ValueError(
             f"student.layers: {layers} names a layer outside 0..{depth - 1} of the source"
         )
-    shape = copy.deepcopy(taught)
-    shape.num_hidden_layers = len(layers)
-    if getattr(shape, "layer_types", None):  # architectures that alternate kinds of attention
-        shape.layer_types = [shape.layer_types[layer] for layer in layers]
-    return shape
+    return shortened(taught, layers)
 
 
 def keep_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
     """A copy of ``model`` with only these layers (0-based, in this order); every other weight is
     kept.
 
+    Where an architecture builds its first layer otherwise (ModernBERT's has no norm before its
+    attention, because the embeddings end in one), a layer that comes first leaves such a norm
+    behind, and one that was first has a fresh one.
+
     Raises:
-        ValueError: a layer number is out of range.
+        ValueError: a layer number is out of range, or layers are built differently in other ways.
     """
     config = _shortened(model.config, layers)
     stack = encoder_layers(model)
@@ -172,6 +174,18 @@ def keep_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
                     kept[f"{prefix}{new}.{rest}"] = value
         else:
             kept[name] = value
-    smaller = type(model)(config)
-    smaller.load_state_dict(kept)
+    try:
+        smaller = type(model)(config)
+    except Exception as error:  # architectures raise anything
+        raise ValueError(
+            f"student.layers: {type(model).__name__} cannot be built of {layers}: {error}"
+        ) from error
+    own = smaller.state_dict()
+    for name in own.keys() ^ kept.keys():
+        if not name.startswith(prefix) or (own | kept)[name].dim() != 1:
+            raise ValueError(
+                f"student.layers: {layers} of {type(model).__name__}: its layers are built "
+                f"differently ({name})"
+            )
+    smaller.load_state_dict(kept, strict=False)
     return smaller

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -27,10 +26,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from metakd.functional import masked_mean
 from metakd.models.packing import PACKING_KEYWORD, Packing, Unpacked, check_packable
-from metakd.models.sources import unallocated
+from metakd.models.sources import input_names, small, unallocated
 
 TAPPED_SDPA = "metakd_sdpa"
-_QUICKLY_MADE = 2e8  # weights that a model is given to be looked at
 _NO_INTERFACE = (
     "model {} does not use transformers' attention interface, through which queries and keys are "
     "read"
@@ -53,13 +51,9 @@ class NotShownError(ValueError):
     """An architecture that does not show what is asked for, whatever its weights."""
 
 
-def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a batch that an encoder takes."""
-    return {
-        name: batch[name]
-        for name in ("input_ids", "attention_mask", "token_type_ids")
-        if name in batch
-    }
+def model_inputs(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """The part of a batch that a model takes."""
+    return {name: batch[name] for name in input_names(model.config) if name in batch}
 
 
 @dataclass
@@ -188,7 +182,7 @@ class Taps:
         packing = Packing.of(batch) if self.packed else None
         features = Features(mask=batch["attention_mask"], packing=packing)
         with _recorded_by(self, features), self._recomputed_packed(features):
-            output = self.model(**model_inputs(batch))
+            output = self.model(**model_inputs(batch, self.model))
         features.logits = getattr(output, "logits", None)
         self._see_that_all_is_there(features)
         return features
@@ -314,12 +308,29 @@ _answered: dict[tuple, str | None] = {}  # each costs a model
 
 
 def _check_shape(shape: PretrainedConfig, needs: frozenset[str]) -> None:
-    model = unallocated(shape)
-    if _check(model, needs) or model.num_parameters() > _QUICKLY_MADE:
-        return
-    with torch.random.fork_rng(devices=[]):
-        model = AutoModelForSequenceClassification.from_config(shape, trust_remote_code=False)
+    if not _check(unallocated(shape), needs) and (model := small(shape)) is not None:
         _check(model, needs)
+
+
+def why_not_run(
+    shape: PretrainedConfig, needs: frozenset[str], packed: bool, batch: dict[str, Tensor]
+) -> str | None:
+    """Why a classifier of this shape, small and with weights that were drawn, does not run on a
+    batch while these features are read; None if it does, or is too large to be made quickly."""
+    length = batch["input_ids"].shape[1]
+    try:
+        model = small(shape)
+        if model is None:
+            return None
+        taps = Taps(model, needs, packed)
+        with torch.no_grad():
+            logits = taps(batch).logits
+        taps.remove()
+    except Exception as error:  # architectures raise anything
+        first = (str(error).splitlines() or [""])[0]
+        kind = type(error).__name__
+        return f"cannot run a text of {length} tokens: {kind}: {first}"
+    return None if logits.isfinite().all() else f"a text of {length} tokens gives no finite logits"
 
 
 def _check(model: PreTrainedModel, needs: frozenset[str]) -> bool:
@@ -347,7 +358,10 @@ def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise NotShownError(f"model {type(model).__name__} has no list of {depth} layers to tap")
+    raise NotShownError(
+        f"model {type(model).__name__} has no list of its {depth} layers: they share weights, or "
+        "stand apart"
+    )
 
 
 def pool(features: Features, rule: str) -> Tensor:

@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from metakd.config import RunConfig, Stage
-from metakd.data.batches import collate
+from metakd.config import RunConfig, Stage, StudentConfig
+from metakd.data.batches import Batch, Collate, collate
 from metakd.data.cache import content_key
 from metakd.data.corpus import Corpus, Split, load_corpus
 from metakd.errors import ConfigError, DataError
 from metakd.method.fit import check_models
 from metakd.method.methods import METHODS
 from metakd.method.recipe import RECIPES, Recipe
-from metakd.models.sources import knows_words, load_tokenizer
+from metakd.models.reader import Reader, open_reader, padding_of
+from metakd.models.sources import load_config, why_not_alike
 from metakd.pipeline.store import StageStore
 from metakd.pipeline.table import ALL_DOMAINS
 from metakd.pipeline.texts import part_of
@@ -97,36 +99,67 @@ class Context:
         return RECIPES[self.config.form]
 
     @cached_property
-    def tokenizer(self):
-        """The tokenizer of the pre-trained encoder; teacher and students share it, and cut texts
-        where they were cut in training, whoever serves them."""
+    def reader(self) -> Reader:
+        """How the teacher reads texts, and so do students that have no tokenizer of their own."""
         with configured("teacher.model"):
-            tokenizer = load_tokenizer(self.config.teacher.model)
-        if not knows_words(tokenizer):
-            raise ConfigError(
-                f"teacher.model: {self.config.teacher.model} holds no tokenizer",
-                "save one beside the model",
-            )
-        tokenizer.model_max_length = min(tokenizer.model_max_length, self.config.data.max_length)
-        return tokenizer
+            return open_reader(self.config.teacher.model, self.config.data.max_length)
+
+    def reader_of(self, student: StudentConfig) -> Reader:
+        """How a student reads texts."""
+        if student.model is None:
+            return self.reader
+        if student.model not in self._readers:
+            with configured("student.model"):
+                self._readers[student.model] = self._read_by(student.model)
+        return self._readers[student.model]
+
+    def _read_by(self, model: str) -> Reader:
+        tokenizer = self.reader.tokenizer
+        if why_not_alike(model, tokenizer) is None:
+            return Reader(tokenizer, padding_of(model, load_config(model), tokenizer))
+        return open_reader(model, self.config.data.max_length)
 
     @cached_property
-    def collate(self):
+    def _readers(self) -> dict[str, Reader]:
+        return {}
+
+    @property
+    def tokenizer(self):
+        """The teacher's."""
+        return self.reader.tokenizer
+
+    @cached_property
+    def collate(self) -> Collate:
         """Examples to a padded batch."""
-        return collate(self.tokenizer, packed=self.config.packed)
+        return self.collate_of(self.reader)
+
+    def collate_of(self, reader: Reader) -> Collate:
+        """Examples, as this reader reads them, to a padded batch."""
+        return collate(reader.tokenizer, packed=self.config.packed)
+
+    def corpus_of(self, reader: Reader) -> Corpus:
+        """The corpus as this reader reads it, example by example the same."""
+        if reader.tokenizer is self.tokenizer:
+            return self.corpus
+        if id(reader.tokenizer) not in self._read:
+            self._read[id(reader.tokenizer)] = self.world.one_by_one(
+                lambda: self._load(reader, self.cache_root / "students")
+            )
+        return self._read[id(reader.tokenizer)]
+
+    @cached_property
+    def _read(self) -> dict[int, Corpus]:
+        return {}
+
+    def _load(self, reader: Reader, cache: Path) -> Corpus:
+        return load_corpus(
+            self.config.data, reader.tokenizer, seed=self.config.seed, cache=cache, say=self.say
+        )
 
     @cached_property
     def corpus(self) -> Corpus:
         """The tokenised corpus."""
-        corpus = self.world.one_by_one(
-            lambda: load_corpus(
-                self.config.data,
-                self.tokenizer,
-                seed=self.config.seed,
-                cache=self.cache_root,
-                say=self.say,
-            )
-        )
+        corpus = self.world.one_by_one(lambda: self._load(self.reader, self.cache_root))
         unknown = set(self.config.distill.domains or []) - set(corpus.domains)
         if unknown and self.last == "students":
             raise ConfigError(
@@ -143,7 +176,15 @@ class Context:
         for one in corpus.left_out:
             self.say(f"data: {one}")
         students = self.last == "students"
-        check_models(self.config, self.tokenizer, corpus.label2id, self.recipe, students)
+
+        def longest(student: StudentConfig | None) -> tuple[Reader, Batch]:
+            reader = self.reader if student is None else self.reader_of(student)
+            apart = reader.tokenizer is not self.tokenizer
+            train = (self.corpus_of(reader) if apart else corpus).train
+            rows = torch.tensor(train.lengths).argsort()[[0, -1]].tolist()
+            return reader, self.collate_of(reader)([train[row] for row in rows])
+
+        check_models(self.config, self.tokenizer, corpus.label2id, self.recipe, students, longest)
         return corpus
 
     @cached_property

@@ -11,11 +11,11 @@ from transformers import PretrainedConfig
 
 from metakd.config import DistillConfig, StudentConfig, TrainingConfig, row_label
 from metakd.errors import ConfigError
-from metakd.method.fit import not_shown
+from metakd.method.fit import not_alike, not_shown
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import METHODS, Method, build_terms
 from metakd.method.terms import Term
-from metakd.models.sources import load_config
+from metakd.models.sources import load_config, why_not_alike
 from metakd.models.student import student_shape
 from metakd.pipeline.context import Context, configured
 from metakd.pipeline.memory import BYTES
@@ -203,7 +203,11 @@ class TeacherOutputs:
         shapes = {"student": self._learning(lesson.student)}
         if lesson.asks_a_model():
             shapes["teacher.model"] = self.taught
-        if problems := not_shown(lesson.distill, self.terms(lesson), shapes):
+        terms, model = self.terms(lesson), lesson.student.model
+        problems = not_shown(lesson.distill, terms, shapes)
+        if model is not None and (reason := why_not_alike(model, self._run.tokenizer)):
+            problems += not_alike(lesson.distill, terms, reason)
+        if problems:
             raise ConfigError(f"{lesson.label}: {'; '.join(problems)}", "nothing was trained")
 
     def cached_phases(self, lesson: Lesson) -> list[bool]:

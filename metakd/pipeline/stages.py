@@ -39,6 +39,7 @@ from metakd.pipeline.card import origin, write_card
 from metakd.pipeline.context import configured
 from metakd.pipeline.doubts import doubt
 from metakd.pipeline.lessons import Lesson, TeacherOutputs, phases_of
+from metakd.pipeline.readings import as_teacher_reads, read_twice, reread
 from metakd.pipeline.serving import TeacherService
 from metakd.pipeline.table import ALL_DOMAINS
 from metakd.pipeline.teaching import TeacherStage
@@ -54,7 +55,7 @@ NOT_OF_A_STUDENT = ("domains", "processes_per_student", "cache_teacher", "cache_
 
 
 def _classifier(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor]:
-    return lambda batch: model(**model_inputs(batch)).logits
+    return lambda batch: model(**model_inputs(batch, model)).logits
 
 
 @dataclass
@@ -285,7 +286,9 @@ class Run(TeacherStage):
         label: str,
     ) -> dict:
         domain, shape, distill, *_ = lesson
-        corpus = self.corpus
+        reader = self.reader_of(shape)
+        apart = reader.tokenizer is not self.tokenizer
+        corpus = self.corpus_of(reader)
         validation = self.part(corpus.validation, domain)
         labelled = len(self.part(corpus.train, domain))
         if not labelled or not len(validation):
@@ -308,10 +311,11 @@ class Run(TeacherStage):
             student = build_student(
                 shape,
                 source=str(copied or self.config.teacher.model),
-                tokenizer=self.tokenizer,
+                tokenizer=reader.tokenizer,
                 label2id=corpus.label2id,
                 max_length=self.config.data.max_length,
                 problem_type=corpus.task.problem_type,
+                pad_token_id=reader.pad_token_id,
             )
         if shape.preset is not None:
             self.say(
@@ -335,7 +339,7 @@ class Run(TeacherStage):
         classify, scales = _classifier(student), {}
 
         def score() -> dict[str, float]:
-            return self.score(classify, validation, distill.training)
+            return self.score(classify, validation, distill.training, reader=reader)
 
         phases = phases_of(distill, terms)
         result = {
@@ -349,26 +353,32 @@ class Run(TeacherStage):
         def conclude() -> None:
             if corpus.test is not None:
                 part = self.part(corpus.test, domain)
-                result["test"] = self.score(classify, part, distill.training, True)
+                result["test"] = self.score(classify, part, distill.training, True, reader)
 
         with self.open_log(folder) as log:
             for number, phase in enumerate(phases):
                 log.begin_phase(number)
-                texts = self.texts(lesson, phase.texts)
+                heard = texts = self.texts(lesson, phase.texts)
+                if apart:
+                    texts = reread(heard, corpus)
                 recompute_activations(student, [done.training for done in phases[: number + 1]])
                 is_last = number == len(phases) - 1
                 module.restrict(phase.terms)
                 needs = module.needs | ({"logits"} if lesson.reads_scores else set())
                 part = f", stage {number + 1} of {len(phases)}" if len(phases) > 1 else ""
-                showing, pad = nullcontext(), self.collate
+                showing, pad = nullcontext(), self.collate_of(reader)
                 if cached[number]:
                     answers = kept.teacher(asked[number])
-                    showing, pad = nullcontext(answers), answers.collate(self.collate)
+                    showing, pad = nullcontext(answers), answers.collate(pad)
                 elif service is not None:
                     showing = service.showing(needs, distill.teacher_stream)
+                    if apart:
+                        pad = read_twice(pad, self.collate, heard)
                 elif lesson.teacher_kind is not None:
                     showing = nullcontext(told)
                 with showing as teacher:
+                    if apart and service is not None and not cached[number]:
+                        teacher = as_teacher_reads(teacher)
                     if distill.balance != "none" and teacher is not None:
                         module.restrict(self._balanced(phase.terms, texts, pad, teacher))
                         scales |= {term.name: list(term.scales) for term in module.terms}
@@ -397,7 +407,7 @@ class Run(TeacherStage):
         if self.world.is_main:
             student.config.dtype = torch.float32
             student.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            reader.tokenizer.save_pretrained(folder)
             write_card(folder, result, self.command)
         return result
 
@@ -443,7 +453,7 @@ class Run(TeacherStage):
             written to ``evaluation.json``.
         """
         split_name = "validation" if self.corpus.test is None else "test"
-        split = self.corpus.validation if self.corpus.test is None else self.corpus.test
+        split = getattr(self.corpus, split_name)
         training = self.config.distill.training
         scores = {
             "split": split_name,
@@ -470,11 +480,13 @@ class Run(TeacherStage):
                 for name, value in scored.items()
                 if domain == ALL_DOMAINS or name.endswith(f"/{domain}")
             }
+        reader = self.reader_of(self.config.student)
+        own = getattr(self.corpus_of(reader), split_name)
         for place in self.distill():
             student = load_trained_classifier(place)
             classify = _classifier(student.to(self.world.device).eval())
-            part = self.part(split, place.name)
-            scores["students"][place.name] = self.score(classify, part, training)
+            part = self.part(own, place.name)
+            scores["students"][place.name] = self.score(classify, part, training, reader=reader)
         if self.world.is_main:
             (self.folder / "evaluation.json").write_text(json.dumps(scores, indent=1))
         return scores

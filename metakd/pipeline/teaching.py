@@ -16,6 +16,7 @@ from metakd.data.corpus import Split, folds_of
 from metakd.errors import ConfigError
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.teachers import Teacher
+from metakd.models.reader import Reader
 from metakd.models.sources import load_classifier
 from metakd.pipeline.context import configured
 from metakd.pipeline.scores import PrototypeStage
@@ -56,13 +57,18 @@ class TeacherStage(PrototypeStage):
         return RunLog(folder, self.config.report_to, self.console, active=self.world.is_main)
 
     def score(
-        self, classify: Callable, split: Split, training: TrainingConfig, one_by_one: bool = False
+        self,
+        classify: Callable,
+        split: Split,
+        training: TrainingConfig,
+        one_by_one: bool = False,
+        reader: Reader | None = None,
     ) -> dict:
-        """See ``evaluate``."""
+        """See ``evaluate``; ``reader`` of the split, the teacher's by default."""
         return evaluate(
             classify,
             split,
-            self.collate,
+            self.collate_of(reader or self.reader),
             domains=self.corpus.domains,
             num_classes=len(self.corpus.label2id),
             batch_size=training.per_device_eval_batch_size,
@@ -160,7 +166,11 @@ class TeacherStage(PrototypeStage):
         outputs = len(corpus.label2id) * len(corpus.domains) if rules.head_per_domain else None
         with configured("teacher.model"):
             model = load_classifier(
-                config.model, corpus.label2id, outputs, corpus.task.problem_type
+                config.model,
+                corpus.label2id,
+                outputs,
+                corpus.task.problem_type,
+                self.reader.pad_token_id,
             )
         teacher = Teacher(
             model,

@@ -1,0 +1,205 @@
+"""Models as people have them: what makes answers depend on a text's company is put right or
+refused, models are tried out before anything is trained, students may read other tokens than
+teachers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_runs import losses, rows_of, write_rows
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    T5Config,
+)
+
+import metakd
+from benchmarks import models
+from metakd.deploy import Predictor
+from metakd.errors import ConfigError
+from metakd.models.reader import SAME, open_reader
+from metakd.models.sources import load_classifier
+from metakd.models.student import keep_layers
+
+TEXTS = [f"a good one number{i}, and not at all what somebody would have thought" for i in range(9)]
+COMPANY = ["a good one", TEXTS[0], "one"]
+STEPS = "distill.training={num_train_epochs: 4, learning_rate: 1e-3}"
+LOGITS = ("distill.method=logits_kd", "distill.domains=[hiking]", STEPS)
+WHOLE_TEXTS = (  # what meta compares of them
+    "distill.terms={embedding: 0, hidden: 0, attention: 0}",
+    "distill.domains=[hiking]",
+    STEPS,
+)
+
+
+# Company
+
+
+def test_a_tokenizer_without_padding_gets_one(tmp_path):
+    models.write_teacher("Llama", TEXTS, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
+    tokenizer, number = open_reader(str(tmp_path), 24)
+    assert tokenizer.pad_token == "[SEP]" and number == tokenizer.pad_token_id
+
+
+def disagreement(model, tokenizer) -> float:
+    """Between the logits of texts alone and in a batch, as a part of the largest."""
+    with torch.no_grad():
+        together = model(**tokenizer(COMPANY, padding=True, return_tensors="pt")).logits
+        alone = [model(**tokenizer([text], return_tensors="pt")).logits for text in COMPANY]
+    return float((torch.cat(alone) - together).abs().max() / together.abs().max())
+
+
+@pytest.mark.parametrize("name, side", [("Llama", "right"), ("GPT-2", "left")])
+def test_padding_of_another_token_or_side_is_put_right(tmp_path, name, side):
+    """A Llama classifier whose configuration names another padding token than its tokenizer reads
+    the padding; GPT-2 with padding on the left counts positions from there."""
+    models.write_teacher(name, TEXTS, tmp_path)
+    shape, tokenizer = AutoConfig.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    shape.pad_token_id = 5 if side == "right" else 0
+    tokenizer.pad_token, tokenizer.padding_side = "[PAD]", side
+    for part in (shape, tokenizer):
+        part.save_pretrained(tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    assert disagreement(plain, tokenizer) > 0.01
+    reader = open_reader(str(tmp_path), 24)
+    reader.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    model = load_classifier(str(tmp_path), {"a": 0, "b": 1}, pad_token_id=reader.pad_token_id)
+    assert disagreement(model.eval(), reader.tokenizer) < SAME
+
+
+def test_a_model_without_a_mask_is_refused(make, tmp_path):
+    models.write_teacher("FNet", TEXTS, tmp_path / "fnet")
+    with pytest.raises(ConfigError, match=r"teacher\.model: .*fnet model says .* on the padding"):
+        make(f"teacher.model={tmp_path / 'fnet'}").distill()
+
+
+# Tried out before anything is trained
+
+
+def test_a_model_that_does_not_run_is_refused_at_once(make, tmp_path, source):
+    shape = T5Config(
+        **{"vocab_size": 300, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    )
+    AutoModelForSequenceClassification.from_config(shape).save_pretrained(tmp_path / "t5")
+    AutoTokenizer.from_pretrained(source / "encoder").save_pretrained(tmp_path / "t5")
+    run = make(f"teacher.model={tmp_path / 't5'}", "student={preset: tiny-2l-128}", *LOGITS)
+    with pytest.raises(ConfigError, match=r"teacher\.model: cannot run a text of \d+ tokens: "):
+        run.distill()
+    assert not (run.folder / "teachers").exists()
+
+
+@pytest.mark.parametrize("name", ["DistilBERT", "RoBERTa"])
+def test_token_types_go_to_models_that_tell_them_apart(make, tmp_path, source, name):
+    """The teacher's tokenizer makes two types of a pair; these students know one, or none."""
+    models.write_teacher(name, TEXTS, tmp_path / "student")
+    AutoTokenizer.from_pretrained(source / "encoder").save_pretrained(tmp_path / "student")
+    rows = rows_of(source / "corpus" / "train.jsonl")
+    pairs = [row | {"second": other["text"]} for row, other in zip(rows, reversed(rows))]
+    options = [
+        f"data.{part}={write_rows(tmp_path / f'{part}.jsonl', pairs[start::3])}"
+        for start, part in enumerate(("train", "validation", "test"))
+    ]
+    run = make(
+        *options, "data.text_pair=second", f"student={{model: {tmp_path / 'student'}}}", *LOGITS
+    )
+    assert "token_type_ids" in run.collate([run.corpus.train[0]])
+    [folder] = run.distill()
+    assert len(Predictor(folder, engine="eager")([("one", "two"), ("three", "four")])) == 2
+
+
+# Layers
+
+
+def test_modernbert_from_its_second_layer(tmp_path):
+    """The README's layers: the first of a ModernBERT has no norm before its attention."""
+    models.write_teacher("ModernBERT", TEXTS, tmp_path)
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    student = keep_layers(whole, [1, 3, 5])
+    taught = whole.state_dict()
+    for name, value in student.state_dict().items():
+        parts = name.split(".")
+        if parts[:2] == ["model", "layers"]:
+            parts[2] = str([1, 3, 5][int(parts[2])])
+        assert torch.equal(value, taught[".".join(parts)])
+    assert student.config.layer_types == [whole.config.layer_types[n] for n in (1, 3, 5)]
+    again = keep_layers(whole, [1, 0])  # whose second has a norm, as it is made
+    assert torch.equal(again.model.layers[1].attn_norm.weight, torch.ones(32))
+
+
+@pytest.mark.parametrize("name, method", [("ModernBERT", "meta"), ("Llama", "tinybert_kd")])
+def test_whole_runs(source, tmp_path, name, method):
+    """All of them: python -m benchmarks.models."""
+    models.write_teacher(name, TEXTS, tmp_path / "teacher")
+    settings = models.settings(tmp_path / "teacher", source / "corpus", name, method)
+    result = metakd.run(settings, console=Console(quiet=True))
+    [[student]] = result.students.values()
+    assert models.company(student, TEXTS) < 1e-5
+    if name == "Llama":
+        assert models.parity(student, tmp_path / "onnx") < 1e-5
+
+
+# Other tokens
+
+
+@pytest.fixture(scope="module")
+def renumbered(source, tmp_path_factory) -> Path:
+    """The small encoder with other numbers for the same tokens."""
+    folder = tmp_path_factory.mktemp("renumbered")
+    tokenizer = AutoTokenizer.from_pretrained(source / "small")
+    tokenizer.save_pretrained(folder)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    words = state["model"]["vocab"]
+    number = torch.arange(len(words))
+    number[5:] = number[5:].flip(0)  # the special tokens stay
+    state["model"]["vocab"] = {word: int(number[place]) for word, place in words.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    model = AutoModel.from_pretrained(source / "small")
+    with torch.no_grad():
+        table = model.get_input_embeddings().weight
+        table[number] = table[: len(words)].clone()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [LOGITS, (*LOGITS, "distill.cache_teacher=logits"), WHOLE_TEXTS],
+    ids=["logits", "cached", "meta"],
+)
+def test_a_student_that_has_other_numbers_for_its_tokens_learns_the_same(
+    make, source, renumbered, options
+):
+    seen, vocabularies = [], []
+    for model in (source / "small", renumbered):
+        run = make(f"student={{model: {model}}}", *options)
+        [folder] = run.distill()
+        seen.append(losses(run.folder / "students"))
+        vocabularies.append(AutoTokenizer.from_pretrained(folder).get_vocab())
+        scores = run.evaluate()["students"]
+        assert scores["hiking"].items() <= run.store.result(folder)["test"].items()
+    [[(_, alike)], [(_, apart)]] = (each.items() for each in seen)
+    assert apart == pytest.approx(alike, rel=1e-5) and len(alike) > 1
+    assert vocabularies[0] != vocabularies[1]
+    assert vocabularies[1] == AutoTokenizer.from_pretrained(renumbered).get_vocab()
+
+
+def test_a_decoder_teaches_an_encoder(make, source, tmp_path):
+    """Each with its own tokenizer; what the teacher knows of whole texts is compared."""
+    texts = [row["text"] for row in rows_of(source / "corpus" / "train.jsonl")]
+    models.write_teacher("Llama", [text[::-1] for text in texts], tmp_path / "llama")
+    run = make(
+        f"teacher.model={tmp_path / 'llama'}",
+        f"student={{model: {source / 'small'}}}",
+        *WHOLE_TEXTS,
+    )
+    [folder] = run.distill()
+    assert AutoConfig.from_pretrained(folder).model_type == "bert"
+    assert models.company(folder, TEXTS) < 1e-5
+    [logged] = losses(run.folder / "students").values()
+    assert logged[-1] < logged[0]
