@@ -123,6 +123,13 @@ def cache(run: Run):
 
 
 @_stage()
+def pretrain(run: Run):
+    """Make what students with random weights begin as, from the encoder (student.pretrain)."""
+    for place in run.pretrain():
+        run.say(f"start is in {place}")
+
+
+@_stage()
 def distill(run: Run):
     """Train one student per domain (or one for all) from the teacher."""
     for place in run.distill():

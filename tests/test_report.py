@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 from metakd.deploy import facts as found
 from metakd.deploy import plots, report, sections, speedup
+from metakd.deploy.latency import _models_of_run
 from metakd.deploy.run_folder import read_run
 from metakd.errors import CheckpointError, ConfigError, UnsupportedError
 from metakd.pipeline import labels as by_labels
@@ -190,6 +191,20 @@ def export(agreement: float = 0.995) -> dict:
             "model_int8.onnx": exact | {"label_agreement": agreement, "accuracy": 0.82},
         },
     }
+
+
+def test_what_students_begin_as_is_told(run):
+    texts = {"train": 1200, "texts": 30}
+    result = {"preset": "tiny-2l-128", "encoder": "minilm", "files": ["wiki.txt"], "texts": texts}
+    write(run / "starts" / "tiny-2l-128-s42" / "stage.json", stage(result))
+    write(run / "starts" / "tiny-2l-128-s42" / "config.json", {})
+    facts = gather(run)
+    assert section(facts, "accuracy").notes[-1] == (
+        "Students of tiny-2l-128 with student.pretrain begin pretrained against minilm, without "
+        "labels, on 1,230 texts: 1,200 of train, 30 of texts (wiki.txt)."
+    )
+    assert [row["stage"] for row in facts["seconds"]][1] == "start: tiny-2l-128"
+    assert {model.role for model in _models_of_run(run)} == {"student"}, "it is no classifier"
 
 
 @pytest.fixture

@@ -237,17 +237,32 @@ class TeacherConfig(Block):
     training: TrainingConfig = TrainingConfig()
 
 
+class PretrainConfig(TrainingConfig):
+    """General distillation, before any task: the embeddings, hidden states and attention of the
+    pre-trained encoder, weighted and matched as ``distill`` says, on all texts of the corpus and
+    on those of the files ``texts``, a text a line or a row. No label is used, so that there is no
+    best epoch to choose. ``cache_teacher: all`` keeps what the encoder says of them on the disk,
+    within ``distill.cache_limit_gib``."""
+
+    texts: list[str] = []
+    cache_teacher: Literal["none", "all"] = "none"
+    learning_rate: Positive = 1e-4
+    selection: Literal["last", "average"] = "last"
+
+
 class StudentConfig(Block):
     """The student: exactly one of a preset, teacher layers to copy (0-based), or a directory / hub
     id. ``freeze_embeddings`` leaves its word embeddings as they were copied, but for the rounding
-    of bf16 and fp16, so that words which no training text has keep their meaning. ``zero`` and
-    ``offload`` shard its training."""
+    of bf16 and fp16, so that words which no training text has keep their meaning. A preset begins
+    with random weights, unless ``pretrain`` says what it learns first. ``zero`` and ``offload``
+    shard its training."""
 
     preset: Literal["tinybert-4l-312", "mini-4l-256", "tiny-2l-128"] | None = None
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
     copy_from: Literal["teacher", "encoder"] = "teacher"
     model: str | None = None
     freeze_embeddings: Annotated[bool, LATER] = False
+    pretrain: Annotated[PretrainConfig | None, LATER] = None
     zero: ZeroStage | None = None
     offload: bool = False
 
@@ -258,9 +273,18 @@ class StudentConfig(Block):
             raise ValueError(
                 f"give exactly one of preset, layers, model (given: {', '.join(given) or 'none'})"
             )
-        if self.freeze_embeddings and self.preset is not None:
+        if self.pretrain is not None and self.preset is None:
+            raise ValueError(
+                "pretrain: only a preset begins with random weights; copied layers and models know "
+                "already what it would teach them"
+            )
+        if self.freeze_embeddings and self.preset is not None and self.pretrain is None:
             raise ValueError("freeze_embeddings: those of a preset are random, and must be trained")
         return self
+
+    def start_inputs(self) -> dict[str, Any]:
+        """Of ``inputs``, what decides the weights that pretraining leaves it with."""
+        return self.inputs("copy_from", "freeze_embeddings")
 
     @property
     def shape(self) -> str:
@@ -268,7 +292,11 @@ class StudentConfig(Block):
         name = self.preset or PurePath(str(self.model)).name or "model"
         if self.layers is not None:
             name = "-".join(["layers", *map(str, self.layers)])
-        marks = {"-frozen": self.freeze_embeddings, "-of-encoder": self.copy_from == "encoder"}
+        marks = {
+            "-frozen": self.freeze_embeddings,
+            "-of-encoder": self.copy_from == "encoder",
+            "-pretrained": self.pretrain is not None,
+        }
         return name + "".join(mark for mark, is_set in marks.items() if is_set)
 
 
@@ -492,6 +520,15 @@ class RunConfig(Block):
     def precision(self) -> str:
         """fp32, bf16 or fp16."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    @property
+    def students(self) -> dict[str, StudentConfig]:
+        """The student and those that rows of the comparison have of their own, by their keys."""
+        return {"student": self.student} | {
+            f"compare.rows.{number}.student": row.student
+            for number, row in enumerate(self.compare.rows)
+            if row.student is not None
+        }
 
     def sharding(self, block: TeacherConfig | StudentConfig) -> Sharding:
         """How the training of the teacher or of a student is spread."""

@@ -75,6 +75,10 @@ def check_contradictions(config: RunConfig, last: Stage = "students") -> list[st
         taught = row.taught(distill).training
         if row.student is not None or taught != distill.training:
             runs[f"compare.rows.{number}"] = (taught, row.student or student)
+    for key, shape in config.students.items():
+        if shape.pretrain is not None:
+            runs[f"{key}.pretrain"] = (shape.pretrain, shape)
+    found += _starts(config.students)
     for key, (training, block) in runs.items():
         if training.warmup_steps >= 1 and 0 < training.max_steps < training.warmup_steps:
             warmup, limit = f"{training.warmup_steps:g}", training.max_steps
@@ -89,15 +93,8 @@ def check_contradictions(config: RunConfig, last: Stage = "students") -> list[st
             f"compare.teacher_seeds: {config.compare.teacher_seeds} is more than the "
             f"{len(config.compare.seeds)} of compare.seeds"
         )
-    models: dict[str, TeacherConfig | StudentConfig] = {
-        "teacher": config.teacher,
-        "student": student,
-        **{
-            f"compare.rows.{number}.student": row.student
-            for number, row in enumerate(config.compare.rows)
-            if row.student is not None
-        },
-    }
+    models: dict[str, TeacherConfig | StudentConfig] = {"teacher": config.teacher}
+    models |= config.students
     for key, block in models.items():
         if block.offload and config.sharding(block).zero == 0:
             found.append(f"{key}.offload: needs {key}.zero of 1 to 3")
@@ -115,6 +112,21 @@ def check_contradictions(config: RunConfig, last: Stage = "students") -> list[st
     for key, seed in [("seed", config.seed), *(("compare.seeds", s) for s in config.compare.seeds)]:
         if not 0 <= seed < 2**32:  # what numpy's generator takes
             found.append(f"{key}: must be from 0 to 2^32 - 1 (got {seed})")
+    return found
+
+
+def _starts(students: dict[str, StudentConfig]) -> list[str]:
+    """Students of one preset that would be pretrained in different ways: there is one start."""
+    first: dict[str | None, tuple[str, dict]] = {}
+    found = []
+    for key, student in students.items():
+        if student.pretrain is not None:
+            other, wanted = first.setdefault(student.preset, (key, student.start_inputs()))
+            if student.start_inputs() != wanted:
+                found.append(
+                    f"{key}.pretrain: one start serves all students of {student.preset}, and "
+                    f"{other} asks for another"
+                )
     return found
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from metakd import __version__
 from metakd.config import DataConfig
 from metakd.data.cache import TensorCache, content_key
-from metakd.data.reading import UNLABELLED, Row, read_corpus
+from metakd.data.reading import ONE_DOMAIN, UNLABELLED, Row, read_corpus, read_plain_texts
 from metakd.data.soft_labels import as_logits
 from metakd.data.tables import LeftOut
 from metakd.errors import ConfigError, DataError
@@ -331,11 +331,60 @@ def _cached(
     settled = json.dumps([__version__, decides], sort_keys=True)
     key = content_key(settled, *sources, *_tokenizer_state(tokenizer))
     store = TensorCache(folder, say)
-    if found := store.get("corpus", key):
+    return _kept(store, "corpus", key, lambda: _read_and_tokenise(config, tokenizer), config)
+
+
+def _kept(
+    store: TensorCache, name: str, key: str, make: Callable[[], _Whole], config: DataConfig
+) -> _Whole:
+    if found := store.get(name, key):
         return _from_tensors(*found, TASKS[config.task])
-    whole = _read_and_tokenise(config, tokenizer)
-    store.put("corpus", key, *_to_tensors(whole))
+    whole = make()
+    store.put(name, key, *_to_tensors(whole))
     return whole
+
+
+def load_texts(
+    files: Sequence[str],
+    config: DataConfig,
+    tokenizer,
+    label2id: dict[str, int],
+    *,
+    cache: Path,
+    say: Callable[[str], None],
+) -> Split:
+    """Reads, checks and tokenises texts beside a corpus, which have neither label nor domain;
+    ``reading.read_plain_texts`` says what is accepted.
+
+    Args:
+        files: of texts.
+        config: the ``data`` block.
+        tokenizer: the corpus'.
+        label2id: the corpus'.
+        cache: folder that keeps them, tokenised.
+        say: told what ``data.on_problem`` left out, and when a cache could not be used.
+
+    Returns:
+        The texts, under the number of the first domain.
+
+    Raises:
+        DataError: with every problem of every file.
+    """
+    written = {"text", "max_length", "on_problem", "encoding", "delimiter", "quoting", "task"}
+    decides = config.model_dump(mode="json", include=written)
+    settled = json.dumps([__version__, decides, len(label2id)], sort_keys=True)
+    key = content_key(settled, *map(Path, files), *_tokenizer_state(tokenizer))
+
+    def read() -> _Whole:
+        rows, left_out = read_plain_texts(files, config)
+        split = _tokenise(rows, tokenizer, config, {ONE_DOMAIN: 0}, label2id)
+        said = [str(one) for one in left_out]
+        return _Whole({"texts": split}, torch.empty(0), [ONE_DOMAIN], [], said, left_out)
+
+    whole = _kept(TensorCache(cache, say), "texts", key, read, config)
+    for text in whole.warnings:
+        say(text)
+    return whole.splits["texts"]
 
 
 def _tokenizer_state(tokenizer) -> Iterator[str | bytes]:

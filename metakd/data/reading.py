@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,6 +201,30 @@ def read_texts(
     if problems:
         raise _error(problems, "the file, or its path and the names of its columns")
     return rows
+
+
+def read_plain_texts(files: Sequence[str], config: DataConfig) -> tuple[list[Row], list[LeftOut]]:
+    """Reads and checks single texts that belong to no domain and have no label, and what
+    ``data.on_problem`` leaves out of them.
+
+    Args:
+        files: each as of ``read_texts``.
+        config: the ``data`` block: column of the texts, how files are written, what to do with a
+            row that has a problem.
+
+    Raises:
+        DataError: as ``read_corpus``.
+    """
+    problems = Problems(drop=config.on_problem == "drop")
+    alone = {"text_pair": None, "domain": None, "soft_labels": None}
+    settings = config.model_copy(update=alone)
+    rows = []
+    for file in files:
+        table = read_file(Path(file), settings, problems, plain=True)
+        rows += _check_rows(table, settings, None, problems, {"label"}) if table else []
+    if problems:
+        raise _error(problems, "the files, their paths or data.text", rows=[rows])
+    return rows, problems.left_out
 
 
 def _error(

@@ -67,6 +67,7 @@ def gather(run: RunFolder, command: str = "") -> dict:
         "versions": versions(),
         "labels": labels.gather(run.labels) if run.labels else None,
         "left_out": _left_out(stages),
+        "starts": [stage.result for stage in run.of_kind("start")],
         "comparison": comparison,
         "best": best,
         "close": _close(comparison, best),
@@ -421,7 +422,7 @@ def _commands(run: RunFolder, exports: Sequence[dict]) -> list[str]:
 
 def _seconds(stages: Sequence[Stage]) -> list[dict]:
     found: dict[tuple[str, str], list[Stage]] = {}
-    order = ("prototypes", "teacher", "student")
+    order = ("prototypes", "start", "teacher", "student")
     for stage in sorted(stages, key=lambda stage: order.index(stage.kind)):
         found.setdefault((stage.kind, stage.row), []).append(stage)
     return [

@@ -224,7 +224,7 @@ def _models_of_run(run: Path) -> list[Model]:
     """The teacher and a student of each shape: others differ in their weights alone."""
     found: dict[str, Model] = {}
     for stage in find_stages(run):
-        if (stage.folder / "config.json").exists():
+        if stage.kind != "start" and (stage.folder / "config.json").exists():
             shape = shape_of(stage.row)
             name = f"{stage.kind} as {shape}" if shape else stage.kind
             model = Model(name, stage.folder, str(stage.folder), stage.kind, shape)

@@ -21,12 +21,15 @@ from metakd.deploy.formats import EXPORT_REPORT, ONNX_FOLDER
 from metakd.errors import CheckpointError, ConfigError
 from metakd.pipeline.table import ALL_DOMAINS, TEACHER, training_steps
 
-_PLACES = ("prototypes", "teachers/*", "teachers/*/*", "students/*", "students/*/*")
+_PLACES = ("prototypes", "starts/*", "teachers/*", "teachers/*/*", "students/*", "students/*/*")
 _LINEAGE = re.compile(r"(?P<label>.+)-s(?P<seed>\d+)(?:-t\d+)?")
 
 # What is relied on below and in the report; whatever else is there is nobody's business.
 _RECORD = ("result", "kept", "seconds", "world_size")
-_RESULT = {"prototypes": ("mean", "std", "histogram")}
+_RESULT = {
+    "prototypes": ("mean", "std", "histogram"),
+    "start": ("preset", "encoder", "files", "texts"),
+}
 _SCORED = ("validation",)
 _REPORTS = {
     "compare": ("cells", "split", "summary"),
@@ -43,9 +46,9 @@ class Stage:
 
     Args:
         folder: where it lies.
-        kind: prototypes, teacher or student.
-        label: of a student its method, of a teacher its kind.
-        seed: of either.
+        kind: prototypes, start, teacher or student.
+        label: of a student its method, of a teacher its kind, of a start its preset.
+        seed: of any of them.
         domain: of either; ``all`` if it serves them all.
         record: ``stage.json``.
     """
@@ -60,7 +63,7 @@ class Stage:
     @property
     def row(self) -> str:
         """Its row in the table of methods and domains."""
-        return TEACHER + self.label if self.kind == "teacher" else self.label
+        return {"teacher": TEACHER, "start": "start: "}.get(self.kind, "") + self.label
 
     @property
     def name(self) -> str:

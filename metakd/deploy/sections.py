@@ -14,6 +14,7 @@ from metakd.deploy.parts import Section, Table
 from metakd.deploy.speedup import nearest
 from metakd.environment import flat, machine
 from metakd.method.tasks import SINGLE_LABEL, by_domain
+from metakd.pipeline.card import begins
 from metakd.pipeline.table import AVERAGE, metric_of, name_of, show, title_of
 
 _MISSING = "—"
@@ -108,6 +109,10 @@ def _accuracy(facts: dict) -> Section:
             f"on average, less than their spread over seeds ({close['spread']:.1f}): no difference "
             "is shown."
         )
+    section.notes += [
+        f"Students of {start['preset']} with student.pretrain begin {begins(start)}."
+        for start in facts["starts"]
+    ]
     if scored := facts["evaluation"]:
         section.tables.append(_evaluation(scored))
     return section

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from metakd.config import DistillConfig, RunConfig, StudentConfig
 from metakd.errors import ConfigError
 from metakd.method.kinds import TEACHER_KINDS
-from metakd.method.methods import METHODS, build_terms
+from metakd.method.methods import GENERAL, METHODS, Method, build_terms
 from metakd.method.recipe import PAPER, Recipe
 from metakd.method.terms import Term
 from metakd.models.reader import Reader, padding_of
@@ -98,24 +98,29 @@ def check_models(
             apart = None
         if shape is not None and student.freeze_embeddings:
             note(key, lambda: word_embeddings(unallocated(shape)))
-        if taught is not None and shape is not None:
+        if taught is None or shape is None:
+            return
+        method = METHODS[distill.method]
+        kind = method.teacher(config.teacher.kind)
+        asked = [(method, kind is not None and not TEACHER_KINDS[kind].in_data)]
+        if student.pretrain is not None:
+            asked.append((GENERAL, True))
+        for learned, asks_a_model in asked:
             terms = note(
                 name,
                 build_terms,
                 distill.towards(student),
+                learned,
                 student_layers=shape.num_hidden_layers,
                 teacher_layers=taught.num_hidden_layers,
                 recipe=recipe,
             )
             for term in terms or []:
                 note(name, term.check_widths, shape.hidden_size, taught.hidden_size)
-            kind = METHODS[distill.method].teacher(config.teacher.kind)
-            shapes = {key: shape}
-            if kind is not None and not TEACHER_KINDS[kind].in_data:
-                shapes["teacher.model"] = taught
-            found = not_shown(distill, terms or [], shapes, name)
+            shapes = {key: shape} | ({"teacher.model": taught} if asks_a_model else {})
+            found = not_shown(learned, terms or [], shapes, name)
             if apart:
-                found += not_alike(distill, terms or [], apart, name)
+                found += not_alike(learned, terms or [], apart, name)
             problems.extend(problem for problem in found if problem not in problems)
             tried(key, shape, student, terms or [])
             if len(shapes) > 1:
@@ -145,7 +150,7 @@ def check_models(
 
 
 def not_shown(
-    distill: DistillConfig,
+    method: Method,
     terms: Sequence[Term],
     shapes: Mapping[str, PretrainedConfig],
     name: str = "distill",
@@ -153,12 +158,12 @@ def not_shown(
     """What models do not show of what these terms compare, a line each with the key to set.
 
     Args:
-        distill: of the student.
-        terms: built from it.
+        method: that the student learns by.
+        terms: built for it.
         shapes: of teacher and student, by the key that names each.
         name: of ``distill``, where it is that of a row.
     """
-    remedy = _ways_out(distill, name)
+    remedy = _ways_out(method, name)
     return [
         f"{place}: {term.name}: {reason}; {remedy[term.name]}"
         for place, shape in shapes.items()
@@ -168,18 +173,18 @@ def not_shown(
 
 
 def not_alike(
-    distill: DistillConfig, terms: Sequence[Term], reason: str, name: str = "distill"
+    method: Method, terms: Sequence[Term], reason: str, name: str = "distill"
 ) -> list[str]:
     """What terms compare that a student which reads other tokens than its teacher does not have, a
     line each with the key to set.
 
     Args:
-        distill: of the student.
-        terms: built from it.
+        method: that is learned.
+        terms: of it.
         reason: in what their tokens differ.
-        name: of ``distill``, where it is that of a row.
+        name: of the block that weights them, where it is that of a row.
     """
-    remedy = _ways_out(distill, name)
+    remedy = _ways_out(method, name)
     return [
         f"{name}: {term.name} compares token with token, but {reason}; {remedy[term.name]}"
         for term in terms
@@ -187,9 +192,9 @@ def not_alike(
     ]
 
 
-def _ways_out(distill: DistillConfig, name: str) -> dict[str, str]:
+def _ways_out(method: Method, name: str) -> dict[str, str]:
     """By term."""
-    return {
-        part.term.name: f"set {name}.{part.key}: 0, or choose a method that does not compare it"
-        for part in METHODS[distill.method].terms
-    }
+    other = "choose a method that does not compare it"
+    if method is GENERAL:
+        other = f"leave out {method.name}"
+    return {part.term.name: f"set {name}.{part.key}: 0, or {other}" for part in method.terms}

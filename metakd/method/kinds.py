@@ -195,6 +195,16 @@ class FileTeacher(TeacherKind):
     in_data = True
 
 
+class PretrainedEncoder(TeacherKind):
+    """No teacher of a task: the pre-trained encoder as it comes, which has no logits to show."""
+
+    name = "encoder"
+    line = "the pre-trained encoder, before any task"
+
+
+ENCODER = PretrainedEncoder()
+"""Who teaches ``methods.GENERAL``. Not among the others: nobody learns a task from it."""
+
 TEACHER_KINDS: dict[str, TeacherKind] = {
     kind.name: kind
     for kind in (

@@ -226,6 +226,16 @@ METHODS = {
 }
 """Every method by its name, simplest first."""
 
+GENERAL = Method(
+    "student.pretrain",
+    (_EMBEDDING, _HIDDEN, _ATTENTION),
+    "embeddings, hidden states and attention of the pre-trained encoder, before any task",
+    "Jiao et al. 2020, section 3.2",
+    teachers=(),
+)
+"""What a student that would begin with random weights learns first (``student.pretrain``). Not in
+the table: it makes no classifier, and no teacher of a task gives it."""
+
 DEFAULT_METHOD = "meta"
 DEFAULT_ROWS: tuple[tuple[str, str | None], ...] = (
     ("finetune", None),
@@ -242,22 +252,24 @@ DEFAULT_ROWS: tuple[tuple[str, str | None], ...] = (
 
 def build_terms(
     config: DistillConfig,
+    method: Method | None = None,
     *,
     student_layers: int,
     teacher_layers: int,
     recipe: Recipe = PAPER,
     task: Task = SINGLE_LABEL,
 ) -> list[Term]:
-    """The terms of ``config.method``, less those of weight 0.
+    """The terms of a method, by default ``config.method``, less those of weight 0.
 
     Raises:
         ValueError: the layers cannot be mapped, or no term is left.
     """
     setup = Setup(student_layers, teacher_layers, recipe, task)
-    weights = [(part.term, part.weight(config)) for part in METHODS[config.method].terms]
+    method = method or METHODS[config.method]
+    weights = [(part.term, part.weight(config)) for part in method.terms]
     kept = [term.configured(weight, config, setup) for term, weight in weights if weight > 0]
     if not kept:
-        raise ValueError(f"terms: every weight that {config.method} has is 0")
+        raise ValueError(f"terms: every weight that {method.name} has is 0")
     return kept
 
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metakd.errors import CheckpointError, UnsupportedError
-from metakd.method.kinds import TEACHER_KINDS
+from metakd.method.kinds import ENCODER, TEACHER_KINDS, TeacherKind
 from metakd.method.recipe import PAPER, Recipe
 from metakd.method.tasks import SINGLE_LABEL, Task
-from metakd.models.sources import check_finite, damaged, load_trained_classifier
+from metakd.models.sources import check_finite, damaged, load_encoder, load_trained_classifier
 from metakd.models.taps import TAPPED, Features, Taps
 
 
@@ -49,7 +49,7 @@ class Teacher(nn.Module):
 
     Args:
         model: sequence classifier with M outputs (K x M where the kind has a head per domain).
-        kind: a name in ``TEACHER_KINDS``.
+        kind: a name in ``TEACHER_KINDS``, or one that is not among them.
         domains: names of the K domains.
         gamma1: weight of L_DA, where the kind has it.
         recipe: paper or released form.
@@ -65,7 +65,7 @@ class Teacher(nn.Module):
     def __init__(
         self,
         model: PreTrainedModel,
-        kind: str,
+        kind: str | TeacherKind,
         domains: list[str],
         gamma1: float = 0.2,
         recipe: Recipe = PAPER,
@@ -77,7 +77,7 @@ class Teacher(nn.Module):
         check_packed(packed, recipe)
         self.model = model
         self.task = task
-        self.kind = TEACHER_KINDS[kind]
+        self.kind = TEACHER_KINDS[kind] if isinstance(kind, str) else kind
         self.domains = domains
         self.gamma1 = gamma1
         self.recipe = recipe
@@ -167,6 +167,15 @@ class Teacher(nn.Module):
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise damaged(folder, error) from error
         return teacher
+
+    @classmethod
+    def pretrained(cls, source: str | Path, recipe: Recipe = PAPER) -> Teacher:
+        """The encoder that teachers begin as, without a head: it shows all but logits.
+
+        Raises:
+            ValueError, OSError: see ``load_encoder``.
+        """
+        return cls(load_encoder(str(source)), ENCODER, [], recipe=recipe)
 
     def _load_domain_parts(self, file: Path) -> None:
         wanted = self._domain_parts()

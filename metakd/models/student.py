@@ -7,11 +7,14 @@ A student is a plain ``AutoModelForSequenceClassification``; everything that onl
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +25,7 @@ from metakd.models.sources import (
     CLASSES,
     check_embeddings,
     check_positions,
+    damaged,
     load_classifier,
     load_config,
     shortened,
@@ -79,6 +83,7 @@ def build_student(
     max_length: int = 0,
     problem_type: str = CLASSES,
     pad_token_id: int | None = None,
+    start: Path | None = None,
 ) -> PreTrainedModel:
     """A fresh student.
 
@@ -90,10 +95,12 @@ def build_student(
         max_length: tokens that an example may have; presets get as many positions, 512 at least.
         problem_type: written into its configuration.
         pad_token_id: likewise, but for presets; None leaves that of the model.
+        start: what pretraining has left of a preset (``fresh_encoder``); None: random weights.
 
     Raises:
         ValueError: a layer to copy does not exist in ``source``; a model of fewer tokens than the
             tokenizer or with fewer positions than ``max_length``.
+        CheckpointError: ``start`` cannot be read.
     """
     if config.model is not None:
         shape = load_config(config.model)
@@ -103,8 +110,20 @@ def build_student(
     elif config.layers is not None:
         whole = load_classifier(source, label2id, None, problem_type, pad_token_id)
         student = keep_layers(whole, config.layers)
+    elif start is not None:
+        try:
+            student = load_classifier(str(start), label2id, problem_type=problem_type)
+        except (OSError, ValueError) as error:
+            raise damaged(start, error) from error
     else:
-        student = _random_bert(PRESETS[config.preset], tokenizer, label2id, max_length)
+        shape = _preset_shape(
+            config.preset,
+            tokenizer,
+            max_length,
+            label2id=label2id,
+            id2label={i: name for name, i in label2id.items()},
+        )
+        student = BertForSequenceClassification(shape)
         student.config.problem_type = problem_type
     if config.freeze_embeddings:
         word_embeddings(student).requires_grad_(False)
@@ -124,22 +143,25 @@ def word_embeddings(model: PreTrainedModel) -> nn.Module:
         raise ValueError(f"student.freeze_embeddings: {name} has no table of words") from None
 
 
-def _random_bert(
-    sizes: tuple[int, int, int, int],
-    tokenizer: PreTrainedTokenizerBase,
-    label2id: dict[str, int],
-    max_length: int,
+def fresh_encoder(
+    preset: str, tokenizer: PreTrainedTokenizerBase, max_length: int = 0
 ) -> PreTrainedModel:
-    shape = bert_shape(
-        sizes,
+    """The encoder of a preset with random weights, to be pretrained: without a head, and without
+    the pooler, which would learn nothing."""
+    return BertModel(_preset_shape(preset, tokenizer, max_length), add_pooling_layer=False)
+
+
+def _preset_shape(
+    preset: str, tokenizer: PreTrainedTokenizerBase, max_length: int, **options
+) -> BertConfig:
+    return bert_shape(
+        PRESETS[preset],
         len(tokenizer),
         max_position_embeddings=max(512, max_length),
         pad_token_id=tokenizer.pad_token_id,
-        label2id=label2id,
-        id2label={i: name for name, i in label2id.items()},
         attn_implementation="sdpa",
+        **options,
     )
-    return BertForSequenceClassification(shape)
 
 
 def _shortened(taught: PretrainedConfig, layers: list[int]) -> PretrainedConfig:

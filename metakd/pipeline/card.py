@@ -133,6 +133,7 @@ def write_card(folder: Path, result: dict, command: str, measured: Measured | No
         "licence of that encoder": stated or f"not stated by {known['encoder']}",
         "parameters": f"{result['parameters']:,}",
         "training data": f"{known['data']}, {known['examples']:,} examples",
+        **({"begins": begins(known["start"])} if "start" in known else {}),
         "seed": str(known["seed"]),
         "command": f"`{command}`",
     }
@@ -151,6 +152,16 @@ def write_card(folder: Path, result: dict, command: str, measured: Measured | No
         measured=_formats(measured) + _latency(measured),
     )
     ModelCard(card, ignore_metadata_errors=True).save(folder / "README.md")
+
+
+def begins(start: dict) -> str:
+    """What the weights are that it began with."""
+    listed = ", ".join(f"{number:,} of {name}" for name, number in start["texts"].items())
+    files = f" ({', '.join(start['files'])})" if start["files"] else ""
+    return (
+        f"pretrained against {start['encoder']}, without labels, on "
+        f"{sum(start['texts'].values()):,} texts: {listed}{files}"
+    )
 
 
 def _scores(result: dict, spread: dict | None) -> str:

@@ -139,7 +139,8 @@ def _setting(
         }
     )
     shared = {field.name: getattr(run, field.name) for field in fields(Context)}
-    return Run(**{**shared, "config": config})
+    # What students begin as depends on no label: one is made for all settings.
+    return Run(**{**shared, "config": config}, starts_of=run)
 
 
 def against_base(points: Sequence[dict]) -> dict:

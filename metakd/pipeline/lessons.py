@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
 from metakd.config import DistillConfig, StudentConfig, TrainingConfig, row_label
+from metakd.data.corpus import Split
 from metakd.errors import ConfigError
 from metakd.method.fit import not_alike, not_shown
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import METHODS, Method, build_terms
+from metakd.method.teachers import Teacher
 from metakd.method.terms import Term
 from metakd.models.sources import load_config, why_not_alike
 from metakd.models.student import student_shape
@@ -95,6 +97,14 @@ def phases_of(distill: DistillConfig, terms: Sequence[Term]) -> list[Phase]:
     return phases + ([phases[-1]._replace(texts=("own",))] if method.then_own else [])
 
 
+class Asked(NamedTuple):
+    """What is to be kept in a place of the cache, and of which texts."""
+
+    place: str
+    texts: Callable[[], Split]
+    signals: frozenset[Signal]
+
+
 class TeacherOutputs:
     """What the lessons of a run ask their teachers for, and what is kept of it.
 
@@ -104,34 +114,38 @@ class TeacherOutputs:
 
     def __init__(self, run: Context):
         self._run = run
-        # By place in the cache: a lesson and what such lessons ask for; what was found or made.
-        self._asked: dict[str, tuple[Lesson, set[Signal]]] = {}
+        # By place in the cache: all that is asked for; what was found or made.
+        self._asked: dict[str, Asked] = {}
         self._kept: dict[str, KeptOutputs] = {}
         self._shapes: dict[str, PretrainedConfig] = {}
-
-    def __bool__(self) -> bool:
-        """Is anything to be kept?"""
-        return bool(self._asked)
 
     def forget(self) -> None:
         """Look for everything again, after other processes have been at work."""
         self._kept.clear()
 
-    def foresee(self, lessons: Iterable[Lesson]) -> None:
+    def foresee(self, lessons: Iterable[Lesson], others: Iterable[Asked] = ()) -> None:
         """Note what these lessons will ask for, so that one pass over the examples can keep it for
         all of them.
+
+        Args:
+            lessons: of students.
+            others: what is to be kept beside.
 
         Raises:
             ConfigError: what is to be kept takes more room than ``distill.cache_limit_gib``, or
                 depends on the batch.
         """
         grown = False
-        for lesson in lessons:
-            for signals, cached in zip(self.asked_of(lesson), self.cached_phases(lesson)):
-                if cached:
-                    _, asked = self._asked.setdefault(lesson.place, (lesson, set()))
-                    grown |= not signals <= asked
-                    asked |= signals
+        asked = [
+            Asked(lesson.place, partial(self._run.texts, lesson), signals)
+            for lesson in lessons
+            for signals, cached in zip(self.asked_of(lesson), self.cached_phases(lesson))
+            if cached
+        ]
+        for one in [*asked, *others]:
+            known = self._asked.setdefault(one.place, one._replace(signals=frozenset()))
+            grown |= not one.signals <= known.signals
+            self._asked[one.place] = known._replace(signals=known.signals | one.signals)
         if grown and self._run.store.may_build:
             self._check_cache()
 
@@ -146,13 +160,13 @@ class TeacherOutputs:
             )
         size = sum(
             bytes_of(
-                signals,
-                run.texts(lesson),
+                asked.signals,
+                asked.texts(),
                 self.taught,
                 len(run.corpus.label2id),
                 BYTES[config.precision],
             )
-            for lesson, signals in self._asked.values()
+            for asked in self._asked.values()
         )
         limit = config.distill.cache_limit_gib
         if size > limit * GIB:
@@ -179,10 +193,17 @@ class TeacherOutputs:
 
     def terms(self, lesson: Lesson) -> list[Term]:
         """What the student minimises."""
+        return self.terms_of(lesson.method, lesson.student, lesson.distill)
+
+    def terms_of(
+        self, method: Method, student: StudentConfig, distill: DistillConfig
+    ) -> list[Term]:
+        """What a student of this shape minimises that learns by this method."""
         with configured("distill"):
             return build_terms(
-                lesson.distill,
-                student_layers=self._learning(lesson.student).num_hidden_layers,
+                distill,
+                method,
+                student_layers=self._learning(student).num_hidden_layers,
                 teacher_layers=self.taught.num_hidden_layers,
                 recipe=self._run.recipe,
                 task=self._run.corpus.task,
@@ -204,9 +225,9 @@ class TeacherOutputs:
         if lesson.asks_a_model():
             shapes["teacher.model"] = self.taught
         terms, model = self.terms(lesson), lesson.student.model
-        problems = not_shown(lesson.distill, terms, shapes)
+        problems = not_shown(lesson.method, terms, shapes)
         if model is not None and (reason := why_not_alike(model, self._run.tokenizer)):
-            problems += not_alike(lesson.distill, terms, reason)
+            problems += not_alike(lesson.method, terms, reason)
         if problems:
             raise ConfigError(f"{lesson.label}: {'; '.join(problems)}", "nothing was trained")
 
@@ -215,29 +236,46 @@ class TeacherOutputs:
         mode = lesson.distill.cache_teacher if lesson.asks_a_model() else "none"
         return [is_kept(signals, mode) for signals in self.asked_of(lesson)]
 
-    def keep(self, lesson: Lesson, teachers: list[Path]) -> KeptOutputs:
-        """What was foreseen to be asked of these teachers; what is not there is made."""
-        run, config, place = self._run, self._run.config, lesson.place
+    def keep(
+        self, place: str, teachers: Sequence[Path] = (), encoder: str | None = None
+    ) -> KeptOutputs:
+        """What was foreseen to be asked in this place; what is not there is made.
+
+        Args:
+            place: in the cache.
+            teachers: their folders.
+            encoder: in their place, the pre-trained one, by its folder or hub id.
+        """
+        run, config = self._run, self._run.config
         batch_size = config.teacher.training.per_device_eval_batch_size
         if place not in self._kept:
             settings = {
                 "precision": config.precision,
                 "packed": config.packed,
                 "batch_size": batch_size,
+                **({} if encoder is None else {"encoder": encoder}),
             }
             self._kept[place] = KeptOutputs(
                 run.cache_root,
                 place,
-                teachers,
+                teachers if encoder is None else [Path(encoder)],
                 settings,
-                run.texts(lesson),
+                self._asked[place].texts(),
                 self.taught.num_hidden_layers,
                 run.world,
                 run.say,
             )
         kept = self._kept[place]
-        if missing := kept.missing(self._asked[place][1]):
-            service = TeacherService(teachers, config, run.recipe, run.world)
+        if missing := kept.missing(self._asked[place].signals):
+            service = self.service(teachers, encoder)
             with service.showing(frozenset(signal.feature for signal in missing)) as show:
                 kept.make(missing, show, run.collate, batch_size)
         return kept
+
+    def service(self, teachers: Sequence[Path], encoder: str | None = None) -> TeacherService:
+        """These teachers at work, or the pre-trained encoder in their place."""
+        run = self._run
+        if encoder is None:
+            return TeacherService(teachers, run.config, run.recipe, run.world)
+        with configured("teacher.model"):
+            return TeacherService([encoder], run.config, run.recipe, run.world, Teacher.pretrained)

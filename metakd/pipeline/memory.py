@@ -182,6 +182,9 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
         if row.student is not None:
             taught_as = row.taught(config.distill).training
             students[f"training of {row.student.shape}"] = row.student, taught_as
+    for block in config.students.values():
+        if block.pretrain is not None:
+            students[f"pretraining of {block.preset}"] = block, block.pretrain
     try:
         taught = load_config(config.teacher.model)
         shapes = {title: student_shape(block, taught) for title, (block, _) in students.items()}

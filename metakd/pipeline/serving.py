@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 from torch import nn
@@ -67,30 +68,36 @@ class TeacherService:
     """The teachers of one student, loaded once and asked for different features in each phase.
 
     Args:
-        folders: of one teacher, or of several whose logits are averaged; written by
-            ``Teacher.save``.
+        folders: of one teacher, or of several whose logits are averaged; what ``load`` reads.
         config: precision and packing; ``teacher.zero: 3`` shards, with ``teacher.offload`` into
             host memory.
         recipe: paper or released form.
         world: the processes that share a sharded teacher.
+        load: a teacher from each folder.
     """
 
-    def __init__(self, folders: Sequence[Path], config: RunConfig, recipe: Recipe, world: World):
+    def __init__(
+        self,
+        folders: Sequence[Path | str],
+        config: RunConfig,
+        recipe: Recipe,
+        world: World,
+        load: Callable[[Any, Recipe], Teacher] = Teacher.load,
+    ):
         dtype = compute_dtype(config, world.device)
         sharding = config.sharding(config.teacher)
         self._engine = None
         self._packed = config.packed
         if sharding.zero < 3:
             self.teachers = [
-                Teacher.load(folder, recipe).to(device=world.device, dtype=dtype)
-                for folder in folders
+                load(folder, recipe).to(device=world.device, dtype=dtype) for folder in folders
             ]
             return
         hidden = load_config(str(folders[0])).hidden_size
         settings = deepspeed_config(config, sharding, None, hidden_size=hidden)
         settings["train_micro_batch_size_per_gpu"] = 1  # asked for, without a meaning here
         with _loading_into_shards(settings):
-            self.teachers = [Teacher.load(folder, recipe) for folder in folders]
+            self.teachers = [load(folder, recipe) for folder in folders]
         for teacher in self.teachers:
             for name, part in teacher.named_children():
                 if name != "model":

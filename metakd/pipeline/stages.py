@@ -5,6 +5,8 @@
                                      save_pretrained, the domain parts beside it
 <output_dir>/teachers/<kind>-s<seed>-fold<n>of<k>[/<domain>]/
                                      what those say who have not seen an example
+<output_dir>/starts/<preset>-s<seed>/
+                                     what students of a preset begin as (``student.pretrain``)
 <output_dir>/.cache/teachers/<kind>-s<seed>[-mean]/<domain>[-on-<texts>]/
                                      what teachers say of training examples, see ``teacher_cache``
 <output_dir>/students/<method>[-from-<teacher>]...-s<seed>/<domain>/
@@ -17,32 +19,28 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from metakd.data.batches import Collate, prefetch
 from metakd.data.corpus import Split
 from metakd.errors import ConfigError, DataError
-from metakd.method.balance import SAMPLED, balanced
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.objective import Distillation
 from metakd.method.teachers import told
-from metakd.method.terms import Term
 from metakd.models.sources import load_trained_classifier
 from metakd.models.student import build_student
 from metakd.models.taps import model_inputs
 from metakd.pipeline.card import origin, write_card
 from metakd.pipeline.context import configured
 from metakd.pipeline.doubts import doubt
-from metakd.pipeline.lessons import Lesson, TeacherOutputs, phases_of
+from metakd.pipeline.lessons import Lesson, phases_of
 from metakd.pipeline.readings import as_teacher_reads, read_twice, reread
 from metakd.pipeline.serving import TeacherService
+from metakd.pipeline.starts import StartStage
 from metakd.pipeline.table import ALL_DOMAINS
-from metakd.pipeline.teaching import TeacherStage
 from metakd.pipeline.texts import texts_of
 from metakd.training.engine import fit, seed_everything
 from metakd.training.saves import Saves
@@ -59,13 +57,8 @@ def _classifier(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor]
 
 
 @dataclass
-class Run(TeacherStage):
+class Run(StartStage):
     """The stages of a run directory, see ``Context``."""
-
-    @cached_property
-    def outputs(self) -> TeacherOutputs:
-        """What the students ask their teachers for."""
-        return TeacherOutputs(self)
 
     def texts(self, lesson: Lesson, names: Sequence[str] | None = None) -> Split:
         """What a student learns from: all of it, or these of ``methods.TEXTS`` with what batches of
@@ -142,7 +135,7 @@ class Run(TeacherStage):
             teachers = self._teachers(lesson)
             self._before(lesson)
             if any(self.outputs.cached_phases(lesson)):
-                self.outputs.keep(lesson, teachers)
+                self.outputs.keep(lesson.place, teachers)
         with in_groups(self.world, size) as (world, group, groups):
             self._move_to(world)
             for lesson, options in left[group::groups]:
@@ -160,12 +153,14 @@ class Run(TeacherStage):
 
         Raises:
             ConfigError: the domain does not exist, or its single teacher is withheld; what is to be
-                kept takes more room than ``distill.cache_limit_gib``, or depends on the batch.
+                kept takes more room than ``distill.cache_limit_gib``, or depends on the batch; see
+                also ``foresee_starts``.
         """
         lessons = list(lessons)
         for lesson in lessons:
             self._check_lesson(lesson)
-        self.outputs.foresee(lessons)
+        starts = self.foresee_starts(lesson.student for lesson in lessons)
+        self.outputs.foresee(lessons, starts)
 
     def _check_lesson(self, lesson: Lesson) -> None:
         domain = lesson.domain
@@ -241,10 +236,11 @@ class Run(TeacherStage):
         return place, result
 
     def _before(self, lesson: Lesson) -> None:
-        """Make what its texts carry, beside its teachers."""
+        """Make what its texts carry and what it begins as, beside its teachers."""
         if lesson.reads_scores:
             self.prototypes()
         self._opinions(lesson)
+        self.start(lesson.student)
 
     def _student_stage(
         self, lesson: Lesson, seed: int, keep: bool = True, label: str | None = None
@@ -266,6 +262,7 @@ class Run(TeacherStage):
             "encoder": self.config.teacher.model,
             "student_content": self.content_of(student.model),
             "student": student.inputs(),
+            **self.start_inputs(student),
             **self.settings(
                 *(["teacher"] if teacher_kind else []),
                 *(["prototypes"] if teacher_kind or lesson.reads_scores else []),
@@ -298,12 +295,13 @@ class Run(TeacherStage):
             )
 
         asked, cached = self.outputs.asked_of(lesson), self.outputs.cached_phases(lesson)
-        kept = self.outputs.keep(lesson, teacher_folders) if any(cached) else None
+        kept = self.outputs.keep(lesson.place, teacher_folders) if any(cached) else None
         service = None
         if teacher_folders and not all(cached):
             if distill.cache_teacher != "none":
                 self.say(f"{label} {domain}: asks for more than logits, so its teacher runs")
             service = TeacherService(teacher_folders, self.config, self.recipe, self.world)
+        start = self.start(shape)
         seed_everything(seed)
         one = bool(teacher_folders) and not lesson.method.mixes(lesson.teacher_kind)
         copied = teacher_folders[0] if one and shape.copy_from == "teacher" else None
@@ -316,11 +314,13 @@ class Run(TeacherStage):
                 max_length=self.config.data.max_length,
                 problem_type=corpus.task.problem_type,
                 pad_token_id=reader.pad_token_id,
+                start=start,
             )
-        if shape.preset is not None:
+        if shape.preset is not None and start is None:
             self.say(
                 f"{label} {domain}: preset {shape.preset} begins with random weights and needs far "
-                "more texts and steps than student.layers, which copies a teacher's"
+                "more texts and steps than student.layers, which copies a teacher's, or "
+                "student.pretrain, which teaches it the encoder first"
             )
         taught = self.outputs.taught if teacher_folders else student.config
         terms = self.outputs.terms(lesson)
@@ -348,7 +348,10 @@ class Run(TeacherStage):
             "parameters": sum(p.numel() for p in student.parameters()),
         }
         examples = len(self.texts(lesson))
-        result["origin"] = origin(self.config, seed, examples) if self.world.is_main else {}
+        origins = self.start_facts(shape)
+        if self.world.is_main:
+            origins |= origin(self.config, seed, examples)
+        result["origin"] = origins
 
         def conclude() -> None:
             if corpus.test is not None:
@@ -380,7 +383,7 @@ class Run(TeacherStage):
                     if apart and service is not None and not cached[number]:
                         teacher = as_teacher_reads(teacher)
                     if distill.balance != "none" and teacher is not None:
-                        module.restrict(self._balanced(phase.terms, texts, pad, teacher))
+                        module.restrict(self.balanced(phase.terms, texts, pad, teacher))
                         scales |= {term.name: list(term.scales) for term in module.terms}
                     result["validation"] = fit(
                         module,
@@ -411,18 +414,6 @@ class Run(TeacherStage):
             write_card(folder, result, self.command)
         return result
 
-    def _balanced(
-        self, terms: Sequence[Term], texts: Split, pad: Collate, teacher: Callable
-    ) -> list[Term]:
-        """The terms with scales, measured on a sample of the texts by every process alike."""
-        drawn = torch.randperm(
-            len(texts), generator=torch.Generator().manual_seed(self.config.seed)
-        )
-        size = self.config.distill.training.per_device_train_batch_size
-        rows = [part.tolist() for part in drawn[:SAMPLED].split(size)]
-        batches = prefetch((pad([texts[i] for i in part]) for part in rows), self.world.device)
-        return self.world.agree(balanced(terms, ((teacher(batch), batch) for batch in batches)))
-
     # Kept teacher outputs
 
     def cache(self) -> list[Path]:
@@ -433,14 +424,16 @@ class Run(TeacherStage):
         """
         lessons = list(map(self._configured_lesson, self.student_domains))
         self.foresee(lessons)
-        if not self.outputs:
+        if not any(any(self.outputs.cached_phases(lesson)) for lesson in lessons):
             some = any(lesson.asks_a_model() for lesson in lessons)
             raise ConfigError(
                 f"distill.cache_teacher: {self.config.distill.cache_teacher} keeps nothing of what "
                 f"{self.config.distill.method} asks a teacher for",
                 "set distill.cache_teacher: all" if some else "no model is asked: leave this out",
             )
-        return [self.outputs.keep(lesson, self._teachers(lesson)).folder for lesson in lessons]
+        return [
+            self.outputs.keep(lesson.place, self._teachers(lesson)).folder for lesson in lessons
+        ]
 
     # Evaluation
 

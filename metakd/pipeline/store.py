@@ -86,7 +86,7 @@ class StageStore:
             CheckpointError: it would have to be built and may not, or there is nothing to go on
                 from where that was asked for.
         """
-        digest = self._digest(inputs)
+        digest = self.digest(inputs)
         # What was asked for without its files may have none.
         if self._asked.get(place) not in ((digest, keep), (digest, True)):
             self._finished[place] = self._look_up_or_build(place, digest, build, keep)
@@ -95,9 +95,10 @@ class StageStore:
 
     def has(self, place: Path, inputs: dict, keep: bool = True) -> bool:
         """Would ``get`` find what it is asked for?"""
-        return _serves(self._stored(place), self._digest(inputs), keep)
+        return _serves(self._stored(place), self.digest(inputs), keep)
 
-    def _digest(self, inputs: dict) -> str:
+    def digest(self, inputs: dict) -> str:
+        """Of all that decides the result of a stage with these inputs."""
         described = json.dumps({**self.common, **inputs}, sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
 
