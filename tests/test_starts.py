@@ -19,6 +19,7 @@ from metakd.models import student
 from metakd.pipeline import stages
 from metakd.pipeline.compare import compare
 from metakd.pipeline.labels import compare_labels
+from metakd.pipeline.memory import memory_table
 from metakd.training import engine
 
 START = "starts/tiny-2l-128-s42"
@@ -229,6 +230,17 @@ def test_pretrained_embeddings_may_be_frozen():
     assert frozen.shape == "tiny-2l-128-frozen-pretrained"
     trained = frozen.model_copy(update={"freeze_embeddings": False})
     assert frozen.start_inputs() == trained.start_inputs()
+
+
+def test_misspelt_keys_are_told_where_they_are_known():
+    misspelt = {"preset": "tiny-2l-128", "pretrain": {"txets": ["more.txt"]}}
+    cause = config_refusal({"student": misspelt}).cause
+    assert "student.pretrain.txets: unknown key, did you mean texts?" in cause
+
+
+def test_its_memory_is_estimated(make):
+    table = memory_table(make(pretrained()).config, 1)
+    assert "pretraining of tiny-2l-128" in table
 
 
 def test_a_preset_has_one_start():

@@ -161,14 +161,12 @@ class StartStage(TeacherStage):
     def _start_parts(self, student: StudentConfig) -> dict[str, Split]:
         """All that a start learns from, by where it is from."""
         corpus, beside = self.corpus, self._texts_beside(_pretraining(student))
-        parts = {"train": corpus.train, "unlabelled": corpus.unlabelled, "texts": beside}
-        found, first = {}, 0
-        for name, split in parts.items():
-            if split is not None and len(split):
-                index = split.index + first * (name == "texts")
-                found[name] = replace(split, index=index, columns={})
-                first = max(first, int(split.index.max()) + 1)
-        return found
+        known = {"train": corpus.train, "unlabelled": corpus.unlabelled}
+        parts = {name: replace(split, columns={}) for name, split in known.items() if split}
+        if beside is not None:
+            first = max(int(part.index.max()) for part in parts.values()) + 1
+            parts["texts"] = replace(beside, index=beside.index + first)
+        return parts
 
     def _start_texts(self, student: StudentConfig) -> Split:
         return Split.joined(list(self._start_parts(student).values()))
