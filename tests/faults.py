@@ -1,9 +1,9 @@
 """Does every fault to a training run that docs/results/faults.md lists, and sees that it recovers.
 
 ``make faults`` (or ``python tests/faults.py [--only PART] [--quick] [--seed N] [--out FILE]``)
-replays power failures on a file system that forgets, damages checkpoints, interrupts, kills and
-stops runs of every ZeRO stage, and fills the disk. Each part ends with a count of failures; the
-exit code is 1 if there is any.
+replays power failures on a file system that forgets, damages checkpoints and finished stages,
+interrupts, kills and stops runs of every ZeRO stage, and fills the disk. Each part ends with a
+count of failures; the exit code is 1 if there is any.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cells
 import deepspeed
+import safetensors.torch
 import torch
 import transformers
 import yaml
@@ -42,6 +43,7 @@ from crash_model import Change, Model, Recorder, interleave, materialise
 from metakd import demo
 from metakd.errors import CheckpointError, DivergedError
 from metakd.pipeline import store
+from metakd.pipeline.published import RECORD, check_folder
 from metakd.training.checkpoint import (
     MANIFEST,
     POINTER,
@@ -873,6 +875,55 @@ def _finite(value) -> bool:
     return all(map(_finite, value)) if isinstance(value, (list, tuple)) else True
 
 
+# ---- Finished stages ----------------------------------------------------------------------------
+
+
+def stages(tally: Tally) -> None:
+    """Damage to the files of a finished stage: named before anything is read as a model."""
+    finished, draw = tally.folder / "run" / "teacher", tally.random
+    kept = store.StageStore(tally.folder / "run", World(), {}, "faults", lambda text: None)
+    kept.get(finished, {}, lambda folder, saves: _write_model(folder, draw))
+    names = sorted(json.loads((finished / RECORD).read_text())["files"])
+    found: list[tuple[str, str, Callable[[Path], object]]] = []
+    for _ in range(20 if tally.quick else 1000):
+        name = draw.choice(names)
+        size = (finished / name).stat().st_size
+        found.append(("one bit", name, lambda path: flip(path, draw)))
+        length = draw.randrange(1, size)
+        found.append(("truncated", name, lambda path, n=length: cut(path, n)))
+    for name in names:
+        found.append(("missing", name, Path.unlink))
+        found.append(("emptied", name, refilled))
+        found.append(("a folder in its place", name, replaced_by_folder))
+        found.append(("longer", name, lambda path: path.open("ab").write(b"}")))
+        for other in names[: names.index(name)]:
+            there = lambda path, o=other: swap(path, path.with_name(o))  # noqa: E731
+            found.append(("two swapped", name, there))
+    for kind, name, damage in found:
+        copy = tally.folder / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(finished, copy)
+        check_folder(copy)
+        damage(copy / name)
+        named = [copy / name] if kind != "two swapped" else [copy / one for one in names]
+        try:
+            check_folder(copy)
+            problem = "was accepted"
+        except CheckpointError as error:
+            whose = any(error.cause.startswith(f"{path}: ") for path in named)
+            problem = None if whose and error.remedy else f"not named: {error}"
+        tally.case(kind, problem and f"{name}: {problem}")
+
+
+def _write_model(folder: Path, draw: random.Random) -> dict:
+    """What ``save_pretrained`` leaves, as far as names and kinds of content go."""
+    for name, size in {"model.safetensors": 4000, "domain.safetensors": 300}.items():
+        safetensors.torch.save_file({"w": torch.tensor(list(draw.randbytes(size)))}, folder / name)
+    for name in ("config.json", "metakd.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps({name: draw.random()}))
+    return {}
+
+
 # ---- Launchers -----------------------------------------------------------------------------------
 
 LAUNCHERS = {
@@ -978,6 +1029,7 @@ def _losses(folder: Path) -> dict[str, list]:
 PARTS: dict[str, Callable[[Tally], None]] = {
     "power": power_failures,
     "corruption": corruption,
+    "stages": stages,
     "resume": resume,
     "kills": kills,
     "disk": full_disk,

@@ -36,6 +36,7 @@ from metakd.errors import (
 )
 from metakd.method.tasks import SINGLE_LABEL
 from metakd.models.sources import input_names
+from metakd.training.digests import entry_of
 
 pytest.importorskip("onnxruntime", reason="the extra 'deploy' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'deploy' is not installed")
@@ -593,6 +594,23 @@ class TestCommands:
         assert [answer["text"] for answer in answers] == TEXTS[:5]
         wanted = Predictor(student)(TEXTS[:5])
         assert [answer["prediction"] for answer in answers] == [w.label for w in wanted]
+
+    def test_what_is_served_as_onnx_needs_no_other_weights(self, student, exported, tmp_path):
+        folder = shutil.copytree(student, tmp_path / "student")
+        files = {}
+        for path in student.iterdir():
+            if path.is_file():
+                with path.open("rb") as file:
+                    files[path.name] = entry_of(file)
+        (folder / "stage.json").write_text(json.dumps(RECORD | {"files": files}))
+        wanted = Predictor(folder, engine="onnx").logits(TEXTS[:3])
+        (folder / "model.safetensors").unlink()
+        assert np.array_equal(Predictor(folder, engine="onnx").logits(TEXTS[:3]), wanted)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: is missing"):
+            Predictor(folder, engine="eager")
+        (folder / "tokenizer_config.json").write_text("{}")
+        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: has 2 bytes"):
+            Predictor(folder, engine="onnx")
 
     def test_one_text(self, student, call):
         code, out, _ = call("predict", student, TEXTS[0])

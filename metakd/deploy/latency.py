@@ -51,6 +51,7 @@ from metakd.models.sources import (
 from metakd.models.student import PRESETS as STUDENTS
 from metakd.models.student import bert_shape
 from metakd.pipeline.memory import count_parameters
+from metakd.pipeline.published import check_files, check_folder
 from metakd.pipeline.table import shape_of
 
 BATCHES = (1, 8, 32, 128)
@@ -129,6 +130,7 @@ def measure_latency(
 
     Raises:
         ConfigError: a source is neither a model nor a preset, or the device neither cpu nor cuda.
+        CheckpointError: a model's files are not those that its run published.
         UnsupportedError: there is no CUDA device.
         ParityError: two engines do not compute the same.
     """
@@ -138,6 +140,8 @@ def measure_latency(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         models = _find_models(sources, scratch)
+        for model in models:
+            check_folder(model.folder)
         contenders = [(model, engine) for model in models for engine in engines]
         contenders += _tokenizing_model(models, tokenizer)
         for model in models:
@@ -224,6 +228,7 @@ def _models_of_run(run: Path) -> list[Model]:
     """The teacher and a student of each shape: others differ in their weights alone."""
     found: dict[str, Model] = {}
     for stage in find_stages(run):
+        check_files(stage.folder, stage.record, contents=False)
         if stage.kind != "start" and (stage.folder / "config.json").exists():
             shape = shape_of(stage.row)
             name = f"{stage.kind} as {shape}" if shape else stage.kind

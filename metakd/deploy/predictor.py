@@ -17,10 +17,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from metakd.config.places import meant
 from metakd.deploy.engines import Engine, Inputs, open_engine, why_not
-from metakd.deploy.formats import ENGINES
+from metakd.deploy.formats import ENGINES, ONNX_FILES
 from metakd.errors import CheckpointError, DataError, listing
 from metakd.method.tasks import Answer, Task, task_of
 from metakd.models.sources import knows_words, load_config, load_tokenizer, positions
+from metakd.pipeline.published import check_folder
 
 Text = str | tuple[str, str]
 
@@ -50,7 +51,8 @@ class Predictor:
     Raises:
         ConfigError: there is no such engine.
         UnsupportedError: the engine cannot run this model here, with the reason.
-        CheckpointError: the folder holds no classifier with its tokenizer, or a damaged one.
+        CheckpointError: the folder holds no classifier with its tokenizer, or a damaged one, or one
+            that was changed since its run published it.
     """
 
     def __init__(
@@ -64,10 +66,10 @@ class Predictor:
         max_length: int | None = None,
     ):
         folder = Path(folder)
-        self.tokenizer, config = _read(folder)
+        device, engine = _choose(folder, device, engine)
+        self.tokenizer, config = _read(folder, weights=engine not in ONNX_FILES)
         self.labels = [config.id2label[number] for number in range(config.num_labels)]
         self.task = _task(config)
-        device, engine = _choose(folder, device, engine)
         self.engine: Engine = open_engine(engine, folder, device=device, threads=threads)
         self.engine_name = engine
         self._batch_tokens = batch_tokens or BATCH_TOKENS[device]
@@ -149,13 +151,16 @@ class Predictor:
         return batch
 
 
-def _read(folder: Path):
+def _read(folder: Path, weights: bool):
+    """Tokenizer and configuration; of a stage of a run, after its files were compared with what was
+    published, with or without its weights."""
     remedy = "give the folder of a student, or of its export, with its tokenizer"
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder{meant(folder)}", remedy)
     if inside := sorted(folder.glob("students/*/*/config.json")):
         listed = listing([str(file.parent) for file in inside], _STUDENTS_SHOWN)
         raise CheckpointError(f"{folder}: is a run with several models", f"give {listed}")
+    check_folder(folder, weights=weights)
     try:
         tokenizer, config = load_tokenizer(str(folder)), load_config(str(folder))
     except (OSError, ValueError) as error:
@@ -174,7 +179,7 @@ def task_at(folder: str | Path) -> Task:
     Raises:
         CheckpointError: the folder holds no classifier with its tokenizer, or a damaged one.
     """
-    return _task(_read(Path(folder))[1])
+    return _task(_read(Path(folder), weights=False)[1])
 
 
 def _task(config: PretrainedConfig) -> Task:

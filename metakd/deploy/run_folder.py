@@ -19,13 +19,14 @@ from safetensors import SafetensorError, safe_open
 
 from metakd.deploy.formats import EXPORT_REPORT, ONNX_FOLDER
 from metakd.errors import CheckpointError, ConfigError
+from metakd.pipeline.published import LOG, RECORD, check_files
 from metakd.pipeline.table import ALL_DOMAINS, TEACHER, training_steps
 
 _PLACES = ("prototypes", "starts/*", "teachers/*", "teachers/*/*", "students/*", "students/*/*")
 _LINEAGE = re.compile(r"(?P<label>.+)-s(?P<seed>\d+)(?:-t\d+)?")
 
 # What is relied on below and in the report; whatever else is there is nobody's business.
-_RECORD = ("result", "kept", "seconds", "world_size")
+_RECORDED = ("result", "kept", "seconds", "world_size")
 _RESULT = {
     "prototypes": ("mean", "std", "histogram"),
     "start": ("preset", "encoder", "files", "texts"),
@@ -83,7 +84,7 @@ class Stage:
     @cached_property
     def steps(self) -> list[dict]:
         """The training steps of its log."""
-        return training_steps(self.folder / "log.jsonl")
+        return training_steps(self.folder / LOG)
 
     @cached_property
     def parameters(self) -> int | None:
@@ -142,10 +143,13 @@ def read_run(folder: Path) -> RunFolder:
 
     Raises:
         ConfigError: the folder holds nothing of a run.
-        CheckpointError: one of its files cannot be read, or is not what a run writes; the stages'
-            own files raise it when they are asked for.
+        CheckpointError: one of its files cannot be read, or is not what a run writes, or a stage's
+            is not what it published; the logs and exports of stages raise it when they are asked
+            for.
     """
     stages = find_stages(folder)
+    for stage in stages:
+        check_files(stage.folder, stage.record)
     reports = {name: _read(folder / f"{name}.json", keys) for name, keys in _REPORTS.items()}
     if not stages and not any(reports.values()):
         raise ConfigError(
@@ -158,7 +162,7 @@ def read_run(folder: Path) -> RunFolder:
 def _stage_folders(run: Path) -> list[Path]:
     """Where the finished stages of a run lie; unfinished and replaced ones are in hidden folders,
     which are passed over."""
-    found = (path.parent for place in _PLACES for path in run.glob(f"{place}/stage.json"))
+    found = (path.parent for place in _PLACES for path in run.glob(f"{place}/{RECORD}"))
     return sorted(
         folder
         for folder in found
@@ -183,8 +187,8 @@ def find_stages(run: Path) -> list[Stage]:
             domain = place[2] if len(place) == 3 else ALL_DOMAINS
         else:
             continue
-        record = _read(folder / "stage.json", _RECORD)
-        _need(folder / "stage.json", record["result"], _RESULT.get(kind, _SCORED))
+        record = _read(folder / RECORD, _RECORDED)
+        _need(folder / RECORD, record["result"], _RESULT.get(kind, _SCORED))
         found.append(Stage(folder, kind, label, seed, domain, record))
     return found
 

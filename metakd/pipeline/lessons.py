@@ -247,6 +247,7 @@ class TeacherOutputs:
             encoder: in their place, the pre-trained one, by its folder or hub id.
         """
         run, config = self._run, self._run.config
+        teachers = list(map(run.store.checked, teachers))
         batch_size = config.teacher.training.per_device_eval_batch_size
         if place not in self._kept:
             settings = {

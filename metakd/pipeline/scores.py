@@ -93,7 +93,7 @@ class PrototypeStage(Context):
 
     def scores(self) -> dict[str, Tensor]:
         """Of training examples ``t`` [N], of unlabelled texts ``unlabelled`` [N, C] by cell."""
-        return load_file(self.prototypes() / "scores.safetensors")
+        return load_file(self.store.checked(self.prototypes()) / "scores.safetensors")
 
     def scored_train(self) -> Split:
         """The training examples with their scores."""

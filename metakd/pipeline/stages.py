@@ -286,6 +286,7 @@ class Run(StartStage):
         reader = self.reader_of(shape)
         apart = reader.tokenizer is not self.tokenizer
         corpus = self.corpus_of(reader)
+        teacher_folders = list(map(self.store.checked, teacher_folders))
         validation = self.part(corpus.validation, domain)
         labelled = len(self.part(corpus.train, domain))
         if not labelled or not len(validation):
@@ -459,7 +460,8 @@ class Run(StartStage):
         kind = self.teacher_kind
         members = self.ensemble(kind, self.config.seed) if kind else []
         for places in zip(*members, strict=True):
-            service = TeacherService(places, exact, self.recipe, self.world)
+            checked = list(map(self.store.checked, places))
+            service = TeacherService(checked, exact, self.recipe, self.world)
             per_domain = TEACHER_KINDS[kind].per_domain
             domain = places[0].name if per_domain else ALL_DOMAINS
             part = self.part(split, domain)
@@ -476,7 +478,7 @@ class Run(StartStage):
         reader = self.reader_of(self.config.student)
         own = getattr(self.corpus_of(reader), split_name)
         for place in self.distill():
-            student = load_trained_classifier(place)
+            student = load_trained_classifier(self.store.checked(place))
             classify = _classifier(student.to(self.world.device).eval())
             part = self.part(own, place.name)
             scores["students"][place.name] = self.score(classify, part, training, reader=reader)

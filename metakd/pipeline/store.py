@@ -1,9 +1,12 @@
-"""Finished stages on disk: each is a folder with the digest of its inputs.
+"""Finished stages on disk: each is a folder with the digests of its inputs and of its files.
 
 It is built aside and renamed into place, so that a folder of the run directory either holds a
 finished stage or does not exist; a stage whose inputs have not changed is not built again. What an
 interrupted build left aside, its checkpoints above all, is taken up if the inputs are the same.
 The checkpoints go last of all, when the finished stage is in its place and on the disk.
+
+A stage that is skipped must still have its files, in the sizes they were published with; before
+they are read their contents are compared as well (``checked``).
 """
 
 from __future__ import annotations
@@ -17,14 +20,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from metakd.errors import CheckpointError
+from metakd.pipeline.published import (
+    INPUTS,
+    LOG,
+    RECORD,
+    check_files,
+    check_folder,
+    is_recorded,
+    read_record,
+)
 from metakd.training.checkpoint import Checkpoints, Disk, HashedFiles
+from metakd.training.digests import Entry, entry_of
 from metakd.training.saves import Saves
 from metakd.training.world import World
 
 CHECKPOINTS = "checkpoints"
-_INPUTS = "inputs.txt"
-_RECORD = "stage.json"
-_ALWAYS_KEPT = ("log.jsonl", _INPUTS)
+_ALWAYS_KEPT = (LOG, INPUTS)
 
 
 @dataclass
@@ -60,6 +71,7 @@ class StageStore:
     look_ahead: Callable[[], dict] = dict
     _finished: dict[Path, dict] = field(default_factory=dict, repr=False)
     _asked: dict[Path, tuple[str, bool]] = field(default_factory=dict, repr=False)
+    _whole: set[Path] = field(default_factory=set, repr=False)
 
     def result(self, place: Path) -> dict:
         """The result of a stage that this process has asked for."""
@@ -69,6 +81,7 @@ class StageStore:
         """Look everything up again: processes that meet must have asked for the same stages."""
         self._finished.clear()
         self._asked.clear()
+        self._whole.clear()
 
     def get(
         self, place: Path, inputs: dict, build: Callable[[Path, Saves], dict], keep: bool = True
@@ -84,7 +97,8 @@ class StageStore:
 
         Raises:
             CheckpointError: it would have to be built and may not, or there is nothing to go on
-                from where that was asked for.
+                from where that was asked for; or its files, which are to be kept, are not all there
+                in the sizes they were published with.
         """
         digest = self.digest(inputs)
         # What was asked for without its files may have none.
@@ -97,18 +111,35 @@ class StageStore:
         """Would ``get`` find what it is asked for?"""
         return _serves(self._stored(place), self.digest(inputs), keep)
 
+    def checked(self, place: Path) -> Path:
+        """``place``, a finished stage whose files are about to be read, after their contents were
+        compared with what was published: once, as a teacher may be asked for by many students.
+
+        Called on every rank; the first one reads.
+
+        Raises:
+            CheckpointError: a file is missing or was changed; on every rank.
+        """
+        if place not in self._whole:
+            self._on_first(lambda: check_folder(place))
+            self._whole.add(place)
+        return place
+
     def digest(self, inputs: dict) -> str:
         """Of all that decides the result of a stage with these inputs."""
         described = json.dumps({**self.common, **inputs}, sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()
 
     def _stored(self, place: Path) -> dict:
-        return self.world.agree(self.world.on_first(lambda: _read(place / _RECORD)))
+        needed = "inputs", "kept", "result"
+        return self.world.agree(self.world.on_first(lambda: read_record(place, *needed)))
 
     def _look_up_or_build(self, place, digest, build, keep) -> dict:
         name = str(place.relative_to(self.folder))
         stored = self._stored(place)
         if _serves(stored, digest, keep):
+            if keep:
+                self._on_first(lambda: check_files(place, stored, contents=False))
             self._on_first(lambda: self._tidy(place))
             self.say(f"{name}: inputs unchanged, skipped")
             return stored["result"]
@@ -132,6 +163,7 @@ class StageStore:
             "result": result,
         }
         self._on_first(lambda: self._publish(building, place, done))
+        self._whole.add(place)  # read for its digests a moment ago
         return result
 
     def _on_first(self, change: Callable[[], None]) -> None:
@@ -153,16 +185,20 @@ class StageStore:
             for file in building.rglob("*")
             if file.is_file() and checkpoints not in file.parents
         ]
+        entries: dict[str, Entry] = {}
         for file in files:
             if not done["kept"] and file.parent == building and file.name not in _ALWAYS_KEPT:
                 self.disk.remove(file)
             else:
                 with file.open("rb") as written:
+                    name = file.relative_to(building)
+                    if is_recorded(name):
+                        entries[name.as_posix()] = entry_of(written)
                     self.disk.sync(written)
-        self.disk.remove(building / _RECORD)
-        self._write(building, _RECORD, json.dumps(done, indent=1))
+        self.disk.remove(building / RECORD)
+        self._write(building, RECORD, json.dumps({**done, "files": entries}, indent=1))
         # safetensors writes for its owner alone; whoever may read the record may read the rest.
-        mode = stat.S_IMODE((building / _RECORD).stat().st_mode)
+        mode = stat.S_IMODE((building / RECORD).stat().st_mode)
         for file in filter(Path.exists, files):
             file.chmod(mode)
         # Until the rename this is an unfinished build, which goes on from its last checkpoint.
@@ -175,7 +211,7 @@ class StageStore:
 
     def _tidy(self, place: Path) -> None:
         """Remove what served the building of a finished stage, and what it took the place of."""
-        for left in (place / CHECKPOINTS, place / _INPUTS, _replaced(place)):
+        for left in (place / CHECKPOINTS, place / INPUTS, _replaced(place)):
             self.disk.remove(left)
 
     def _write(self, folder: Path, name: str, text: str) -> None:
@@ -187,7 +223,7 @@ class StageStore:
 
     def _prepare(self, building: Path, digest: str) -> None:
         """An empty folder to build in, or the one that was left by a build from the same inputs."""
-        started = building / _INPUTS
+        started = building / INPUTS
         if self.resume != "never" and started.is_file() and started.read_text() == digest:
             return
         if building.exists():
@@ -200,7 +236,7 @@ class StageStore:
             self.say(f"{building}: what was left there is of other inputs, or not wanted; removed")
             self.disk.remove(building)
         # Synced: a power failure must not leave checkpoints whose inputs nobody knows.
-        self._write(building, _INPUTS, digest)
+        self._write(building, INPUTS, digest)
 
     def _open_saves(self, building: Path, digest: str) -> Saves:
         checkpoints = Checkpoints(
@@ -219,27 +255,8 @@ class StageStore:
     def _clear(self, building: Path) -> None:
         """Without a checkpoint the build starts afresh: its log must, too."""
         for left in building.iterdir():
-            if left.name not in (_INPUTS, CHECKPOINTS):
+            if left.name not in (INPUTS, CHECKPOINTS):
                 self.disk.remove(left)
-
-
-def _read(record: Path) -> dict:
-    """What ``StageStore._publish`` wrote; empty where nothing is.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    if not record.exists():
-        return {}
-    try:
-        stored = json.loads(record.read_text())
-        if not {"inputs", "kept", "result"} <= stored.keys():
-            raise ValueError("it is not complete")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{record}: is damaged: {error}", f"move {record.parent} away and build it again"
-        ) from error
-    return stored
 
 
 def _serves(stored: dict, digest: str, keep: bool) -> bool:

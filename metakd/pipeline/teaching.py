@@ -119,7 +119,7 @@ class TeacherStage(PrototypeStage):
             seeds = [seed + member * _ENSEMBLE_STRIDE for member in range(members)]
             places = [self._teach(kind, member, Fold(number, folds), domain) for member in seeds]
             for parts in zip(*places, strict=True):
-                kept = [load_file(place / _OPINIONS) for place in parts]
+                kept = [load_file(self.store.checked(place) / _OPINIONS) for place in parts]
                 found[position[kept[0]["index"]]] = torch.stack([k["logits"] for k in kept]).mean(0)
         return found
 

@@ -1,6 +1,6 @@
 """One training run on one process or many: the DeepSpeed loop (``engine``), what it is told
-(``settings``), where it is saved (``saves``, ``checkpoint``, ``reshard``), how models are scored
-(``scoring``), and what may go wrong (``faults``)."""
+(``settings``), where it is saved (``saves``, ``checkpoint``, ``digests``, ``reshard``), how models
+are scored (``scoring``), and what may go wrong (``faults``)."""
 
 import logging
 

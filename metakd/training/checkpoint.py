@@ -40,6 +40,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from metakd.errors import CheckpointError
+from metakd.training.digests import Entry, check_content, check_size, is_entry
 from metakd.training.world import World
 
 MANIFEST = "MANIFEST.json"
@@ -126,7 +127,7 @@ class HashedFiles(CheckpointEngine):
         self.folder = folder
         self.disk = disk
         self._beat = beat
-        self.entries: dict[str, dict] = {}
+        self.entries: dict[str, Entry] = {}
         self.problem: str | None = None
 
     def write(self, name: str, produce: Callable[[BinaryIO], Any]) -> None:
@@ -451,7 +452,7 @@ def _open(folder: Path, hidden: bool = False) -> Tag:
             manifest["sha256"] == _manifest_digest(manifest)
             and isinstance(manifest["tag"], str)
             and all(isinstance(manifest[name], int) for name in ("phase", "step"))
-            and all(isinstance(f["size"], int) and f["sha256"] for f in manifest["files"].values())
+            and all(map(is_entry, manifest["files"].values()))
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
@@ -484,16 +485,10 @@ def verify(tag: Tag, share: tuple[int, int] = (0, 1)) -> None:
             raise CheckpointError(f"{path}: is missing")
         if name not in wanted or path.is_symlink():
             raise CheckpointError(f"{path}: does not belong to the checkpoint")
-        if path.stat().st_size != wanted[name]["size"]:
-            raise CheckpointError(
-                f"{path}: has {path.stat().st_size} bytes, was written with {wanted[name]['size']}"
-            )
+        check_size(path, wanted[name])
     rank, size = share
     for name in sorted(wanted)[rank::size]:
-        with (tag.folder / name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != wanted[name]["sha256"]:
-            raise CheckpointError(f"{tag.folder / name}: was changed after it was written")
+        check_content(tag.folder / name, wanted[name])
 
 
 # ---- Random numbers ------------------------------------------------------------------------------
