@@ -7,6 +7,8 @@ from pathlib import Path
 # Before transformers, datasets and Triton are imported: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Threads that wait in a loop take the cores of those they wait for, as soon as these are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Without it a matrix product on a GPU is an error while algorithms have to be deterministic, which
 # the tests that poison new memory ask for.
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"

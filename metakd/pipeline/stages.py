@@ -302,7 +302,7 @@ class Run(StartStage):
             if distill.cache_teacher != "none":
                 self.say(f"{label} {domain}: asks for more than logits, so its teacher runs")
             service = TeacherService(teacher_folders, self.config, self.recipe, self.world)
-        start = self.start(shape)
+        start = self.checked_start(shape)
         seed_everything(seed)
         one = bool(teacher_folders) and not lesson.method.mixes(lesson.teacher_kind)
         copied = teacher_folders[0] if one and shape.copy_from == "teacher" else None

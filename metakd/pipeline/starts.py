@@ -110,6 +110,11 @@ class StartStage(TeacherStage):
         owner.store.get(place, inputs, partial(owner._build_start, student))
         return place
 
+    def checked_start(self, student: StudentConfig) -> Path | None:
+        """As ``start``, about to be read, see ``StageStore.checked``."""
+        place = self.start(student)
+        return None if place is None else (self.starts_of or self).store.checked(place)
+
     def start_inputs(self, student: StudentConfig) -> dict:
         """What its start adds to the inputs of a student."""
         if student.pretrain is None:
