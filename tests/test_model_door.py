@@ -22,7 +22,7 @@ from benchmarks import models
 from metakd.deploy import Predictor
 from metakd.errors import ConfigError
 from metakd.models.reader import SAME, open_reader
-from metakd.models.sources import load_classifier
+from metakd.models.sources import load_classifier, load_config, load_encoder
 from metakd.models.student import keep_layers
 
 TEXTS = [f"a good one number{i}, and not at all what somebody would have thought" for i in range(9)]
@@ -77,6 +77,19 @@ def test_a_model_without_a_mask_is_refused(make, tmp_path):
     models.write_teacher("FNet", TEXTS, tmp_path / "fnet")
     with pytest.raises(ConfigError, match=r"teacher\.model: .*fnet model says .* on the padding"):
         make(f"teacher.model={tmp_path / 'fnet'}").distill()
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "FNet"])
+def test_whatever_is_served_answers_alike_in_company(tmp_path, name):
+    """Others' classifiers: no padding token, the wrong one, padding on the left, no mask."""
+    models.write_teacher(name, TEXTS, tmp_path)
+    assert models.company(tmp_path, TEXTS + COMPANY) < 1e-6
+    shape, tokenizer = AutoConfig.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    shape.pad_token_id = 5
+    tokenizer.pad_token, tokenizer.padding_side = "[PAD]", "left"
+    for part in (shape, tokenizer):
+        part.save_pretrained(tmp_path)
+    assert models.company(tmp_path, TEXTS + COMPANY) < 1e-6
 
 
 # Tried out before anything is trained
@@ -203,3 +216,36 @@ def test_a_decoder_teaches_an_encoder(make, source, tmp_path):
     assert models.company(folder, TEXTS) < 1e-5
     [logged] = losses(run.folder / "students").values()
     assert logged[-1] < logged[0]
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama"])
+def test_an_adapter_is_merged_into_its_base(tmp_path, make, source, monkeypatch, name):
+    peft = pytest.importorskip("peft", reason="the extra 'adapters' is not installed")
+    models.write_teacher(name, TEXTS, tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    wanted = peft.LoraConfig(r=4, task_type="SEQ_CLS", init_lora_weights=False)
+    tuned = peft.get_peft_model(model, wanted).eval()
+    tuned.save_pretrained(adapter := str(tmp_path / "adapter"))
+    ids = torch.arange(10, 20)[None]
+    labels = {"negative": 0, "positive": 1}
+    expected = tuned(input_ids=ids).logits
+    loaded = load_classifier(adapter, labels, pad_token_id=0).eval()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+    encoded = load_encoder(adapter).eval()(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(encoded, loaded.base_model(input_ids=ids).last_hidden_state)
+    assert load_classifier(adapter, labels | {"neutral": 2}).config.num_labels == 3
+    if name == "Llama":
+        run = make(f"teacher.model={adapter}", "student={preset: tiny-2l-128}", *LOGITS)
+        assert [AutoConfig.from_pretrained(f).model_type for f in run.teach()] == ["llama"]
+    monkeypatch.setattr("metakd.models.adapters.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"peft is needed: pip install metakd\[adapters\]"):
+        load_encoder(adapter)
+
+
+def test_an_adapter_that_names_no_base_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no base_model_name_or_path"):
+        load_config(str(tmp_path))

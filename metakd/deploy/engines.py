@@ -106,6 +106,10 @@ class Engine:
         """Logits [B, M], float32."""
         raise NotImplementedError
 
+    def plainly(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits [B, M] on the CPU, without anything that is made once for a shape."""
+        return torch.from_numpy(self({name: values.numpy() for name, values in batch.items()}))
+
     def padded_shape(self, batch: int, length: int) -> tuple[int, int]:
         """The shape, at least as large, in which the engine would rather have a batch."""
         return batch, length
@@ -133,6 +137,11 @@ class EagerEngine(Engine):
             for name in self.inputs
         }
         return self._logits(placed).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def plainly(self, batch: dict[str, Tensor]) -> Tensor:
+        placed = {name: values.to(self._device) for name, values in batch.items()}
+        return self.model(**placed).logits.float().cpu()
 
     def _logits(self, batch: dict[str, Tensor]) -> Tensor:
         return self.model(**batch).logits

@@ -16,10 +16,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from metakd.config.places import meant
-from metakd.deploy.engines import Engine, Inputs, open_engine, why_not
+from metakd.deploy.engines import EagerEngine, Engine, Inputs, open_engine, why_not
 from metakd.deploy.formats import ENGINES, ONNX_FILES
-from metakd.errors import CheckpointError, DataError, listing
+from metakd.errors import CheckpointError, DataError, UnsupportedError, listing
 from metakd.method.tasks import Answer, Task, task_of
+from metakd.models.reader import SAME, SIDES, differing, see_that_it_pads
 from metakd.models.sources import knows_words, load_config, load_tokenizer, positions
 from metakd.pipeline.published import check_folder
 
@@ -30,6 +31,7 @@ FASTEST = (("cuda", "cudagraph"), ("cuda", "onnx"), ("cpu", "onnx"), ("cpu", "ea
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _STUDENTS_SHOWN = 8
+_EXACT = ("eager", "compile", "cudagraph", "onnx")  # of the engines, those that do not round
 _SORTED_AT_ONCE = 8192  # texts; bounds the memory of a long list
 
 
@@ -72,9 +74,34 @@ class Predictor:
         self.task = _task(config)
         self.engine: Engine = open_engine(engine, folder, device=device, threads=threads)
         self.engine_name = engine
+        if config.pad_token_id is None and isinstance(self.engine, EagerEngine):
+            self.engine.model.config.pad_token_id = self.tokenizer.pad_token_id
         self._batch_tokens = batch_tokens or BATCH_TOKENS[device]
         longest = max_length or self.tokenizer.model_max_length
         self._max_length = min(longest, positions(config) or longest)
+        self._padding = self._find_padding(config.pad_token_id)
+
+    def _find_padding(self, own: int | None) -> tuple[int, str] | None:
+        """Token and side under which an answer does not depend on the texts beside it; None where
+        there is no such padding, so that only texts of one length can share a batch."""
+        pad = self.tokenizer.pad_token_id
+        numbers = [number for number in dict.fromkeys((pad, own)) if number is not None]
+        if self.engine_name not in _EXACT:
+            return pad, "right"
+        for side in SIDES:
+            for number in numbers:
+                found = differing(
+                    self.engine.plainly, self.tokenizer, self.engine.inputs, number, side
+                )
+                if found < SAME:
+                    return number, side
+        if self.engine.padded_shape(1, 1) != (1, 1):
+            raise UnsupportedError(
+                f"engine {self.engine_name}: fills batches up, and what this model says of a text "
+                "depends on the padding beside it",
+                "use engine eager",
+            )
+        return None
 
     def __call__(self, texts: Sequence[Text]) -> list[Answer]:
         """The class of each text, a ``Prediction``; where the model's task is another, its classes,
@@ -129,25 +156,29 @@ class Predictor:
         tokens = self.tokenizer(
             list(texts), truncation=True, max_length=self._max_length, return_attention_mask=False
         )
-        # A text in which the tokenizer finds nothing is one token of padding.
         lengths = np.array([max(1, len(ids)) for ids in tokens["input_ids"]])
         order = np.argsort(lengths, kind="stable")
         while len(order):
             # As many of the longest as fit: those left behind are never longer.
-            count = self.engine.texts_at_once(self._batch_tokens, int(lengths[order[-1]]))
+            longest = int(lengths[order[-1]])
+            count = self.engine.texts_at_once(self._batch_tokens, longest)
+            if self._padding is None:
+                count = min(count, int((lengths[order] == longest).sum()))
             rows, order = order[-count:], order[:-count]
             yield rows, self._pad(tokens, lengths, rows)
 
     def _pad(self, tokens: dict, lengths: np.ndarray, rows: np.ndarray) -> Inputs:
         shape = self.engine.padded_shape(len(rows), int(lengths[rows].max()))
         batch = {name: np.zeros(shape, np.int64) for name in self.engine.inputs}
-        batch["input_ids"][:] = self.tokenizer.pad_token_id or 0
+        pad, side = self._padding or (self.tokenizer.pad_token_id, "right")
+        batch["input_ids"][:] = pad
         batch["attention_mask"][len(rows) :, 0] = 1  # rows that only fill up see something, too
         for place, row in enumerate(rows):
-            batch["attention_mask"][place, : lengths[row]] = 1
-            for name in batch.keys() & tokens.keys():
-                found = tokens[name][row]
-                batch[name][place, : len(found)] = found
+            # A text in which the tokenizer finds nothing is one token of padding.
+            found = {name: tokens[name][row] for name in batch.keys() & tokens.keys()}
+            for name, values in (found | {"attention_mask": [1] * lengths[row]}).items():
+                start = 0 if side == "right" else shape[1] - len(values)
+                batch[name][place, start : start + len(values)] = values
         return batch
 
 
@@ -163,10 +194,12 @@ def _read(folder: Path, weights: bool):
     check_folder(folder, weights=weights)
     try:
         tokenizer, config = load_tokenizer(str(folder)), load_config(str(folder))
+        if known := knows_words(tokenizer):
+            see_that_it_pads(str(folder), tokenizer)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0].removeprefix(f"{folder}: ")
         raise CheckpointError(f"{folder}: {reason}", remedy) from error
-    if not knows_words(tokenizer):
+    if not known:
         raise CheckpointError(f"{folder}: holds no tokenizer", remedy)
     if wrong := _task(config).misfit(config.num_labels or 0):
         raise CheckpointError(f"{folder}: its model has {wrong}", remedy)

@@ -27,7 +27,7 @@ _SHORT, _LONG = "a good one", "a good one, and not at all what somebody would ha
 
 _found: dict[tuple, float | None] = {}  # each costs a model
 
-Encoded = dict[str, list[list[int]]]
+SIDES = ("right", "left")
 
 
 class Reader(NamedTuple):
@@ -53,18 +53,26 @@ def open_reader(source: str, max_length: int) -> Reader:
     if not knows_words(tokenizer):
         raise ValueError(f"{source} holds no tokenizer; save one beside the model")
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
+    see_that_it_pads(source, tokenizer)
+    shape = load_config(source)
+    try:
+        return Reader(tokenizer, padding_of(source, shape, tokenizer))
+    except ValueError:
+        [tokenizer.padding_side] = set(SIDES) - {tokenizer.padding_side}
+        return Reader(tokenizer, padding_of(source, shape, tokenizer))
+
+
+def see_that_it_pads(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer without a padding token one that it has: the end, or the unknown.
+
+    Raises:
+        ValueError: it has neither.
+    """
     if tokenizer.pad_token_id is None:
         stands_in = tokenizer.eos_token or tokenizer.unk_token
         if stands_in is None:
             raise ValueError(f"{source}: its tokenizer has no padding token; give it one")
         tokenizer.pad_token = stands_in
-    shape = load_config(source)
-    try:
-        return Reader(tokenizer, padding_of(source, shape, tokenizer))
-    except ValueError:
-        sides = {"left": "right", "right": "left"}
-        tokenizer.padding_side = sides[tokenizer.padding_side]
-        return Reader(tokenizer, padding_of(source, shape, tokenizer))
 
 
 def padding_of(source: str, shape: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -97,14 +105,13 @@ def _differing(
     shape = copy.deepcopy(shape)
     shape.pad_token_id = number
     pad, side = tokenizer.pad_token_id, tokenizer.padding_side
-    texts = tokenizer([_SHORT, _LONG], return_attention_mask=False)
-    question = shape.to_json_string(), pad, side, str(texts["input_ids"])
+    question = shape.to_json_string(), pad, side, str(tokenizer(_LONG)["input_ids"])
     if question not in _found:
         _found[question] = None
         with suppress(Exception):  # architectures raise anything; ``fit`` finds out what it is
             if (model := small(shape)) is not None:
                 _found[question] = differing(
-                    lambda batch: model(**batch).logits, texts, input_names(shape), pad, side
+                    lambda batch: model(**batch).logits, tokenizer, input_names(shape), pad, side
                 )
     return _found[question]
 
@@ -112,21 +119,22 @@ def _differing(
 @torch.no_grad()
 def differing(
     logits: Callable[[dict[str, Tensor]], Tensor],
-    texts: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
     names: frozenset[str],
     pad: int,
     side: str,
 ) -> float:
-    """By how much the logits of the first of two texts differ alone and beside the longer second,
-    as a part of the largest.
+    """By how much the logits of a text differ alone and beside a longer one, as a part of the
+    largest.
 
     Args:
         logits: of a batch of ``names``, each [B, L].
-        texts: what a tokenizer makes of both.
+        tokenizer: the model's.
         names: what the model reads.
         pad: the token that fills up.
         side: where, left or right.
     """
+    texts = tokenizer([_SHORT, _LONG], return_attention_mask=False)
     short, long = map(len, texts["input_ids"])
 
     def batch(rows: int, length: int) -> dict[str, Tensor]:

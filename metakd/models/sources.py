@@ -34,6 +34,7 @@ from transformers import (
 
 from metakd.config.places import closest, may_be_hub_id, meant
 from metakd.errors import CheckpointError
+from metakd.models.adapters import base_of, merged
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _SHOWN = 3
@@ -103,22 +104,25 @@ def input_names(shape: PretrainedConfig) -> frozenset[str]:
 
 
 def load_config(source: str) -> PretrainedConfig:
-    """The configuration of a directory or hub id.
+    """The configuration of a directory or hub id; of an adapter's folder, that of its base.
 
     Raises:
         ValueError: it needs code of its own.
         OSError: there is none.
     """
-    return _without_code(AutoConfig, source)
+    return _without_code(AutoConfig, base_of(source) or source)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or hub id.
+    """The tokenizer of a directory or hub id; of an adapter's folder without one, its base's.
 
     Raises:
         ValueError: it needs code of its own.
         OSError: there is none.
     """
+    base = base_of(source)
+    if base is not None and not (Path(source) / "tokenizer_config.json").is_file():
+        return _without_code(AutoTokenizer, base)
     return _without_code(AutoTokenizer, source)
 
 
@@ -135,7 +139,10 @@ def load_encoder(source: str) -> PreTrainedModel:
             not finite.
         OSError: there is none.
     """
-    return _load(AutoModel, source, load_config(source))
+    shape = load_config(source)
+    if base_of(source) is not None:  # made for a model with its head
+        return _load(AutoModelForSequenceClassification, source, shape).base_model
+    return _load(AutoModel, source, shape)
 
 
 def load_classifier(
@@ -312,6 +319,10 @@ def _load(
     auto: type, source: str, shape: PretrainedConfig, whole: bool = False, **options
 ) -> PreTrainedModel:
     _check_weights_are_there(source)
+    if base := base_of(source):
+        adapted = merged(_load(auto, base, shape, **options), source)
+        check_finite(source, dict(adapted.named_parameters()))
+        return adapted
     try:
         model, found = _without_code(
             auto,

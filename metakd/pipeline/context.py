@@ -19,6 +19,7 @@ from metakd.errors import ConfigError, DataError
 from metakd.method.fit import check_models
 from metakd.method.methods import METHODS
 from metakd.method.recipe import RECIPES, Recipe
+from metakd.models.adapters import base_of
 from metakd.models.reader import Reader, open_reader, padding_of
 from metakd.models.sources import load_config, why_not_alike
 from metakd.pipeline.store import StageStore
@@ -203,7 +204,8 @@ class Context:
             "version": RESULTS,
             "data": data.inputs(),
             "content": self._content(
-                *(data.train, data.validation, data.test, config.teacher.model, data.unlabelled)
+                *(data.train, data.validation, data.test, config.teacher.model, data.unlabelled),
+                base_of(config.teacher.model),
             ),
             "seed": config.seed,
             "zero": config.zero,
@@ -237,7 +239,8 @@ class Context:
     def content_of(self, model: str | None) -> str:
         """Digest of a student's pre-trained model, which is read once."""
         if model not in self._contents:
-            self._contents[model] = self._content(model)
+            base = None if model is None else base_of(model)
+            self._contents[model] = self._content(model, base)
         return self._contents[model]
 
     def _content(self, *sources: str | None) -> str:
