@@ -23,13 +23,19 @@ class Case:
     masks: tuple[str, ...] = ("mask",)
     tokens: bool = True
     backend: str = "reference"
+    dtype: torch.dtype = torch.float64
 
     @property
     def op(self):
         """What computes it: a sigmoid is a softmax of two."""
         return "soft_kl" if self.loss == "sigmoid_kl" else self.loss
 
-    def inputs(self, *, rows=ROWS, length=LENGTH, dtype=torch.float64, seed=0):
+    @property
+    def compares_maps(self):
+        return self.loss.startswith(("attention", "relation"))
+
+    def inputs(self, *, rows=ROWS, length=LENGTH, dtype=None, seed=0):
+        dtype = dtype or self.dtype
         generator = torch.Generator().manual_seed(seed)
 
         def rand(*shape):
@@ -121,4 +127,10 @@ CASES |= {
     for name, case in CASES.items()
     if ops.why_not(case.op, "cpp", "cpu", torch.float64) is None
     and name not in ("kl heads", "prob heads")  # mean maps: reference only
+}
+# One of each loss on Triton, whose interpreter is slow and which knows no doubles.
+TRITON_CASES = {
+    f"{case.loss} triton": replace(case, backend="triton", dtype=torch.float32)
+    for name, case in reversed(CASES.items())
+    if ops.why_not(case.op, "triton", "cpu", torch.float32) is None and "heads" not in name
 }

@@ -158,6 +158,61 @@ def test_masked_tokens_may_hold_anything(backend, dtype, reduction):
 
 
 @every_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_padded_classes_may_hold_anything(backend, dtype, reduction, value):
+    """Heads padded beyond the vocabulary, by rows that nobody has set."""
+    results = []
+    for filling in (0.0, value):
+        torch.manual_seed(0)
+        (hidden, head, bias), (hidden_t, head_t, bias_t), mask, label = problem(dtype)
+        for padded in (head, bias, head_t, bias_t):
+            padded.data[6:] = filling
+        loss = metakd.linear_soft_kl(
+            *(hidden, head, hidden_t, head_t),
+            bias=bias,
+            teacher_bias=bias_t,
+            mask=mask,
+            label=label,
+            vocab_size=6,
+            reduction=reduction,
+            chunk_bytes=200,
+            backend=backend,
+        )
+        results.append((loss, *torch.autograd.grad(loss.sum(), (hidden, head, bias))))
+    for clean, spoilt in zip(*results):
+        assert torch.equal(clean, spoilt)
+    assert results[1][2][6:].eq(0).all() and results[1][3][6:].eq(0).all()
+
+
+@every_backend
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_weight_of_zero_leaves_tokens_out(backend, dtype, reduction):
+    (hidden, head, bias), (hidden_t, head_t, _), mask, _ = problem(dtype)
+    silent = torch.zeros(2, 5, dtype=torch.bool, device=DEVICE)
+    silent[1, 2:4] = True
+    results = []
+    for value in (0.0, float("nan"), float("inf")):
+        own = hidden.detach().masked_fill(silent[..., None], value).requires_grad_()
+        loss = metakd.linear_soft_kl(
+            *(own, head, hidden_t.masked_fill(silent[..., None], value), head_t),
+            bias=bias,
+            mask=mask,
+            weight=torch.rand(2, 5, generator=torch.Generator().manual_seed(0))
+            .to(DEVICE)
+            .masked_fill(silent, 0.0),
+            vocab_size=6,
+            reduction=reduction,
+            chunk_bytes=200,
+            backend=backend,
+        )
+        results.append((loss, *torch.autograd.grad(loss.sum(), (own, head, bias))))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    assert results[0][1][silent].eq(0).all() and all(x.isfinite().all() for x in results[0])
+
+
+@every_backend
 def test_no_tokens(backend, dtype):
     head = torch.randn(7, 4, device=DEVICE, requires_grad=True)
     hidden = torch.zeros(0, 4, device=DEVICE, requires_grad=True)
@@ -209,6 +264,8 @@ def test_the_heads_gradient_of_halves_is_traceable_on_a_gpu(monkeypatch):
         ({"teacher_head": None, "teacher_bias": torch.zeros(9)}, "needs a teacher_head"),
         ({"bias": torch.zeros(9)}, r"bias must have shape \[7\]"),
         ({"chunk_bytes": 0}, "chunk_bytes .*0"),
+        ({"chunk_bytes": 1e9}, "chunk_bytes must be an integer of at least 1, got 1000000000.0"),
+        ({"chunk_bytes": True}, "chunk_bytes must be an integer of at least 1, got True"),
         ({"divergence": "tv"}, "divergence .*'tv'"),
         ({"reduction": "average"}, "reduction .*'average'"),
         ({"vocab_size": None}, r"vocab_size is needed .*\(7, 9\)"),

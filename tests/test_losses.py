@@ -1,12 +1,14 @@
 """What every loss with rows must do (edges, masks, weights, dtypes, backends), and the logit and
 hidden-state losses."""
 
+import inspect
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
-from losses import CASES, LENGTH, ROWS, leaves, like, with_grad
+from losses import CASES, LENGTH, ROWS, TRITON_CASES, leaves, like, with_grad
 from torch.nn import functional as F
 
 import metakd
@@ -15,6 +17,15 @@ from metakd import ops
 from metakd.errors import UnsupportedError
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+# Triton's interpreter takes seconds for an attention map.
+every_case_everywhere = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name) for name, case in CASES.items()]
+    + [
+        pytest.param(case, id=name, marks=[pytest.mark.deep] if case.compares_maps else [])
+        for name, case in TRITON_CASES.items()
+    ],
+)
 
 
 def gradients(loss, student):
@@ -163,6 +174,127 @@ def test_permuted_weights_change_the_gradient(case):
         weight = torch.tensor([0.1, 1.0, 2.0], dtype=torch.float64)[order]
         results.append(gradients(case.run(own, teacher, options, weight=weight), own))
     assert not any(torch.allclose(a, b) for a, b in zip(*results))
+
+
+@every_case_everywhere
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_a_weight_of_zero_leaves_a_row_out(case, masked):
+    """Its infinite loss too, of which zero times is NaN; a mean still counts it."""
+    student, teacher, options = case.inputs()
+    mask = case.mask()
+    mask[2] = not masked
+    weight = torch.tensor([2.0, 0.0, 0.5], dtype=case.dtype)
+    hidden = mask.clone()
+    hidden[1] = False
+    wanted = case.run(student, teacher, options, hidden, weight=weight, reduction="none")
+    learned = [x.requires_grad_() for x in leaves(options.get("projection", ()))]
+    for value in (math.nan, math.inf, -math.inf)[: 1 if case.backend == "triton" else 3]:
+        for tensor in (*leaves(student), *leaves(teacher)):
+            tensor[1] = value
+        own = with_grad(student)
+        given = mask if masked else None
+        rows = case.run(own, teacher, options, given, weight=weight, reduction="none")
+        torch.testing.assert_close(rows, wanted)
+        found = torch.autograd.grad(rows.sum(), [*leaves(own), *learned])
+        assert all(gradient.isfinite().all() for gradient in found)
+        assert all(gradient[1].eq(0).all() for gradient in found[: len(leaves(own))])
+    loss = case.run(student, teacher, options, given, weight=weight)
+    torch.testing.assert_close(loss, wanted.sum() / (2 if masked else 3))
+
+
+def test_a_weight_that_learns_gets_the_rows_loss():
+    student, teacher, options = CASES["soft_kl"].inputs()
+    rows = metakd.soft_kl(student, teacher, reduction="none", **options)
+    weight = torch.zeros(ROWS, dtype=torch.float64, requires_grad=True)
+    loss = metakd.soft_kl(student, teacher, weight=weight, reduction="sum", **options)
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], rows)
+
+
+@every_case_everywhere
+def test_sums_of_uneven_parts_are_the_mean_of_the_whole(case):
+    """Divided by the rows that are not masked, whose number everyone can count."""
+    student, teacher, options = case.inputs(rows=4)
+    mask = case.mask(rows=4)
+    if case.tokens:
+        mask[:, 4:], mask[3, 1:] = False, False
+    mask[2] = False
+    weight = torch.tensor([0.2, 1.0, 3.0, 4.0], dtype=case.dtype)
+    whole = with_grad(student)
+    mean = case.run(whole, teacher, options, mask, weight=weight)
+    mean.backward()
+    count = (mask.any(1) if case.tokens else mask).sum()
+    assert count == 3
+    own, sums = with_grad(student), []
+    for part in (slice(0, 1), slice(1, 4)):
+        sides = [like(side, [x[part] for x in leaves(side)]) for side in (own, teacher)]
+        loss = case.run(*sides, options, mask[part], weight=weight[part], reduction="sum") / count
+        loss.backward()
+        sums.append(loss.detach())
+    torch.testing.assert_close(sum(sums), mean.detach(), rtol=1e-6, atol=0.0)
+    for found, wanted in zip(leaves(own), leaves(whole)):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-6, atol=1e-7)
+
+
+# Integers and numbers
+
+REST = {
+    "linear_soft_kl": lambda **extra: metakd.linear_soft_kl(
+        torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, 5), divergence="jsd", **extra
+    ),
+    "class_prototypes": lambda **extra: metakd.class_prototypes(
+        *(torch.zeros(3, 4), torch.zeros(3).long(), torch.zeros(3).long()),
+        **{"num_domains": 2, "num_classes": 2, **extra},
+    ),
+    "prototype_score": lambda **extra: metakd.prototype_score(
+        *(torch.zeros(3, 4), torch.zeros(2, 2, 4), torch.ones(2, 2).long()),
+        *(torch.zeros(3).long(), torch.zeros(3).long()),
+        **extra,
+    ),
+    "attention_score_norm": lambda **extra: metakd.attention_score_norm(
+        torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), **extra
+    ),
+}
+
+
+def called(loss, **extra):
+    """The loss on small inputs that suit it, with these arguments."""
+    if loss in REST:
+        return REST[loss](**extra)
+    case = next(case for case in CASES.values() if case.loss == loss)
+    student, teacher, options = case.inputs()
+    return case.run(student, teacher, options | extra)
+
+
+def arguments(kind):
+    """Of all losses, those that are of this kind by their annotation."""
+    return [
+        (loss, name)
+        for loss in metakd.functional.__all__
+        for name, parameter in inspect.signature(getattr(metakd, loss)).parameters.items()
+        if parameter.annotation in (kind, f"{kind} | None")
+    ]
+
+
+@pytest.mark.parametrize(("loss", "name"), arguments("int"))
+def test_an_integer_is_one(loss, name):
+    called(loss, **{name: 1})
+    called(loss, **{name: np.int64(1)})
+    for value in (True, 1.0, "1", torch.tensor(1)):
+        with pytest.raises(
+            ValueError, match=rf"{name} must be an integer.*{re.escape(str(value))}"
+        ):
+            called(loss, **{name: value})
+    if name != "ignore_index":
+        with pytest.raises(ValueError, match=f"{name} must be an integer.* got 0"):
+            called(loss, **{name: 0})
+
+
+@pytest.mark.parametrize(("loss", "name"), arguments("float"))
+def test_a_number_is_no_boolean(loss, name):
+    labels = {"label": torch.zeros(3).long()} if name == "hard_weight" else {}
+    called(loss, **labels, **{name: 0.5})
+    with pytest.raises(ValueError, match=rf"{name} must be .*, got True"):
+        called(loss, **labels, **{name: True})
 
 
 # Dtypes, devices, backends

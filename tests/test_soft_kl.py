@@ -404,8 +404,8 @@ def test_rows_beyond_two_to_the_31(loss, backend, dtype):
         ({"label": torch.tensor([0, -1])}, r"label must lie in 0\.\.2, got -1"),
         ({"label": torch.tensor([0.0, 1.0])}, "label must be int64"),
         ({"label": torch.tensor([0, 1]), "hard_weight": -1.0}, r"hard_weight .*-1\.0"),
-        ({"vocab_size": 4}, r"vocab_size must be in 1\.\.3, got 4"),
-        ({"vocab_size": 0}, r"vocab_size must be in 1\.\.3, got 0"),
+        ({"vocab_size": 4}, r"vocab_size must be an integer in 1\.\.3, got 4"),
+        ({"vocab_size": 0}, r"vocab_size must be an integer in 1\.\.3, got 0"),
     ],
 )
 def test_refusals(options, message):

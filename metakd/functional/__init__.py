@@ -8,9 +8,14 @@ example reaches every term. Common to all:
   doubles stay double; autocast has no say inside. A teacher that requires grad is refused.
 - Masks are boolean or integer, True or non-zero = real. A masked row or token has exactly zero
   effect, whatever it holds. A NaN in a real one gives NaN.
+- A weight of 0 leaves a row out, gradient included, whatever it holds. A weight that requires grad
+  keeps it, because its own gradient is the row's loss.
 - ``reduction="mean"`` divides the sum of weighted rows by the **number of rows that are not
-  masked** (at least 1), not by the sum of the weights. An example without a single real token is a
-  masked row. No rows at all give 0.0.
+  masked** (at least 1), not by the sum of the weights: rows of weight 0 are counted. An example
+  without a single real token is a masked row. No rows at all give 0.0.
+- The mean of a batch is not the mean of its parts' means. Under gradient accumulation use
+  ``reduction="sum"`` and divide by the rows of the whole step: tokens for the logit losses,
+  examples for the others; docs/losses.md counts them for each loss.
 - ``backend``: ``auto`` may choose; an explicit name runs as asked or raises ``UnsupportedError``
   with the reason.
 - Nothing synchronises with the host: indices out of range raise for CPU tensors only, where looking

@@ -19,9 +19,11 @@ from metakd.errors import UnsupportedError
 from metakd.functional.checks import (
     as_mask,
     check_choice,
+    check_integer,
     check_positive,
     check_teacher,
     check_tensor,
+    leave_out_weightless,
     reduce_rows,
     require,
     widest,
@@ -127,8 +129,13 @@ def _attention(
     _check_sides({" query": own[0], " key": own[1]}, {" query": taught[0], " key": taught[1]})
     check_choice("mean_over", view.mean_over, ("real", "all"))
     view = _checked(view, own[0][0])
+    batch, _, length, _ = own[0][0].shape
     device = own[0][0].device
-    rows = without_autocast(device, rows_of, op, backend, own, taught, view, **options)
+    query_mask, key_mask = (
+        leave_out_weightless(mask, weight, (batch,), (batch, length), device) for mask in view.masks
+    )
+    heard = view._replace(query_mask=query_mask, key_mask=key_mask)
+    rows = without_autocast(device, rows_of, op, backend, own, taught, heard, **options)
     real = [mask.any(1) for mask in view.masks if mask is not None]
     return reduce_rows(rows, weight, torch.stack(real).all(0) if real else None, reduction)
 
@@ -194,6 +201,8 @@ def _score_rows(
     if teacher_norm is not None:
         dtype = torch.promote_types(widest(own, taught), torch.float32)
         teacher_norm = teacher_norm.to(dtype).expand(len(student[0]), -1, -1)
+        if view.query_mask is not None:  # no term cancels that of an example without real queries
+            teacher_norm = teacher_norm.masked_fill(~view.query_mask.any(1)[:, None], 0.0)
     found, *_ = ops.compiled(backend, "attention_score_mse_fwd")(
         *sides[0], *sides[1], *view.masks, view.causal, *factors, teacher_norm, guard
     )
@@ -293,7 +302,7 @@ def attention_score_mse(
         teacher_norm: ``||S_t||^2`` by head from ``attention_score_norm`` under the same masks and
             scale, [B, A] (with a list of layers [n, B, A]): a teacher whose states are kept over
             epochs need not multiply them again. Only the Gram form of a compiled backend reads it.
-        weight: [B], factor of each example.
+        weight: [B], factor of each example; 0 leaves it out, but for the count of a mean.
         reduction: ``mean`` (over the examples with a real pair), ``sum``, or ``none`` (rows, [B]).
         backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
@@ -378,7 +387,7 @@ def attention_kl(
         causal: a query sees keys at its own position and before only.
         scale: factor of the scores instead of 1 / sqrt(D), for both sides.
         mean_over: ``real`` or ``all``.
-        weight: [B], factor of each example.
+        weight: [B], factor of each example; 0 leaves it out, but for the count of a mean.
         reduction: ``mean`` (over the examples with a real pair), ``sum``, or ``none`` (rows, [B]).
         backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
@@ -425,7 +434,7 @@ def attention_prob_mse(
         causal: a query sees keys at its own position and before only.
         scale: factor of the scores instead of 1 / sqrt(D), for both sides.
         mean_over: ``real`` or ``all``.
-        weight: [B], factor of each example.
+        weight: [B], factor of each example; 0 leaves it out, but for the count of a mean.
         reduction: ``mean`` (over the examples with a real pair), ``sum``, or ``none`` (rows, [B]).
         backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
@@ -467,7 +476,7 @@ def relation_kl(
         teacher: the same states of the teacher, [B, A_t, L, D_t], or as many, without grad.
         relation_heads: R, a divisor of A_s * D_s and of A_t * D_t.
         mask: [B, L], which tokens count.
-        weight: [B], factor of each example.
+        weight: [B], factor of each example; 0 leaves it out, but for the count of a mean.
         reduction: ``mean`` (over the examples with a real token), ``sum``, or ``none`` (rows, [B]).
         backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
@@ -483,20 +492,17 @@ def relation_kl(
     """
     own, taught = ([x] if isinstance(x, Tensor) else list(x) for x in (student, teacher))
     _check_sides({"": own}, {"": taught})
-    require(
-        isinstance(relation_heads, int) and relation_heads >= 1,
-        lambda: f"relation_heads must be an integer of at least 1, got {relation_heads!r}",
-    )
+    check_integer("relation_heads", relation_heads, 1)
     for name, states in (("student", own[0]), ("teacher", taught[0])):
         width = states.shape[1] * states.shape[3]
         require(
             width % relation_heads == 0,
             lambda: f"relation_heads must divide the {name}'s width {width}, got {relation_heads}",
         )
-    mask = as_mask("mask", mask, (own[0].shape[0], own[0].shape[2]), own[0].device)
-    rows = without_autocast(
-        own[0].device, _relation_rows, backend, own, taught, relation_heads, mask
-    )
+    device, tokens = own[0].device, (own[0].shape[0], own[0].shape[2])
+    mask = as_mask("mask", mask, tokens, device)
+    heard = leave_out_weightless(mask, weight, tokens[:1], tokens, device)
+    rows = without_autocast(device, _relation_rows, backend, own, taught, relation_heads, heard)
     return reduce_rows(rows, weight, None if mask is None else mask.any(1), reduction)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -22,16 +23,39 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     require(value in choices, lambda: f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def is_number(value: object) -> bool:
+    """True is a number to Python, and was not meant as one."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: int, low: int | None = None, high: int | None = None) -> None:
+    """Of Python or NumPy; ``high`` needs a ``low``."""
+
+    def want() -> str:
+        if low is None:
+            return ""
+        return f" of at least {low}" if high is None else f" in {low}..{high}"
+
+    whole = isinstance(value, (int, torch.SymInt, Integral))
+    require(
+        whole
+        and not isinstance(value, bool)
+        and (low is None or value >= low)
+        and (high is None or value <= high),
+        lambda: f"{name} must be an integer{want()}, got {value!r}",
+    )
+
+
 def check_fraction(name: str, value: float) -> None:
     require(
-        isinstance(value, (int, float)) and 0 <= value <= 1,
+        is_number(value) and 0 <= value <= 1,
         lambda: f"{name} must be in [0, 1], got {value!r}",
     )
 
 
 def check_positive(name: str, value: float) -> None:
     require(
-        isinstance(value, (int, float)) and 0 < value < math.inf,
+        is_number(value) and 0 < value < math.inf,
         lambda: f"{name} must be a finite number above 0, got {value!r}",
     )
 
@@ -93,6 +117,30 @@ def as_mask(
     return mask != 0
 
 
+def leave_out_weightless(
+    mask: Tensor | None,
+    weight: Tensor | None,
+    rows: Sequence[int],
+    shape: Sequence[int],
+    device: torch.device,
+) -> Tensor | None:
+    """The mask, of this shape, of what is computed: without rows whose weight is 0, which times a
+    loss that is infinite or NaN would not be 0.
+
+    A weight that requires grad keeps them, because a row's loss is the gradient of its weight.
+    ``rows`` is the shape of the weight, with which ``shape`` begins.
+    """
+    if weight is None:
+        return mask
+    check_tensor("weight", weight, rows, device)
+    if weight.requires_grad:
+        return mask
+    heard = weight != 0
+    if len(rows) < len(shape):
+        heard = heard[:, None].expand(*shape)
+    return heard if mask is None else mask & heard
+
+
 def check_index(name: str, value: Tensor, rows: int, size: int, device: torch.device) -> None:
     check_tensor(name, value, (rows,), device, "int64")
     if value.device.type == "cpu" and rows:
@@ -126,10 +174,10 @@ def without_autocast(device: torch.device, compute: Callable, *args, **kwargs):
 
 
 def reduce_rows(rows: Tensor, weight: Tensor | None, mask: Tensor | None, reduction: str) -> Tensor:
-    """Weighted rows, reduced. Masked rows are replaced by 0, never multiplied by it."""
+    """Weighted rows, reduced; ``leave_out_weightless`` has checked the weight. Masked rows are
+    replaced by 0, never multiplied by it."""
     check_choice("reduction", reduction, REDUCTIONS)
     if weight is not None:
-        check_tensor("weight", weight, rows.shape, rows.device)
         rows = rows * weight.to(rows.dtype)
     if mask is not None:
         rows = rows.masked_fill(~mask, 0.0)

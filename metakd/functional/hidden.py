@@ -13,6 +13,7 @@ from metakd.functional.checks import (
     as_mask,
     check_teacher,
     check_tensor,
+    leave_out_weightless,
     reduce_rows,
     require,
     widest,
@@ -59,7 +60,7 @@ def hidden_mse(
             layer's does.
         bias: c, [H_t]; one for all layers or one per layer.
         mask: [B, L] (pooled: [B]), which tokens count; an example without any is a masked row.
-        weight: [B], factor of each example.
+        weight: [B], factor of each example; 0 leaves it out, but for the count of a mean.
         reduction: ``mean`` (over the examples with a real token), ``sum``, or ``none`` (rows, [B]).
         backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
@@ -106,15 +107,16 @@ def hidden_mse(
         if biases is not None:
             check_tensor(f"bias[{layer}]", biases[layer], widths[1:], device)
     mask = as_mask("mask", mask, tokens, device)
+    heard = leave_out_weightless(mask, weight, tokens[:1], tokens, device)
     if pooled:
         layers_s, layers_t = (
             [states[:, None] for states in layers] for layers in (layers_s, layers_t)
         )
-        mask = None if mask is None else mask[:, None]
+        mask, heard = (None if x is None else x[:, None] for x in (mask, heard))
 
     backend = ops.select("hidden_mse", backend, device, widest(layers_s[0], layers_t[0]))
     rows = without_autocast(
-        device, _hidden_rows, backend, layers_s, layers_t, projections, biases, mask
+        device, _hidden_rows, backend, layers_s, layers_t, projections, biases, heard
     )
     return reduce_rows(rows, weight, None if mask is None else mask.any(1), reduction)
 

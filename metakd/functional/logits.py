@@ -17,10 +17,13 @@ from metakd.functional.checks import (
     check_choice,
     check_fraction,
     check_index,
+    check_integer,
     check_positive,
     check_teacher,
     check_tensor,
     count_rows,
+    is_number,
+    leave_out_weightless,
     reduce_rows,
     require,
     without_autocast,
@@ -51,6 +54,7 @@ def _soft_problem(
     label, vocab_size = options.label, options.vocab_size
     check_positive("temperature", temperature)
     check_fraction("beta", beta)
+    check_integer("ignore_index", options.ignore_index)
     if vocab_size is None:
         vocab_size = widths[0]
         require(
@@ -59,14 +63,11 @@ def _soft_problem(
                 f"vocab_size is needed where student and teacher differ in classes, got {widths}"
             ),
         )
-    require(
-        1 <= vocab_size <= min(widths),
-        lambda: f"vocab_size must be in 1..{min(widths)}, got {vocab_size!r}",
-    )
+    check_integer("vocab_size", vocab_size, 1, min(widths))
     mask = as_mask("mask", options.mask, tokens, device)
     if label is not None:
         require(
-            isinstance(hard_weight, (int, float)) and 0 <= hard_weight < math.inf,
+            is_number(hard_weight) and 0 <= hard_weight < math.inf,
             lambda: f"hard_weight must be a finite number of at least 0, got {hard_weight!r}",
         )
         check_tensor("label", label, tokens, device, "int64")
@@ -110,6 +111,7 @@ def _soft(
     check_teacher("teacher", teacher, (*tokens, "C"), device)
     widths = student.shape[-1], teacher.shape[-1]
     mask, label, settings = _soft_problem(tokens, widths, device, options)
+    heard = leave_out_weightless(mask, weight, tokens, tokens, device)
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     rows = without_autocast(
         device,
@@ -117,7 +119,7 @@ def _soft(
         ops.select(op, backend, device, dtype),
         student.flatten(0, -2),
         teacher.flatten(0, -2),
-        _flat(mask),
+        _flat(heard),
         _flat(label),
         settings,
     )
@@ -159,10 +161,12 @@ def soft_kl(
         hard_weight: factor of the cross-entropy; at 0 the labels only say which rows to ignore.
         ignore_index: a row with this label is a masked row, for both parts.
         vocab_size: use the first so many classes of both, where a vocabulary is padded (the two
-            may then differ in C); None: all, and C must agree.
+            may then differ in C, and the others hold anything); None: all, and C must agree.
         mask: [...], which rows count.
-        weight: [...], factor of each row.
-        reduction: ``mean`` (over the unmasked rows), ``sum``, or ``none`` (rows, [...]).
+        weight: [...], factor of each row; 0 leaves it out, but for the count of a mean.
+        reduction: ``mean`` (over the unmasked rows), ``sum`` (divide it by the rows of a whole step
+            under gradient accumulation, where a mean of means is another loss), or ``none`` (rows,
+            [...]).
         backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
     Returns:
@@ -207,12 +211,13 @@ def sigmoid_kl(
     rows = student.shape[:-1]
     check_teacher("teacher", teacher, student.shape, student.device)
     mask = as_mask("mask", mask, rows, student.device)
+    heard = leave_out_weightless(mask, weight, rows, rows, student.device)
     against_zero = [torch.stack((side, torch.zeros_like(side)), -1) for side in (student, teacher)]
     by_class = soft_kl(
         *against_zero,
         temperature=temperature,
         scale_by_temperature=scale_by_temperature,
-        mask=None if mask is None else mask[..., None].expand(student.shape),
+        mask=None if heard is None else heard[..., None].expand(student.shape),
         reduction="none",
         backend=backend,
     )
@@ -357,19 +362,17 @@ def linear_soft_kl(
     if teacher_bias is not None:
         require(teacher_head is not None, lambda: "teacher_bias needs a teacher_head, got None")
         check_teacher("teacher_bias", teacher_bias, (classes_t,), device)
-    require(
-        isinstance(chunk_bytes, int) and chunk_bytes >= 1,
-        lambda: f"chunk_bytes must be an integer of at least 1, got {chunk_bytes!r}",
-    )
+    check_integer("chunk_bytes", chunk_bytes, 1)
     beta = {"kl": 0.0, "reverse_kl": 1.0, "jsd": beta}[divergence]
     how = (beta, temperature, scale_by_temperature, label, hard_weight, ignore_index)
     options = _Options(*how, vocab_size, mask)
     mask, label, settings = _soft_problem(tokens, (len(head), classes_t), device, options)
+    heard = leave_out_weightless(mask, weight, tokens, tokens, device)
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     own = soft.Head(student.flatten(0, -2), head, bias)
     rest = (
         soft.Head(teacher.flatten(0, -2), teacher_head, teacher_bias),
-        _flat(mask),
+        _flat(heard),
         _flat(label),
         settings,
         chunk_bytes,

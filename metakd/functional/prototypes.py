@@ -10,9 +10,9 @@ from metakd.errors import UnsupportedError
 from metakd.functional.checks import (
     check_fraction,
     check_index,
+    check_integer,
     check_teacher,
     check_tensor,
-    require,
     widest,
     without_autocast,
 )
@@ -66,10 +66,7 @@ def class_prototypes(
     Source: Pan et al. 2021, *Meta-KD* (arXiv 2012.01266), section 3.1.
     """
     for name, size in (("num_domains", num_domains), ("num_classes", num_classes)):
-        require(
-            isinstance(size, int) and size >= 1,
-            lambda: f"{name} must be an integer of at least 1, got {size!r}",
-        )
+        check_integer(name, size, 1)
     check_tensor("embedding", embedding, ("N", "H"))
     device, rows = embedding.device, len(embedding)
     check_index("domain", domain, rows, num_domains, device)

@@ -175,7 +175,10 @@ def _sweep(
             hidden = hidden.masked_fill(~part[0][:, None], 0.0)
         if dhidden is not None:
             assert weight is not None, "a student that learns has a head"
-            torch.mm(dlogits, weight.to(hidden.dtype), out=dhidden[tokens])
+            # Zero times what a class of padding holds must stay zero, too. The other products keep
+            # the padded width: vocabularies are padded so that rows of logits are aligned.
+            real = slice(settings.vocab_size)
+            torch.mm(dlogits[:, real], weight[real].to(hidden.dtype), out=dhidden[tokens])
         if dweight is not None:
             _add_product_(dweight, dlogits.mT, hidden)
         if dbias is not None:
