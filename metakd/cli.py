@@ -218,6 +218,7 @@ def quickstart(
     # Several ranks would race for the same files.
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("quickstart runs as one process", "start it plainly: metakd quickstart")
+    front.need_training()
     run = _open(str(prepare(folder)), overrides)
     run.evaluate()
     result = front.compare_rows(run)

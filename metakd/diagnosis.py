@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -12,11 +14,12 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from metakd import ops
 from metakd.environment import processor, versions
+from metakd.errors import UnsupportedError
 
 
 def diagnose() -> dict[str, dict[str, str]]:
-    """Versions, devices, the extension, each backend with what it lacks, and locks that are in the
-    way."""
+    """Versions, devices, the extension, each backend with what it lacks, whether training is
+    possible, and locks that are in the way."""
     devices = {"cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
@@ -44,8 +47,18 @@ def diagnose() -> dict[str, dict[str, str]]:
         "devices": devices,
         "extension": extension,
         "backends": backends,
+        "training": {"DeepSpeed": _training()},
     }
     return report | ({"build locks": locks} if (locks := _build_locks()) else {})
+
+
+def _training() -> str:
+    try:
+        with redirect_stdout(sys.stderr):  # which it may write to, and a caller may want JSON
+            import metakd.training  # noqa: F401
+    except UnsupportedError as error:
+        return error.cause
+    return "ready"
 
 
 def _build_locks() -> dict[str, str]:

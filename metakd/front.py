@@ -231,6 +231,15 @@ def open_run(
     return Run(checked, join_world(), console, command, resume, reshard, last)
 
 
+def need_training() -> None:
+    """See that this environment can train, before anything is prepared for it.
+
+    Raises:
+        UnsupportedError: DeepSpeed cannot be imported.
+    """
+    import metakd.training  # noqa: F401
+
+
 def quiet_transformers() -> None:
     """One bar per stage is enough, and a fresh classification head is no news here."""
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error

@@ -171,7 +171,8 @@ def test_doctor_names_each_backend_and_why_not(call, monkeypatch, build_cache):
     code, out, err = call("doctor", "--json")
     report = json.loads(out)
     assert code == 0, err
-    assert set(report) == {"versions", "devices", "extension", "backends"}
+    assert set(report) == {"versions", "devices", "extension", "backends", "training"}
+    assert report["training"] == {"DeepSpeed": "ready"}
     assert "12 of 13" in report["backends"]["triton on cpu"]
     assert "'triton' does not implement hidden_mse" in report["backends"]["triton on cpu"]
     assert report["backends"]["reference on cpu"].startswith("13 of 13")

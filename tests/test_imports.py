@@ -23,7 +23,7 @@ ARROWS = {
     "functional": {"errors", "ops", "reference"},
     "verify": {"functional", "ops"},
     "table": {"__init__"},
-    "diagnosis": {"environment", "ops", "_C"},
+    "diagnosis": {"environment", "errors", "ops", "training", "_C"},
     "config": {"errors", "table"},
     "data": {"errors", "config", "table", "__init__"},
     "models": {"errors", "config", "functional"},
@@ -38,7 +38,6 @@ ARROWS = {
         "models",
         "pipeline",
         "table",
-        "training",
         "__init__",
     },
     "demo": {"errors", "config", "data"},
@@ -152,6 +151,26 @@ def test_arrows(name):
     if part(name) in LOW:
         extra = (foreign | late_foreign - when_run) - LOW[part(name)] - set(sys.stdlib_module_names)
         assert not extra, f"metakd/{name} must not know of {sorted(extra)}"
+
+
+def test_only_training_needs_deepspeed():
+    """What serves, exports, reports or computes a loss reaches no training, not even late."""
+    knowing = {
+        name for name, found in IMPORTS.items() if "deepspeed" in found.foreign | found.late_foreign
+    }
+    assert {part(name) for name in knowing} == {"pipeline", "training"}
+
+    def reached(name: str, seen: set[str]) -> set[str]:
+        if name not in seen:
+            seen.add(name)
+            for target in IMPORTS[name].own | IMPORTS[name].late_own if name in IMPORTS else ():
+                reached(target, seen)
+        return seen
+
+    free = ("functional", "deploy", "demo", "config", "data", "models", "method", "verify")
+    for name in (name for name in MODULES if part(name) in free):
+        trained = knowing & reached(name, set())
+        assert not trained, f"metakd/{name} reaches {sorted(trained)}"
 
 
 def test_no_import_circles():
