@@ -233,6 +233,12 @@ def test_teacher_norm_saves_work_and_changes_nothing(backend, dtype):
     # It is read: another norm gives another loss.
     other = step(student, teacher, backend, form="gram", teacher_norm=2 * norm, **masks)
     assert (other[0] > 1.2 * plain[0]).all()
+    # And not of an example that a weight of zero leaves out.
+    norm[1] = torch.nan
+    weight = torch.tensor([1.0, 0.0], device=DEVICE)
+    options = {"form": "gram", "backend": backend, "weight": weight, "reduction": "none", **masks}
+    rows = metakd.attention_score_mse(student, teacher, teacher_norm=norm, **options)
+    torch.testing.assert_close(rows, metakd.attention_score_mse(student, teacher, **options))
 
 
 @every_form
