@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from metakd import cli, demo
+from metakd.data.digests import entry_of
 from metakd.deploy import Predictor, engines, export_onnx, formats, latency, smoothing
 from metakd.deploy import export as exporting
 from metakd.errors import (
@@ -36,7 +37,6 @@ from metakd.errors import (
 )
 from metakd.method.tasks import SINGLE_LABEL
 from metakd.models.sources import input_names
-from metakd.training.digests import entry_of
 
 pytest.importorskip("onnxruntime", reason="the extra 'deploy' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'deploy' is not installed")

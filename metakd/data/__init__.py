@@ -1,2 +1,2 @@
 """Data: strict reading of files (``reading``), tokenised splits (``corpus``), batches
-(``batches``), and what is kept between runs (``cache``)."""
+(``batches``), what is kept between runs (``cache``) and how files are compared (``digests``)."""

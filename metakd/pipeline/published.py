@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from metakd.data.digests import check_content, check_size, is_entry
 from metakd.errors import CheckpointError
-from metakd.training.digests import check_content, check_size, is_entry
 
 RECORD = "stage.json"
 LOG = "log.jsonl"

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from metakd.data.digests import Entry, entry_of
 from metakd.errors import CheckpointError
 from metakd.pipeline.published import (
     INPUTS,
@@ -30,7 +31,6 @@ from metakd.pipeline.published import (
     read_record,
 )
 from metakd.training.checkpoint import Checkpoints, Disk, HashedFiles
-from metakd.training.digests import Entry, entry_of
 from metakd.training.saves import Saves
 from metakd.training.world import World
 

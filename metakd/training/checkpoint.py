@@ -39,8 +39,8 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from metakd.data.digests import Entry, check_content, check_size, is_entry
 from metakd.errors import CheckpointError
-from metakd.training.digests import Entry, check_content, check_size, is_entry
 from metakd.training.world import World
 
 MANIFEST = "MANIFEST.json"
