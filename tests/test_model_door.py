@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from rich.console import Console
-from tiny_runs import losses, rows_of, write_rows
+from tiny_runs import losses, rows_of, write_config, write_rows
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,11 +20,14 @@ from transformers import (
 
 import metakd
 from benchmarks import models
+from metakd.config import load_config as read_config
 from metakd.deploy import Predictor
 from metakd.errors import ConfigError
 from metakd.models.reader import SAME, open_reader
 from metakd.models.sources import load_classifier, load_config, load_encoder
 from metakd.models.student import keep_layers
+from metakd.pipeline.stages import Run
+from metakd.training.world import join_world
 
 TEXTS = [f"a good one number{i}, and not at all what somebody would have thought" for i in range(9)]
 COMPANY = ["a good one", TEXTS[0], "one"]
@@ -216,6 +220,35 @@ def test_a_decoder_teaches_an_encoder(make, source, tmp_path):
     assert models.company(folder, TEXTS) < 1e-5
     [logged] = losses(run.folder / "students").values()
     assert logged[-1] < logged[0]
+
+
+SHARDINGS = (
+    [],
+    ["teacher.zero=3", "deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"],
+)
+
+
+def taught_by_two(source: Path, folder: Path) -> None:
+    """A decoder's student that reads with its own tokenizer, the teacher whole and in shards."""
+    world = join_world()
+    for number, options in enumerate(SHARDINGS):
+        if world.is_main:
+            write_config(source, folder, str(number))
+        world.barrier()
+        models_of = [f"teacher.model={folder / 'llama'}", f"student={{model: {source / 'small'}}}"]
+        config = read_config(
+            str(folder / f"{number}.yaml"), [*models_of, *WHOLE_TEXTS, "bf16=true", *options]
+        )
+        Run(config, world, Console(quiet=True)).distill()
+
+
+def test_a_decoder_in_shards_teaches_the_same(source, tmp_path):
+    """Two processes, bf16, ZeRO-3."""
+    texts = [row["text"] for row in rows_of(source / "corpus" / "train.jsonl")]
+    models.write_teacher("Llama", [text[::-1] for text in texts], tmp_path / "llama")
+    run_ranks(2, taught_by_two, source, tmp_path)
+    whole, sharded = (list(losses(tmp_path / name / "students").values()) for name in "01")
+    assert sharded == [pytest.approx(each, rel=1e-2) for each in whole] and len(whole[0]) > 1
 
 
 # Adapters
