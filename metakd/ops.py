@@ -209,10 +209,11 @@ _SOFT_ARGS = (
 )
 
 # n layers of queries and keys [B, A, L, D]; one dtype, shape and device per side. Masks: bool [B,
-# L], True = real (None: all).
+# L], True = real (None: all). before, after: a query sees keys at most so many positions before and
+# after its own (None: all); causal is after = 0.
 _ATTENTION_ARGS = (
     "Tensor[] query_s, Tensor[] key_s, Tensor[] query_t, Tensor[] key_t, Tensor? query_mask, "
-    "Tensor? key_mask, bool causal, float scale_s, float scale_t"
+    "Tensor? key_mask, int? before, int? after, float scale_s, float scale_t"
 )
 
 # mask: bool [N], True = real (None: all). label: int64 [N] (None: no cross-entropy). beta: 0 is the
@@ -233,8 +234,8 @@ SCHEMAS = {
     # scores. Gram form: gram [n, B, A, 2, W, D_s] holds X^T X and Y^T Y, the student's columns, of
     # X = [scale_s Q_s | -scale_t Q_t] and Y = [K_s | K_t] with masked rows 0. A head whose value is
     # below guard * (|S_s|^2 + |S_t|^2) is computed from tiles of scores instead: tiled, bool [n, B,
-    # A]. guard = inf: all of them, and W = 0 in gram; causal needs that. norm_t [n, B, A]: |S_t|^2
-    # where it is known, which saves the Gram form the teacher's own products.
+    # A]. guard = inf: all of them, and W = 0 in gram; before and after need that. norm_t [n, B,
+    # A]: |S_t|^2 where it is known, which saves the Gram form the teacher's own products.
     "attention_score_mse_fwd": f"({_ATTENTION_ARGS}, Tensor? norm_t, float guard)"
     " -> (Tensor, Tensor, Tensor)",
     # dheads [n, B, A] -> dquery_s of n layers, then dkey_s of n layers
@@ -389,7 +390,7 @@ def _attention_gradients(bwd, dheads, kept):
     found, nothing = bwd(dheads, *kept), [None] * len(kept[0])
     # Where the keys are the queries, there is one list: the sum of both gradients.
     lists = found[: len(nothing)], found[len(nothing) :] or nothing
-    return *lists, nothing, nothing, *[None] * 7
+    return *lists, nothing, nothing, *[None] * 8
 
 
 _GRADIENTS = {

@@ -30,6 +30,9 @@ QUERY_TILE = 256
 GRAM_FROM_LENGTH = 256
 
 Pair = tuple[Tensor, Tensor]
+# How many positions before and after its own a query sees; None: all of them.
+Reach = tuple[int | None, int | None]
+EVERYWHERE: Reach = (None, None)
 
 
 def _common(*tensors: Tensor) -> list[Tensor]:
@@ -163,38 +166,50 @@ def _attention_inputs(
     return side(*tensors[:2]), side(*tensors[2:]), query_mask, key_mask
 
 
+def _real_below(key_mask: Tensor, offset: int) -> Tensor:
+    """How many real keys stand before each position plus ``offset``: [B, L]."""
+    length = key_mask.shape[1]
+    place = torch.arange(offset, length + offset, device=key_mask.device).clamp(0, length)
+    return F.pad(key_mask.cumsum(1), (1, 0))[:, place]
+
+
 def _visible_keys(
-    length: int, query_mask: Tensor | None, key_mask: Tensor | None, causal: bool
+    length: int, query_mask: Tensor | None, key_mask: Tensor | None, reach: Reach
 ) -> Tensor | None:
     """How many keys each real query sees, 0 for a masked query: [B, L]; None where all see all that
-    causality lets them."""
+    their reach lets them."""
     if query_mask is None:
         if key_mask is None:
             return None
         query_mask = torch.ones_like(key_mask)
     elif key_mask is None:
         key_mask = torch.ones_like(query_mask)
-    seen = key_mask.cumsum(1) if causal else key_mask.sum(1, keepdim=True)
+    before, after = reach
+    seen = key_mask.sum(1, keepdim=True) if after is None else _real_below(key_mask, after + 1)
+    if before is not None:
+        seen = seen - _real_below(key_mask, -before)
     return seen * query_mask
 
 
 def count_pairs(
-    length: int, query_mask: Tensor | None, key_mask: Tensor | None, causal: bool, mean_over: str
+    length: int, query_mask: Tensor | None, key_mask: Tensor | None, reach: Reach, mean_over: str
 ) -> Tensor | int:
     """What a mean over (query, key) divides by, by example [B] or for all alike; at least 1."""
-    visible = _visible_keys(length, query_mask, key_mask, causal)
+    visible = _visible_keys(length, query_mask, key_mask, reach)
     if mean_over == "all":
         return max(length, 1) ** 2
     if visible is None:
-        return max(length * (length + 1) // 2 if causal else length**2, 1)
+        sides = [length - 1 if side is None else min(side, length - 1) for side in reach]
+        # Of the pairs at a distance d, in one direction, there are length - d.
+        return max(length + sum(d * length - d * (d + 1) // 2 for d in sides), 1)
     return visible.sum(1).clamp(min=1)
 
 
 def count_queries(
-    length: int, query_mask: Tensor | None, key_mask: Tensor | None, causal: bool, mean_over: str
+    length: int, query_mask: Tensor | None, key_mask: Tensor | None, reach: Reach, mean_over: str
 ) -> Tensor | int:
     """What a mean over queries divides by, by example [B] or for all alike; at least 1."""
-    visible = _visible_keys(length, query_mask, key_mask, causal)
+    visible = _visible_keys(length, query_mask, key_mask, reach)
     if mean_over == "all" or visible is None:
         return max(length, 1)
     return (visible > 0).sum(1).clamp(min=1)
@@ -206,20 +221,29 @@ def _over_tiles(
     teacher: Pair,
     query_mask: Tensor,
     key_mask: Tensor,
-    causal: bool,
+    reach: Reach,
 ) -> Tensor:
-    """Sum of ``term(scores_s, scores_t, allowed)``, each [B, A, tile, L], over tiles of queries:
-    [B].
+    """Sum of ``term(scores_s, scores_t, allowed)``, each [B, A, tile, keys in reach], over tiles of
+    queries: [B].
 
     With more than one tile, the backward recomputes each, so that no L x L map is kept for it.
     """
     position = torch.arange(query_mask.shape[1], device=query_mask.device)
+    before, after = reach
 
     def tile(start: int, query_s: Tensor, key_s: Tensor, query_t: Tensor, key_t: Tensor) -> Tensor:
-        rows = slice(start, start + QUERY_TILE)
-        allowed = query_mask[:, None, rows, None] & key_mask[:, None, None, :]
-        if causal:
-            allowed = allowed & (position[rows, None] >= position)
+        rows, keys = slice(start, start + QUERY_TILE), slice(None)
+        if before is not None:
+            keys = slice(max(start - before, 0), None)
+        if after is not None:
+            keys = slice(keys.start, start + QUERY_TILE + after)
+        allowed = query_mask[:, None, rows, None] & key_mask[:, None, None, keys]
+        gap = position[keys] - position[rows, None]
+        if before is not None:
+            allowed = allowed & (gap >= -before)
+        if after is not None:
+            allowed = allowed & (gap <= after)
+        key_s, key_t = key_s[:, :, keys], key_t[:, :, keys]
         return term(query_s[:, :, rows] @ key_s.mT, query_t[:, :, rows] @ key_t.mT, allowed)
 
     starts = range(0, max(query_mask.shape[1], 1), QUERY_TILE)
@@ -246,7 +270,7 @@ def attention_score_mse(
     teacher: Pair,
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
-    causal: bool = False,
+    reach: Reach = EVERYWHERE,
     scale: float | None = None,
     mean_over: str = "real",
     form: str = "auto",
@@ -262,15 +286,15 @@ def attention_score_mse(
 
     if form == "auto":
         width = query_s.shape[-1] + query_t.shape[-1]
-        form = "gram" if prefers_gram(length, width) and not causal else "tiled"
+        form = "gram" if prefers_gram(length, width) and reach == EVERYWHERE else "tiled"
     if form == "gram":
         left = torch.cat([query_s, -query_t], -1)  # [B, A, L, D_s + D_t]
         right = torch.cat([key_s, key_t], -1)
         total = ((left.mT @ left) * (right.mT @ right)).sum((1, 2, 3))
     else:
-        total = _over_tiles(_squared_score_gap, student, teacher, query_mask, key_mask, causal)
+        total = _over_tiles(_squared_score_gap, student, teacher, query_mask, key_mask, reach)
 
-    return total / (heads * count_pairs(length, query_mask, key_mask, causal, mean_over))
+    return total / (heads * count_pairs(length, query_mask, key_mask, reach, mean_over))
 
 
 def score_norm(
@@ -332,7 +356,7 @@ def attention_kl(
     teacher: Pair,
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
-    causal: bool = False,
+    reach: Reach = EVERYWHERE,
     scale: float | None = None,
     mean_over: str = "real",
 ) -> Tensor:
@@ -340,8 +364,8 @@ def attention_kl(
     student, teacher, query_mask, key_mask = _attention_inputs(
         student, teacher, query_mask, key_mask, scale
     )
-    total = _over_tiles(_map_divergence, student, teacher, query_mask, key_mask, causal)
-    count = count_queries(query_mask.shape[1], query_mask, key_mask, causal, mean_over)
+    total = _over_tiles(_map_divergence, student, teacher, query_mask, key_mask, reach)
+    count = count_queries(query_mask.shape[1], query_mask, key_mask, reach, mean_over)
     return total / (_map_heads(student, teacher) * count)
 
 
@@ -350,7 +374,7 @@ def attention_prob_mse(
     teacher: Pair,
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
-    causal: bool = False,
+    reach: Reach = EVERYWHERE,
     scale: float | None = None,
     mean_over: str = "real",
 ) -> Tensor:
@@ -358,8 +382,8 @@ def attention_prob_mse(
     student, teacher, query_mask, key_mask = _attention_inputs(
         student, teacher, query_mask, key_mask, scale
     )
-    total = _over_tiles(_squared_map_gap, student, teacher, query_mask, key_mask, causal)
-    count = count_pairs(query_mask.shape[1], query_mask, key_mask, causal, mean_over)
+    total = _over_tiles(_squared_map_gap, student, teacher, query_mask, key_mask, reach)
+    count = count_pairs(query_mask.shape[1], query_mask, key_mask, reach, mean_over)
     return total / (_map_heads(student, teacher) * count)
 
 

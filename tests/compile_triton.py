@@ -56,6 +56,9 @@ FEATURES = [
     ("attention_map", (128, 128), "fp32", "squared"),
     ("attention_score_mse", (26, 64), "bf16", "gram unmasked"),
     ("attention_map", (26, 64), "bf16", "kl unmasked"),
+    ("attention_score_mse", (26, 64), "bf16", "tiles window"),
+    ("attention_map", (64, 64), "bf16", "kl window"),
+    ("attention_map", (64, 64), "fp16", "squared causal window"),
     ("hidden_mse", (768,), "bf16", ""),
     ("hidden_mse", (768,), "bf16", "unmasked"),
     ("masked_mean", (312,), "bf16", ""),
@@ -84,9 +87,9 @@ def everything():
 
 def every_feature():
     for sizes, dtype in itertools.product(HEADS, DTYPES):
-        for form in ("gram", "gram norm", "tiles", "tiles causal"):
+        for form in ("gram", "gram norm", "tiles", "tiles causal", "tiles window"):
             yield "attention_score_mse", sizes, dtype, form
-        for form in ("kl", "kl causal", "squared", "squared causal"):
+        for form in ("kl", "kl causal", "kl window", "squared", "squared causal", "squared window"):
             yield "attention_map", sizes, dtype, form
         yield "attention_map", (sizes[0],) * 2, dtype, "kl same"
     for dtype in DTYPES:
@@ -186,7 +189,9 @@ def feature_calls(operator: str, sizes: tuple[int, ...], dtype: str, form: str) 
             for D in (sizes[0], sizes[0], sizes[1], sizes[1])
         )
         masks = (None, None) if "unmasked" in form else (mask, mask)
-        pairs = query_s, key_s, query_t, key_t, *masks, "causal" in form, 1.0, 1.0
+        window = 64 if "window" in form else None
+        reach = window, 0 if "causal" in form else window
+        pairs = query_s, key_s, query_t, key_t, *masks, *reach, 1.0, 1.0
         heads = torch.zeros(2, B, A)
         if operator == "attention_map":
             flags = "squared" in form, "same" in form

@@ -315,8 +315,8 @@ MUTANTS += [
     Mutant(
         "reference: causal masks ignored in the count",
         REFERENCE,
-        "seen = key_mask.cumsum(1) if causal else key_mask.sum(1, keepdim=True)",
-        "seen = key_mask.sum(1, keepdim=True)",
+        "key_mask.sum(1, keepdim=True) if after is None else _real_below(key_mask, after + 1)",
+        "key_mask.sum(1, keepdim=True)",
         family="scores",
     ),
     Mutant(
@@ -357,8 +357,8 @@ MUTANTS += [
     Mutant(
         "door: no guard",
         ATTENTION,
-        'return GRAM_GUARD if form == "auto" and not causal and length >= width else math.inf',
-        'return 0.0 if form == "auto" and not causal and length >= width else math.inf',
+        "return GRAM_GUARD if gram else math.inf",
+        "return 0.0 if gram else math.inf",
         family="scores",
     ),
     Mutant(
@@ -402,7 +402,7 @@ MUTANTS += [
     Mutant(
         "C++: what follows a padded row is not cleared",
         SCORES,
-        "packed.clear_unseen(block + r * packed.stride, head.seen[q + r], keys);",
+        "packed.clear_unseen(block + r * packed.stride, from, to, keys);",
         ";",
         "cpp",
         "scores",

@@ -90,16 +90,18 @@ def test_gram_equals_tiles(heads, masked, monkeypatch):
         torch.testing.assert_close(gram, tiled)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "view", [{}, {"causal": True}, {"window": 3}, {"window": 0}, {"window": 2, "causal": True}]
+)
 @pytest.mark.parametrize("loss", ["attention_score_mse", "attention_kl", "attention_prob_mse"])
-def test_tile_size_changes_nothing(loss, causal, monkeypatch):
+def test_tile_size_changes_nothing(loss, view, monkeypatch):
     student, teacher = sides(length=10)
     masks = {"query_mask": left_aligned([10, 6, 3], 10), "key_mask": left_aligned([10, 6, 3], 10)}
     own = [tensor.requires_grad_() for tensor in student]
     results = []
     for tile in (100, 4):
         monkeypatch.setattr(reference, "QUERY_TILE", tile)
-        value = getattr(metakd, loss)(tuple(own), teacher, causal=causal, **masks)
+        value = getattr(metakd, loss)(tuple(own), teacher, **view, **masks)
         results.append((value, *torch.autograd.grad(value, own)))
     for whole, tiled in zip(*results):
         torch.testing.assert_close(whole, tiled)

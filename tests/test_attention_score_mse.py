@@ -172,7 +172,7 @@ def forward(student, teacher, backend, guard, teacher_norm=None):
     operator = ops.compiled(backend, "attention_score_mse_fwd")
     scales = [side[0].shape[-1] ** -0.5 for side in (student, teacher)]
     lists = [[x] for side in (student, teacher) for x in side]
-    return operator(*lists, None, None, False, *scales, teacher_norm, guard)
+    return operator(*lists, None, None, None, None, *scales, teacher_norm, guard)
 
 
 @every_backend

@@ -123,8 +123,8 @@ def test_inductor_takes_it(backend, dtype):
 # The feature losses
 
 
-def _pairs(dtype, layers=2, learns=False):
-    """Queries and keys of student and teacher, masks, causal and scales."""
+def _pairs(dtype, layers=2, learns=False, reach=(None, None)):
+    """Queries and keys of student and teacher, masks, reach and scales."""
     lists = [
         [torch.randn(2, 2, 5, size, dtype=dtype, device=DEVICE) for _ in range(layers)]
         for size in (3, 3, 4, 4)
@@ -132,7 +132,7 @@ def _pairs(dtype, layers=2, learns=False):
     for tensor in lists[0] + lists[1]:
         tensor.requires_grad_(learns)
     mask = torch.arange(5, device=DEVICE) < torch.tensor([[5], [3]], device=DEVICE)
-    return *lists, mask, mask, False, 0.5, 0.4
+    return *lists, mask, mask, *reach, 0.5, 0.4
 
 
 feature_backends = pytest.mark.parametrize(
@@ -142,13 +142,20 @@ feature_backends = pytest.mark.parametrize(
 
 @feature_backends
 @pytest.mark.parametrize(
-    "guard", [1e-5, *(pytest.param(guard, marks=DEEP) for guard in (0.0, math.inf))]
+    ("guard", "reach"),
+    [
+        (1e-5, (None, None)),
+        *(
+            pytest.param(*case, marks=DEEP)
+            for case in [(0.0, (None, None)), (math.inf, (None, 0)), (math.inf, (2, 1))]
+        ),
+    ],
 )
-def test_opcheck_of_scores(backend, dtype, guard):
+def test_opcheck_of_scores(backend, dtype, guard, reach):
     forward = ops.compiled(backend, "attention_score_mse_fwd").default
     for learns in (False, True):
-        torch.library.opcheck(forward, (*_pairs(dtype, learns=learns), None, guard))
-    pairs = _pairs(dtype)
+        torch.library.opcheck(forward, (*_pairs(dtype, learns=learns, reach=reach), None, guard))
+    pairs = _pairs(dtype, reach=reach)
     heads, gram, tiled = forward(*pairs, None, guard)
     torch.library.opcheck(forward, (*pairs, torch.rand_like(heads), guard))
     backward = ops.compiled(backend, "attention_score_mse_bwd").default
@@ -169,7 +176,7 @@ def test_opcheck_of_scores(backend, dtype, guard):
 def test_opcheck_of_maps(backend, dtype, squared, same):
     forward = ops.compiled(backend, "attention_map_fwd").default
     for learns in (False, True):
-        pairs = _pairs(dtype, learns=learns)
+        pairs = _pairs(dtype, learns=learns, reach=(None, None) if same else (2, 1))
         if same:
             pairs = pairs[0], pairs[0], pairs[2], pairs[2], *pairs[4:]
         torch.library.opcheck(forward, (*pairs, squared, same))
@@ -241,7 +248,7 @@ def test_the_stack_compiles_whole(backend, dynamic):
         rows = rows + metakd.attention_score_mse(*pairs, form="gram", **both)
         rows = rows + metakd.attention_score_mse(*pairs, causal=True, **both)
         rows = rows + metakd.attention_kl(*pairs, **both)
-        rows = rows + metakd.attention_prob_mse(*pairs, **both)
+        rows = rows + metakd.attention_prob_mse(*pairs, window=2, **both)
         rows = rows + metakd.relation_kl(query, query_t, relation_heads=2, mask=mask, **options)
         if backend != "cpp" or DEVICE == "cpu":
             rows = rows + metakd.masked_mean(hidden, mask, backend=backend).square().sum(1)

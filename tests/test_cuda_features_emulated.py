@@ -50,7 +50,8 @@ class ScoreCall(ctypes.Structure):
         *((name, ctypes.c_int64 * 2) for name in ("size", "dtype")),
         ("scale", ctypes.c_double * 2),
         ("guard", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("causal", "gram_form", "backward")),
+        ("reach", ctypes.c_int64 * 2),
+        *((name, ctypes.c_int64) for name in ("gram_form", "backward")),
         *((name, ctypes.c_int64) for name in ("limit", "rows", "stages", "panel")),
         ("run", Run),
     ]
@@ -69,7 +70,7 @@ class Pairs:
     query_mask: Tensor | None  # [B, L]
     key_mask: Tensor | None
     dheads: Tensor  # [n, B, A]
-    causal: bool = False
+    reach: reference.Reach = reference.EVERYWHERE
 
     def scale(self, model: int) -> float:
         return self.layers[0][2 * model].shape[-1] ** -0.5
@@ -85,7 +86,7 @@ def pairs_of(
     layers: int = 1,
     masked: bool = True,
     close: float | None = None,
-    causal: bool = False,
+    reach: reference.Reach = reference.EVERYWHERE,
     seed: int = 0,
 ) -> Pairs:
     """Views [B, A, L, D] of [B, L, A, D]. ``close``: how far the student is from the teacher, whose
@@ -120,7 +121,7 @@ def pairs_of(
                     x.transpose(1, 2)[~mask] = math.nan
     accumulator = DOUBLE if DOUBLE in dtypes else SINGLE
     dheads = rand(layers, batch, heads).to(accumulator)
-    return Pairs(found, *masks, dheads, causal)
+    return Pairs(found, *masks, dheads, reach)
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,11 @@ def score_call(library, pairs: Pairs, guard, limit, seed, broken, **written) -> 
         heads_count=heads,
         length=length,
         guard=guard,
-        causal=pairs.causal,
         gram_form=guard < math.inf,
         limit=limit,
         run=Run(BROKEN.index(broken), seed),
     )
+    request.reach[:] = [length if x is None else min(x, length) for x in pairs.reach]
     gradients = written.pop("gradients", None)
     for i, layer in enumerate(pairs.layers):
         query_s, key_s, query_t, key_t = layer
@@ -225,7 +226,7 @@ def wanted(pairs: Pairs, form: str, dtype=None, student_only=False) -> dict[str,
             for mask in (pairs.query_mask, pairs.key_mask)
         ]
         mean = reference.attention_score_mse(
-            tuple(leaves), tuple(tensors[2:]), *masks, pairs.causal, mean_over="all", form=form
+            tuple(leaves), tuple(tensors[2:]), *masks, pairs.reach, mean_over="all", form=form
         )
         heads = mean * float(tensors[0].shape[2]) ** 2
         gradients = torch.autograd.grad(heads, leaves, dheads.flatten().to(heads))
@@ -308,7 +309,21 @@ def test_long_scores(scores):
 
 @pytest.mark.parametrize("length", [1, 64, 65, 150])
 def test_causal_scores(scores, length):
-    check(scores, pairs_of((2, 2, length), (26, 40), causal=True), math.inf)
+    check(scores, pairs_of((2, 2, length), (26, 40), reach=(None, 0)), math.inf)
+
+
+# Edges of the windows around those of the tiles (32) and blocks (64).
+@pytest.mark.parametrize(
+    "reach", [(0, 0), (1, 1), (31, 0), (64, 65), (33, None), (200, 200)], ids=str
+)
+@pytest.mark.parametrize("length", [1, 65, 150])
+def test_scores_in_a_window(scores, length, reach):
+    check(scores, pairs_of((1, 2, length), (26, 40), reach=reach), math.inf)
+
+
+def test_long_scores_in_a_window(scores):
+    """More queries than a block of the forward takes."""
+    check(scores, pairs_of((1, 1, 600), (8, 5), reach=(40, 3)), math.inf)
 
 
 @every_form

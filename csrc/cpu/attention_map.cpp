@@ -17,15 +17,16 @@ struct Forms {
 
 // Multiplications of one head, forward or backward.
 int64_t work(const AttentionCall& call) {
-  return call.length * call.length * (call.width_s + call.width_t);
+  return call.length * call.reach * (call.width_s + call.width_t);
 }
 
 std::tuple<at::Tensor, at::Tensor> attention_map_fwd(
     at::TensorList query_s, at::TensorList key_s, at::TensorList query_t, at::TensorList key_t,
-    const std::optional<at::Tensor>& query_mask, const std::optional<at::Tensor>& key_mask, bool causal,
-    double scale_s, double scale_t, bool squared, bool /*same*/) {
+    const std::optional<at::Tensor>& query_mask, const std::optional<at::Tensor>& key_mask,
+    std::optional<int64_t> before, std::optional<int64_t> after, double scale_s, double scale_t,
+    bool squared, bool /*same*/) {
   const AttentionCall call(
-      query_s, key_s, query_t, key_t, query_mask, key_mask, causal, scale_s, scale_t);
+      query_s, key_s, query_t, key_t, query_mask, key_mask, before, after, scale_s, scale_t);
   at::Tensor heads = at::empty(call.sizes({}), call.options);                 // [n, B, A]
   at::Tensor stats = at::zeros(call.sizes({3, call.length}), call.options);   // [n, B, A, 3, L]
   const Forms by = METAKD_BEST(forms)(call.is_double, squared);
@@ -46,10 +47,10 @@ std::tuple<at::Tensor, at::Tensor> attention_map_fwd(
 std::vector<at::Tensor> attention_map_bwd(
     const at::Tensor& dheads, at::TensorList query_s, at::TensorList key_s, at::TensorList query_t,
     at::TensorList key_t, const std::optional<at::Tensor>& query_mask,
-    const std::optional<at::Tensor>& key_mask, bool causal, double scale_s, double scale_t,
-    const at::Tensor& stats, bool squared, bool same) {
+    const std::optional<at::Tensor>& key_mask, std::optional<int64_t> before, std::optional<int64_t> after,
+    double scale_s, double scale_t, const at::Tensor& stats, bool squared, bool same) {
   const AttentionCall call(
-      query_s, key_s, query_t, key_t, query_mask, key_mask, causal, scale_s, scale_t);
+      query_s, key_s, query_t, key_t, query_mask, key_mask, before, after, scale_s, scale_t);
   const at::Tensor dheads_ = dheads.contiguous(), stats_ = stats.contiguous();
   TORCH_CHECK(dheads_.scalar_type() == call.options.dtype().toScalarType() &&
                   stats_.scalar_type() == dheads_.scalar_type() && dheads_.numel() == call.count() &&

@@ -25,17 +25,18 @@ struct Forms {
 // Multiplications of one head, forward or backward.
 int64_t work(const AttentionCall& call, bool tiled) {
   const int64_t width = call.width_s + call.width_t;
-  return call.length * width * (tiled ? call.length : width);
+  return call.length * width * (tiled ? call.reach : width);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_score_mse_fwd(
     at::TensorList query_s, at::TensorList key_s, at::TensorList query_t, at::TensorList key_t,
-    const std::optional<at::Tensor>& query_mask, const std::optional<at::Tensor>& key_mask, bool causal,
-    double scale_s, double scale_t, const std::optional<at::Tensor>& norm_t, double guard) {
+    const std::optional<at::Tensor>& query_mask, const std::optional<at::Tensor>& key_mask,
+    std::optional<int64_t> before, std::optional<int64_t> after, double scale_s, double scale_t,
+    const std::optional<at::Tensor>& norm_t, double guard) {
   const AttentionCall call(
-      query_s, key_s, query_t, key_t, query_mask, key_mask, causal, scale_s, scale_t);
+      query_s, key_s, query_t, key_t, query_mask, key_mask, before, after, scale_s, scale_t);
   const bool only_tiles = guard == std::numeric_limits<double>::infinity();
-  TORCH_CHECK(only_tiles || !causal, "attention_score_mse: causal needs guard = inf");
+  TORCH_CHECK(only_tiles || (!before && !after), "attention_score_mse: before and after need guard = inf");
   const int64_t width = only_tiles ? 0 : call.width_s + call.width_t;
   at::Tensor heads = at::empty(call.sizes({}), call.options);                           // [n, B, A]
   at::Tensor gram = at::empty(call.sizes({2, width, call.width_s}), call.options);      // [n, B, A, 2, W, D_s]
@@ -72,10 +73,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_score_mse_fwd(
 std::vector<at::Tensor> attention_score_mse_bwd(
     const at::Tensor& dheads, at::TensorList query_s, at::TensorList key_s, at::TensorList query_t,
     at::TensorList key_t, const std::optional<at::Tensor>& query_mask,
-    const std::optional<at::Tensor>& key_mask, bool causal, double scale_s, double scale_t,
-    const at::Tensor& gram, const at::Tensor& tiled, double guard) {
+    const std::optional<at::Tensor>& key_mask, std::optional<int64_t> before, std::optional<int64_t> after,
+    double scale_s, double scale_t, const at::Tensor& gram, const at::Tensor& tiled, double guard) {
   const AttentionCall call(
-      query_s, key_s, query_t, key_t, query_mask, key_mask, causal, scale_s, scale_t);
+      query_s, key_s, query_t, key_t, query_mask, key_mask, before, after, scale_s, scale_t);
   const at::Tensor dheads_ = dheads.contiguous(), gram_ = gram.contiguous(), tiled_ = tiled.contiguous();
   TORCH_CHECK(dheads_.scalar_type() == call.options.dtype().toScalarType() &&
                   gram_.scalar_type() == dheads_.scalar_type() && dheads_.numel() == call.count() &&

@@ -26,7 +26,7 @@ constexpr const char* OP = "attention_score_mse";
 struct Call {
   std::vector<at::Tensor> of[2][2];  // [role][model]: n of [B, A, L, D], last stride 1
   const std::optional<at::Tensor>&query_mask, &key_mask;
-  bool causal;
+  const std::optional<int64_t> before, after;
   double scale[2], guard;
   int64_t n, batch, heads, length;
   int64_t size[2];
@@ -34,9 +34,10 @@ struct Call {
   Dtype dtype[2];
 
   Call(at::TensorList query_s, at::TensorList key_s, at::TensorList query_t, at::TensorList key_t,
-       const std::optional<at::Tensor>& query_mask_, const std::optional<at::Tensor>& key_mask_, bool causal_,
-       double scale_s, double scale_t, double guard_)
-      : query_mask(query_mask_), key_mask(key_mask_), causal(causal_), scale{scale_s, scale_t}, guard(guard_) {
+       const std::optional<at::Tensor>& query_mask_, const std::optional<at::Tensor>& key_mask_,
+       std::optional<int64_t> before_, std::optional<int64_t> after_, double scale_s, double scale_t, double guard_)
+      : query_mask(query_mask_), key_mask(key_mask_), before(before_), after(after_), scale{scale_s, scale_t},
+        guard(guard_) {
     const at::TensorList lists[2][2] = {{query_s, query_t}, {key_s, key_t}};
     TORCH_CHECK(!query_s.empty(), OP, ": at least one layer expected");
     const at::Tensor& first = query_s[0];
@@ -65,7 +66,8 @@ struct Call {
     TORCH_CHECK(batch <= std::numeric_limits<int>::max() && heads <= std::numeric_limits<int>::max(), OP,
                 ": too many heads");
     TORCH_CHECK(length <= std::numeric_limits<int>::max() - CHUNK_ROWS, OP, ": too long: ", length);
-    TORCH_CHECK(!causal || !gram_form(), OP, ": causal needs guard = inf");
+    TORCH_CHECK(before.value_or(0) >= 0 && after.value_or(0) >= 0, OP, ": before and after must be 0 or more");
+    TORCH_CHECK((!before && !after) || !gram_form(), OP, ": before and after need guard = inf");
     TORCH_CHECK(scale[TEACHER] != 0, OP, ": scale_t must not be 0");
     const bool is_double = dtype[STUDENT] == Dtype::float64 || dtype[TEACHER] == Dtype::float64;
     options = first.options().dtype(is_double ? at::kDouble : at::kFloat);
@@ -125,7 +127,8 @@ struct Call {
       job.scale[model] = static_cast<A>(scale[model]);
     }
     job.guard = static_cast<A>(guard);
-    job.causal = causal;
+    job.reach[QUERY] = static_cast<int>(std::min(before.value_or(length), length));
+    job.reach[KEY] = static_cast<int>(std::min(after.value_or(length), length));
     job.gram_form = gram_form();
     return job;
   }
@@ -167,9 +170,10 @@ struct Call {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_score_mse_fwd(
     at::TensorList query_s, at::TensorList key_s, at::TensorList query_t, at::TensorList key_t,
-    const std::optional<at::Tensor>& query_mask, const std::optional<at::Tensor>& key_mask, bool causal,
-    double scale_s, double scale_t, const std::optional<at::Tensor>& norm_t, double guard) {
-  const Call call(query_s, key_s, query_t, key_t, query_mask, key_mask, causal, scale_s, scale_t, guard);
+    const std::optional<at::Tensor>& query_mask, const std::optional<at::Tensor>& key_mask,
+    std::optional<int64_t> before, std::optional<int64_t> after, double scale_s, double scale_t,
+    const std::optional<at::Tensor>& norm_t, double guard) {
+  const Call call(query_s, key_s, query_t, key_t, query_mask, key_mask, before, after, scale_s, scale_t, guard);
   const at::ScalarType type = call.options.dtype().toScalarType();
   at::Tensor norm;
   if (norm_t) {
@@ -205,8 +209,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_score_mse_fwd(
 std::vector<at::Tensor> attention_score_mse_bwd(
     const at::Tensor& dheads, at::TensorList query_s, at::TensorList key_s, at::TensorList query_t,
     at::TensorList key_t, const std::optional<at::Tensor>& query_mask, const std::optional<at::Tensor>& key_mask,
-    bool causal, double scale_s, double scale_t, const at::Tensor& gram, const at::Tensor& tiled, double guard) {
-  const Call call(query_s, key_s, query_t, key_t, query_mask, key_mask, causal, scale_s, scale_t, guard);
+    std::optional<int64_t> before, std::optional<int64_t> after, double scale_s, double scale_t,
+    const at::Tensor& gram, const at::Tensor& tiled, double guard) {
+  const Call call(query_s, key_s, query_t, key_t, query_mask, key_mask, before, after, scale_s, scale_t, guard);
   const at::ScalarType type = call.options.dtype().toScalarType();
   call.check_result(dheads, {}, type);
   call.check_result(gram, {2, call.width(), call.size[STUDENT]}, type);

@@ -10,8 +10,8 @@
 
 namespace METAKD_ISA {
 
-// Scores are computed in blocks: all keys of some queries, at most QUERIES, about BLOCK scores, so that
-// a block stays in the second cache.
+// Scores are computed in blocks: all keys that some queries see, at most QUERIES, about BLOCK scores, so
+// that a block stays in the second cache.
 constexpr int64_t QUERIES = 8 * ROWS, BLOCK = 1 << 16;
 
 template <class A>
@@ -89,6 +89,7 @@ template <class A>
 struct Packed {
   const Head& head;
   const Widths<A> widths;
+  const int64_t widest;  // keys of a block of scores, at most
   const int64_t stride;  // from one row of a block of scores to the next
   A *query, *key;        // [Q, widths.all], [K, widths.all]
   A* panels;             // [K / PANEL, widths.all, PANEL]
@@ -96,7 +97,7 @@ struct Packed {
   // ``keeps_keys``: the keys as rows are wanted too, otherwise only PANEL of them at a time.
   METAKD_INLINE Packed(const Head& head, bool keeps_keys, Memory<A>& memory)
       : head(head), widths(head.query_s.width, head.query_t.width),
-        stride(stride_of(head.keys)), keeps_keys(keeps_keys) {
+        widest(widest_of(head.keys)), stride(stride_of(widest)), keeps_keys(keeps_keys) {
     const int64_t keys = round_up(head.length, PANEL<A>);
     query = memory.take((head.length + ROWS) * widths.all);
     key = memory.take((keeps_keys ? keys : PANEL<A>) * widths.all);
@@ -105,7 +106,7 @@ struct Packed {
 
   // A block of scores; some rows more than are used, see multiply.
   METAKD_INLINE A* take_block(Memory<A>& memory) const {
-    const int64_t longest = stride_of(head.length);
+    const int64_t longest = stride_of(widest_of(head.length));
     const int64_t rows = BLOCK / longest < QUERIES ? BLOCK / longest : QUERIES;
     return memory.take((rows + 2 * ROWS) * longest);
   }
@@ -124,45 +125,49 @@ struct Packed {
     }
   }
 
-  // f(first query, queries, keys) for blocks of queries; the first ``keys`` of them are those that one of
-  // these queries sees. Queries that see none come first and are left out.
+  // f(first query, queries, first key, keys) for blocks of neighbouring queries and the keys that they
+  // see, from a panel's first key on. Column 0 of a block of scores is the first key.
   template <class F>
   METAKD_INLINE void for_blocks(F f) const {
     int64_t most = BLOCK / stride / ROWS * ROWS;
     most = most < ROWS ? ROWS : most < QUERIES ? most : QUERIES;
-    int64_t q = 0;
-    while (q < head.queries && head.seen[q] == 0) ++q;
-    for (; q < head.queries; q += most) {
-      const int64_t rows = head.queries - q < most ? head.queries - q : most;
-      f(q, rows, head.seen[q + rows - 1]);
+    for (int64_t q = 0, rows; q < head.queries; q += rows) {
+      const int64_t first = head.from[q] / PANEL<A> * PANEL<A>;
+      // A mask may leave queries far apart, which see keys far apart.
+      rows = 1;
+      while (rows < most && q + rows < head.queries && head.to[q + rows] - first <= widest) ++rows;
+      f(q, rows, first, head.to[q + rows - 1] - first);
     }
   }
 
-  // Scores of the student, of the teacher, or the sum of both: of ``rows`` queries with ``keys`` keys.
-  // What a query does not see may hold anything.
+  // Scores of the student, of the teacher, or the sum of both: of ``rows`` queries with ``keys`` keys
+  // from ``first`` on. What a query does not see may hold anything.
   enum Side { student, teacher, both };
 
-  METAKD_INLINE void scores(Side side, int64_t q, int64_t rows, int64_t keys, A* block) const {
-    for (int64_t k = 0; k < keys; k += PANEL<A>) {
-      int64_t skip = 0;
-      while (skip < rows && head.seen[q + skip] <= k) ++skip;
+  METAKD_INLINE void scores(
+      Side side, int64_t q, int64_t rows, int64_t first, int64_t keys, A* block) const {
+    for (int64_t k = first; k < first + keys; k += PANEL<A>) {
+      int64_t skip = 0, end = rows;
+      while (skip < rows && head.to[q + skip] <= k) ++skip;
+      while (end > skip && head.from[q + end - 1] >= k + PANEL<A>) --end;
       const A* own = query + (q + skip) * widths.all;
       const A* panel = panels + k * widths.all;
       const Factors<A> terms[2] = {
           {own, widths.all, 1, panel, PANEL<A>, head.query_s.width},
           {own + widths.s, widths.all, 1, panel + widths.s * PANEL<A>, PANEL<A>, head.query_t.width}};
-      multiply(terms + (side == teacher), side == both ? 2 : 1, rows - skip, PANEL<A>,
-               block + skip * stride + k, stride, false);
+      multiply(terms + (side == teacher), side == both ? 2 : 1, end - skip, PANEL<A>,
+               block + skip * stride + k - first, stride, false);
     }
   }
 
-  // Makes what a query does not see 0, as far as a product with ``keys`` keys may read.
-  METAKD_INLINE void clear_unseen(A* row, int64_t seen, int64_t keys) const {
+  // Makes columns of a row outside [from, to) 0, as far as a product with ``keys`` keys may read.
+  METAKD_INLINE void clear_unseen(A* row, int64_t from, int64_t to, int64_t keys) const {
     constexpr int64_t W = Float<A>::lanes;
     const int64_t end = round_up(keys, PANEL<A>) + LINE<A>;
-    int64_t c = seen / W * W;
-    if (c < seen) {
-      store(row + c, cut<A>(load(row + c), seen - c));
+    __builtin_memset(row, 0, from * sizeof(A));
+    int64_t c = to / W * W;
+    if (c < to) {
+      store(row + c, cut<A>(load(row + c), to - c));
       c += W;
     }
     for (; c < end; c += W) store(row + c, Vector<A>{});
@@ -170,6 +175,13 @@ struct Packed {
 
  private:
   const bool keeps_keys;
+
+  // Of a head of ``keys`` keys: a query's reach, moved on by the other queries of a block, from a panel's
+  // first key on.
+  METAKD_INLINE int64_t widest_of(int64_t keys) const {
+    const int64_t most = head.reach + QUERIES + PANEL<A>;
+    return keys < most ? keys : most;
+  }
 
   // Room for the last panel and a line. An odd number of lines: an even one would put rows into the
   // same few places of the first cache.
@@ -189,18 +201,17 @@ struct Slopes {
         key(memory.take((packed.head.length + ROWS) * packed.widths.s)) {}
 
   METAKD_INLINE void start(const Packed<A>& packed) const {
-    __builtin_memset(query, 0, packed.head.queries * packed.widths.s * sizeof(A));
     __builtin_memset(key, 0, packed.head.keys * packed.widths.s * sizeof(A));
   }
 
   // ``block``: see Packed::for_blocks; cleared where unseen.
-  METAKD_INLINE void add(
-      const Packed<A>& packed, const A* block, int64_t q, int64_t rows, int64_t keys) const {
+  METAKD_INLINE void add(const Packed<A>& packed, const A* block, int64_t q, int64_t rows, int64_t first,
+                         int64_t keys) const {
     const int64_t all = packed.widths.all, own = packed.widths.s, stride = packed.stride;
-    const Factors<A> by_key{block, stride, 1, packed.key, all, keys};
+    const Factors<A> by_key{block, stride, 1, packed.key + first * all, all, keys};
     multiply(&by_key, 1, rows, own, query + q * own, own, false);
     const Factors<A> by_query{block, 1, stride, packed.query + q * all, all, rows};
-    multiply(&by_query, 1, keys, own, key, own, true);
+    multiply(&by_query, 1, keys, own, key + first * own, own, true);
   }
 
   // ``factor`` is that of the loss; the packed queries carry the scale of the scores, the keys do not.

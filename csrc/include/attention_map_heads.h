@@ -41,15 +41,15 @@ struct Maps {
         block_t(packed.take_block(memory)),
         exp(1.0) {}
 
-  // f(position of the query, scores of the student, of the teacher, number of keys that it sees) for
-  // the rows of a block.
+  // f(position of the query, scores of the student, of the teacher, and of which columns [from, to) it
+  // sees the keys) for the rows of a block.
   template <class F>
-  METAKD_INLINE void for_rows(int64_t q, int64_t rows, int64_t keys, F f) const {
-    packed.scores(packed.student, q, rows, keys, block_s);
-    packed.scores(packed.teacher, q, rows, keys, block_t);
+  METAKD_INLINE void for_rows(int64_t q, int64_t rows, int64_t first, int64_t keys, F f) const {
+    packed.scores(packed.student, q, rows, first, keys, block_s);
+    packed.scores(packed.teacher, q, rows, first, keys, block_t);
     for (int64_t r = 0; r < rows; ++r)
       f(packed.head.query[q + r], block_s + r * packed.stride, block_t + r * packed.stride,
-        packed.head.seen[q + r]);
+        packed.head.from[q + r] - first, packed.head.to[q + r] - first);
   }
 
   // KL of a row, and log sum exp(score - maximum) of either side.
@@ -132,11 +132,13 @@ METAKD_NOINLINE int64_t map_forward(const Head& head, double& value, void* stats
   A* const lsums_s = static_cast<A*>(stats);
   A *const lsums_t = lsums_s + head.length, *const inners = lsums_t + head.length;
   double total = 0;
-  maps.packed.for_blocks([&](int64_t q, int64_t rows, int64_t keys) METAKD_LAMBDA {
-    maps.for_rows(q, rows, keys, [&](int64_t position, A* s, A* t, int64_t seen) METAKD_LAMBDA {
+  maps.packed.for_blocks([&](int64_t q, int64_t rows, int64_t first, int64_t keys) METAKD_LAMBDA {
+    maps.for_rows(q, rows, first, keys, [&](
+        int64_t position, A* s, A* t, int64_t from, int64_t to) METAKD_LAMBDA {
+      if (from == to) return;
       double lsum_s, lsum_t, inner = 0;
-      if constexpr (squared) total += maps.squares(s, t, seen, lsum_s, lsum_t, inner);
-      else total += maps.divergence(s, t, seen, lsum_s, lsum_t);
+      if constexpr (squared) total += maps.squares(s + from, t + from, to - from, lsum_s, lsum_t, inner);
+      else total += maps.divergence(s + from, t + from, to - from, lsum_s, lsum_t);
       lsums_s[position] = static_cast<A>(lsum_s);
       lsums_t[position] = static_cast<A>(lsum_t);
       inners[position] = static_cast<A>(inner);
@@ -159,19 +161,20 @@ METAKD_NOINLINE int64_t map_backward(const Head& head, double dhead, const void*
   slopes.start(maps.packed);
   const A* const lsums_s = static_cast<const A*>(stats);
   const A *const lsums_t = lsums_s + head.length, *const inners = lsums_t + head.length;
-  maps.packed.for_blocks([&](int64_t q, int64_t rows, int64_t keys) METAKD_LAMBDA {
-    maps.for_rows(q, rows, keys, [&](int64_t position, A* s, A* t, int64_t seen) METAKD_LAMBDA {
-      const Vector<A> max_s = row_maximum(s, seen), max_t = row_maximum(t, seen);
+  maps.packed.for_blocks([&](int64_t q, int64_t rows, int64_t first, int64_t keys) METAKD_LAMBDA {
+    maps.for_rows(q, rows, first, keys, [&](
+        int64_t position, A* s, A* t, int64_t from, int64_t to) METAKD_LAMBDA {
+      const Vector<A> max_s = row_maximum(s + from, to - from), max_t = row_maximum(t + from, to - from);
       const Vector<A> lsum_s = every(lsums_s[position]), lsum_t = every(lsums_t[position]);
       const Vector<A> inner = every(inners[position]);
-      for (int64_t c = 0; c < seen; c += Float<A>::lanes) {
+      for (int64_t c = from; c < to; c += Float<A>::lanes) {
         const Vector<A> p_s = maps.exp(load(s + c) - max_s - lsum_s);
         const Vector<A> gap = p_s - maps.exp(load(t + c) - max_t - lsum_t);
         store(s + c, squared ? p_s * (gap - inner) : gap);
       }
-      maps.packed.clear_unseen(s, seen, keys);
+      maps.packed.clear_unseen(s, from, to, keys);
     });
-    slopes.add(maps.packed, maps.block_s, q, rows, keys);
+    slopes.add(maps.packed, maps.block_s, q, rows, first, keys);
   });
   const double factor = squared ? 2 * dhead : dhead;
   if (dkey) slopes.write_to(maps.packed, factor, dquery, *dkey);

@@ -95,10 +95,13 @@ struct Job {
   int size[2];                               // [model]: D_s, D_t
   Dtype dtype[2];
   A scale[2], guard;
-  bool causal;
+  // [role]: how many positions before its own a row meets rows of the other role, after its own they are
+  // reach[1 - role]: of queries `before`, of keys `after`. At most length.
+  int reach[2];
   bool gram_form;                            // false: every head by tiles
   Plan plan;
 
+  METAKD_BOTH bool meets_all() const { return reach[0] >= length && reach[1] >= length; }
   METAKD_BOTH int chunks() const { return static_cast<int>((length + CHUNK_ROWS - 1) / CHUNK_ROWS); }
   // Blocks of a head in the forward; more than one need `sums` and `tickets`.
   METAKD_BOTH int forward_chunks() const { return gram_form || length == 0 ? 1 : chunks(); }
@@ -409,9 +412,9 @@ struct Scores {
 
   METAKD_DEVICE bool sees(int row, int column) const {
     if (!(real_rows[row] >> role & 1) || !(real_columns[column] >> (1 - role) & 1)) return false;
-    if (!job.causal) return true;
-    const int64_t gap = first_row + row - (first_column + column);
-    return role == QUERY ? gap >= 0 : gap <= 0;
+    if (job.meets_all()) return true;
+    const int gap = static_cast<int>(first_row - first_column) + row - column;
+    return gap <= job.reach[role] && -gap <= job.reach[1 - role];
   }
 
   // Tile (i, j) of them; 0 where a query does not see a key. The teacher's products are added to the
@@ -436,11 +439,13 @@ struct Scores {
   }
 };
 
-// Blocks of columns that rows of block i may see.
+// Blocks of `edge` columns that rows of block i may meet.
 template <typename A>
-METAKD_BOTH void columns_for(const Job<A>& job, int role, int i, int blocks, int& from, int& to) {
-  from = job.causal && role == KEY ? i : 0;
-  to = job.causal && role == QUERY ? i + 1 : blocks;
+METAKD_BOTH void columns_for(const Job<A>& job, int role, int i, int edge, int& from, int& to) {
+  const int64_t first = static_cast<int64_t>(i) * edge, low = first - job.reach[role];
+  const int64_t next = first + edge + job.reach[1 - role];
+  from = low > 0 ? static_cast<int>(low / edge) : 0;
+  to = static_cast<int>(((next < job.length ? next : job.length) + edge - 1) / edge);
 }
 
 // Starts loading rows that stay; whoever waits for copies that were started later has them, too.
@@ -465,14 +470,13 @@ METAKD_DEVICE A sum_over_tiles(const Head<A>& head, Shared<A>& shared, C* memory
   const Panel<C> panel(job, edge);
   C* const stages = memory + panel.elements();
   clear_padding(memory, panel, 1 + job.plan.stages, job);
-  const int blocks = static_cast<int>((job.length + edge - 1) / edge);
   A total = 0;
   for (int i = static_cast<int>(first / edge); i < static_cast<int>((last + edge - 1) / edge); ++i) {
     const int64_t first_row = static_cast<int64_t>(i) * edge;
     load_resident(memory, panel, head, QUERY, first_row, shared);
     A of_rows = 0;  // short sums, so that few roundings pile up
     int from, to;
-    columns_for(job, QUERY, i, blocks, from, to);
+    columns_for(job, QUERY, i, edge, from, to);
     stream(
         head, shared, edge, job.plan.stages, from, to,
         [&](int j, int slot, const uint8_t* real) {
@@ -751,14 +755,13 @@ METAKD_DEVICE void differentiate_tiles(const Head<A>& head, Shared<A>& shared, C
   C* const stages = resident + panel.elements();
   const int stride = edge + PADDING<C>, apart = edge * stride;
   clear_padding(resident, panel, 1 + job.plan.stages, job);
-  const int blocks = static_cast<int>((job.length + edge - 1) / edge);
   const int r = warp % tiles, part = warp / tiles;  // of this warp's tile of the gradient
   for (int i = static_cast<int>(first / edge); i < static_cast<int>((last + edge - 1) / edge); ++i) {
     const int64_t first_row = static_cast<int64_t>(i) * edge;
     load_resident(resident, panel, head, role, first_row, shared);
     Tile<A> sum;
     int from, to;
-    columns_for(job, role, i, blocks, from, to);
+    columns_for(job, role, i, edge, from, to);
     stream(
         head, shared, edge, job.plan.stages, from, to,
         [&](int j, int slot, const uint8_t* real) {

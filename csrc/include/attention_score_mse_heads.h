@@ -160,12 +160,13 @@ METAKD_NOINLINE int64_t tiled_forward(const Head& head, double& value, void* scr
   if (!scratch) return memory.bytes();
   packed.pack(head.scale_s, -head.scale_t);
   Vector<double> sum{};
-  packed.for_blocks([&](int64_t q, int64_t rows, int64_t keys) METAKD_LAMBDA {
-    packed.scores(packed.both, q, rows, keys, block);
+  packed.for_blocks([&](int64_t q, int64_t rows, int64_t first, int64_t keys) METAKD_LAMBDA {
+    packed.scores(packed.both, q, rows, first, keys, block);
     for (int64_t r = 0; r < rows; ++r) {
-      const A* row = block + r * packed.stride;
+      const int64_t from = head.from[q + r], to = head.to[q + r];
+      const A* row = block + r * packed.stride + from - first;
       Vector<A> part{};
-      for_sums<A>(head.seen[q + r], [&](int64_t c, int64_t count) METAKD_LAMBDA {
+      for_sums<A>(to - from, [&](int64_t c, int64_t count) METAKD_LAMBDA {
         Vector<A> x = load(row + c);
         if (count < Float<A>::lanes) x = cut<A>(x, count);
         part += x * x;
@@ -189,11 +190,13 @@ METAKD_NOINLINE int64_t tiled_backward(const Head& head, double dhead, const Mat
   if (!scratch) return memory.bytes();
   packed.pack(head.scale_s, -head.scale_t);
   slopes.start(packed);
-  packed.for_blocks([&](int64_t q, int64_t rows, int64_t keys) METAKD_LAMBDA {
-    packed.scores(packed.both, q, rows, keys, block);
-    for (int64_t r = 0; r < rows; ++r)
-      packed.clear_unseen(block + r * packed.stride, head.seen[q + r], keys);
-    slopes.add(packed, block, q, rows, keys);
+  packed.for_blocks([&](int64_t q, int64_t rows, int64_t first, int64_t keys) METAKD_LAMBDA {
+    packed.scores(packed.both, q, rows, first, keys, block);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t from = head.from[q + r] - first, to = head.to[q + r] - first;
+      packed.clear_unseen(block + r * packed.stride, from, to, keys);
+    }
+    slopes.add(packed, block, q, rows, first, keys);
   });
   slopes.write_to(packed, 2 * dhead, dquery, dkey);
   return memory.bytes();

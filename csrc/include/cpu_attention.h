@@ -19,20 +19,23 @@ struct Matrix {
 struct Head {
   Matrix query_s, query_t, key_s, key_t;
   const int64_t *query, *key;  // positions of the real queries and keys
-  const int64_t* seen;         // by real query: how many of the real keys, the first ones, it sees
+  const int64_t *from, *to;    // by real query: it sees these of the real keys; neither ever decreases
   int64_t queries, keys, length;
+  int64_t reach;  // positions that a query sees, real or not, at most
   double scale_s, scale_t;
 };
 
 class AttentionCall {
  public:
   int64_t layers, batch, heads, length, width_s, width_t;
+  int64_t reach;  // as of a Head
   bool is_double;
   at::TensorOptions options;  // of results by head
 
   AttentionCall(at::TensorList query_s, at::TensorList key_s, at::TensorList query_t,
                 at::TensorList key_t, const std::optional<at::Tensor>& query_mask,
-                const std::optional<at::Tensor>& key_mask, bool causal, double scale_s, double scale_t)
+                const std::optional<at::Tensor>& key_mask, std::optional<int64_t> before,
+                std::optional<int64_t> after, double scale_s, double scale_t)
       : layers(query_s.size()), scale_s_(scale_s), scale_t_(scale_t) {
     TORCH_CHECK(layers > 0 && key_s.size() == query_s.size() && query_t.size() == query_s.size() &&
                     key_t.size() == query_s.size(),
@@ -53,7 +56,12 @@ class AttentionCall {
     width_t = other.size(3);
     is_double = accumulator(own, other) == at::kDouble;
     options = own.options().dtype(accumulator(own, other));
-    find_real(query_mask, key_mask, causal);
+    TORCH_CHECK(before.value_or(0) >= 0 && after.value_or(0) >= 0,
+                "metakd: before and after must be 0 or more");
+    const int64_t back = std::min(before.value_or(length), length);
+    const int64_t ahead = std::min(after.value_or(length), length);
+    reach = std::min(back + 1 + ahead, length);
+    find_real(query_mask, key_mask, back, ahead);
   }
 
   int64_t count() const { return layers * batch * heads; }
@@ -81,10 +89,12 @@ class AttentionCall {
         rows(key_t_, index),
         query_.data() + query,
         key_.data() + key,
-        seen_.data() + query,
+        from_.data() + query,
+        to_.data() + query,
         first_query_[example + 1] - query,
         first_key_[example + 1] - key,
         length,
+        reach,
         scale_s_,
         scale_t_};
   }
@@ -94,7 +104,7 @@ class AttentionCall {
   double scale_s_, scale_t_;
   // Examples without a mask are all alike and stand here once. Rows of an example e begin at first_[e].
   int64_t examples_;
-  std::vector<int64_t> query_, key_, seen_, first_query_, first_key_;
+  std::vector<int64_t> query_, key_, from_, to_, first_query_, first_key_;
 
   static void take(at::TensorList from, const at::Tensor& like, std::vector<at::Tensor>& to) {
     to.reserve(from.size());
@@ -106,18 +116,21 @@ class AttentionCall {
   }
 
   void find_real(const std::optional<at::Tensor>& query_mask, const std::optional<at::Tensor>& key_mask,
-                 bool causal) {
+                 int64_t back, int64_t ahead) {
     examples_ = query_mask || key_mask ? batch : 1;
     positions(query_mask, query_, first_query_);
     positions(key_mask, key_, first_key_);
-    seen_.resize(query_.size());
+    from_.resize(query_.size());
+    to_.resize(query_.size());
     for (int64_t example = 0; example < examples_; ++example) {
-      int64_t seen = 0;
+      int64_t from = 0, to = 0;
       const int64_t keys = first_key_[example + 1] - first_key_[example];
       const int64_t* key = key_.data() + first_key_[example];
       for (int64_t i = first_query_[example]; i < first_query_[example + 1]; ++i) {
-        while (seen < keys && (!causal || key[seen] <= query_[i])) ++seen;
-        seen_[i] = seen;
+        while (from < keys && key[from] < query_[i] - back) ++from;
+        while (to < keys && key[to] <= query_[i] + ahead) ++to;
+        from_[i] = from;
+        to_[i] = to;
       }
     }
   }

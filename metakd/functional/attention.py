@@ -29,6 +29,7 @@ from metakd.functional.checks import (
     widest,
     without_autocast,
 )
+from metakd.reference import EVERYWHERE, Reach
 
 Pair = tuple[Tensor, Tensor]  # (query, key)
 Layers = tuple[list[Tensor], list[Tensor]]  # queries, keys
@@ -105,7 +106,7 @@ class _View(NamedTuple):
 
     query_mask: Tensor | None
     key_mask: Tensor | None
-    causal: bool
+    reach: Reach
     scale: float | None
     mean_over: str
 
@@ -140,8 +141,17 @@ def _attention(
     return reduce_rows(rows, weight, torch.stack(real).all(0) if real else None, reduction)
 
 
+def _reach(causal: bool, window: int | None) -> Reach:
+    require(
+        window is None
+        or (isinstance(window, int) and not isinstance(window, bool) and window >= 0),
+        lambda: f"window must be an integer of at least 0, or None, got {window!r}",
+    )
+    return window, 0 if causal else window
+
+
 def _checked(view: _View, states: Tensor) -> _View:
-    """With boolean masks that fit these states."""
+    """With boolean masks that fit these states, and no bound that excludes none of them."""
     if view.scale is not None:
         check_positive("scale", view.scale)
     batch, _, length, _ = states.shape
@@ -149,7 +159,8 @@ def _checked(view: _View, states: Tensor) -> _View:
         as_mask(name, mask, (batch, length), states.device)
         for name, mask in zip(("query_mask", "key_mask"), view.masks)
     )
-    return _View(query_mask, key_mask, view.causal, view.scale, view.mean_over)
+    before, after = (None if x is None or x >= length - 1 else x for x in view.reach)
+    return _View(query_mask, key_mask, (before, after), view.scale, view.mean_over)
 
 
 def _by_reference(op: str, student: Layers, teacher: Layers, *rest) -> Tensor:
@@ -181,6 +192,12 @@ def _score_rows(
     sides = [student, teacher]
     heads = [side[0][0].shape[1] for side in sides]
     own = student[0][0]
+    require(
+        form != "gram" or view.reach == EVERYWHERE,
+        lambda: (
+            f"form must be auto or tiled with a window within {own.shape[2]} positions, got 'gram'"
+        ),
+    )
     if teacher_norm is not None:
         shape = (*own.shape[:1], heads[1])
         if teacher_norm.dim() == 3:
@@ -197,16 +214,16 @@ def _score_rows(
     if backend == "reference":
         return _by_reference(op, student, teacher, *view, form)
     own, taught = sides[0][0][0], sides[1][0][0]
-    guard = _gram_guard(form, view.causal, own.shape[2], own.shape[3] + taught.shape[3])
+    guard = _gram_guard(form, view.reach, own.shape[2], own.shape[3] + taught.shape[3])
     if teacher_norm is not None:
         dtype = torch.promote_types(widest(own, taught), torch.float32)
         teacher_norm = teacher_norm.to(dtype).expand(len(student[0]), -1, -1)
         if view.query_mask is not None:  # no term cancels that of an example without real queries
             teacher_norm = teacher_norm.masked_fill(~view.query_mask.any(1)[:, None], 0.0)
     found, *_ = ops.compiled(backend, "attention_score_mse_fwd")(
-        *sides[0], *sides[1], *view.masks, view.causal, *factors, teacher_norm, guard
+        *sides[0], *sides[1], *view.masks, *view.reach, *factors, teacher_norm, guard
     )
-    count = reference.count_pairs(own.shape[2], *view.masks, view.causal, view.mean_over)
+    count = reference.count_pairs(own.shape[2], *view.masks, view.reach, view.mean_over)
     return found.sum((0, 2)) / (own.shape[1] * count)
 
 
@@ -216,7 +233,7 @@ def _one_head(states: list[Tensor]) -> list[Tensor]:
     return [x.transpose(1, 2).flatten(2)[:, None] for x in states]
 
 
-def _gram_guard(form: str, causal: bool, length: int, width: int) -> float:
+def _gram_guard(form: str, reach: Reach, length: int, width: int) -> float:
     """The ``guard`` of attention_score_mse_fwd.
 
     Gram matrices of width W = D_s + D_t pay off once the length reaches W. Measured forward and
@@ -225,7 +242,8 @@ def _gram_guard(form: str, causal: bool, length: int, width: int) -> float:
     """
     if form == "gram":
         return 0.0
-    return GRAM_GUARD if form == "auto" and not causal and length >= width else math.inf
+    gram = form == "auto" and reach == EVERYWHERE and length >= width
+    return GRAM_GUARD if gram else math.inf
 
 
 def _map_rows(
@@ -251,10 +269,10 @@ def _map_rows(
         return _by_reference(op, student, teacher, *view)
     factors = [_factor(view.scale, states) for states in (own, taught)]
     found, _ = ops.compiled(chosen, "attention_map_fwd")(
-        *student, *teacher, *view.masks, view.causal, *factors, squared, same
+        *student, *teacher, *view.masks, *view.reach, *factors, squared, same
     )
     counter = reference.count_pairs if squared else reference.count_queries
-    count = counter(own.shape[2], *view.masks, view.causal, view.mean_over)
+    count = counter(own.shape[2], *view.masks, view.reach, view.mean_over)
     return found.sum((0, 2)) / (heads[0] * count)
 
 
@@ -265,6 +283,7 @@ def attention_score_mse(
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     causal: bool = False,
+    window: int | None = None,
     scale: float | None = None,
     mean_over: str = "real",
     form: str = "auto",
@@ -296,6 +315,8 @@ def attention_score_mse(
         query_mask: [B, L], which queries count; None: all, padding included.
         key_mask: [B, L], which keys count; None: all.
         causal: a query sees keys at its own position and before only (tiled form).
+        window: a query sees keys at most so many positions of the padded sequence away, with
+            ``causal`` before it only (tiled form); None: any. One of L - 1 or more hides nothing.
         scale: factor of the scores instead of 1 / sqrt(D), for both sides.
         mean_over: ``real`` or ``all``.
         form: ``auto`` (Gram for long inputs), ``gram`` or ``tiled``.
@@ -311,7 +332,7 @@ def attention_score_mse(
 
     Raises:
         ValueError: an argument of wrong shape, dtype, device or range; a teacher that requires
-            grad; ``form="gram"`` with ``causal=True``.
+            grad; ``form="gram"`` with ``causal=True`` or a window of less than L - 1.
         UnsupportedError: the backend asked for cannot run here.
 
     Source: Jiao et al. 2020, *TinyBERT* (arXiv 1909.10351), equation 7; L_attn of Meta-KD.
@@ -321,7 +342,7 @@ def attention_score_mse(
         not (causal and form == "gram"),
         lambda: "form must be auto or tiled with causal=True, got 'gram'",
     )
-    view = _View(query_mask, key_mask, causal, scale, mean_over)
+    view = _View(query_mask, key_mask, _reach(causal, window), scale, mean_over)
     asked = (student, teacher, view, weight, reduction, backend, _score_rows)
     return _attention("attention_score_mse", *asked, form=form, teacher_norm=teacher_norm)
 
@@ -354,7 +375,7 @@ def attention_score_norm(
     """
     check_tensor("query", query, ("B", "A", "L", "D"))
     check_tensor("key", key, query.shape, query.device)
-    view = _checked(_View(query_mask, key_mask, False, scale, "real"), query)
+    view = _checked(_View(query_mask, key_mask, EVERYWHERE, scale, "real"), query)
     return without_autocast(query.device, reference.score_norm, query, key, *view.masks, view.scale)
 
 
@@ -365,6 +386,7 @@ def attention_kl(
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     causal: bool = False,
+    window: int | None = None,
     scale: float | None = None,
     mean_over: str = "real",
     weight: Tensor | None = None,
@@ -385,6 +407,8 @@ def attention_kl(
         query_mask: [B, L], which queries count; None: all.
         key_mask: [B, L], which keys count; None: all.
         causal: a query sees keys at its own position and before only.
+        window: a query sees keys at most so many positions of the padded sequence away, with
+            ``causal`` before it only; None: any.
         scale: factor of the scores instead of 1 / sqrt(D), for both sides.
         mean_over: ``real`` or ``all``.
         weight: [B], factor of each example; 0 leaves it out, but for the count of a mean.
@@ -401,7 +425,7 @@ def attention_kl(
 
     Source: Wang et al. 2020, *MiniLM* (arXiv 2002.10957), equation 6.
     """
-    view = _View(query_mask, key_mask, causal, scale, mean_over)
+    view = _View(query_mask, key_mask, _reach(causal, window), scale, mean_over)
     asked = (student, teacher, view, weight, reduction, backend, _map_rows)
     return _attention("attention_kl", *asked)
 
@@ -413,6 +437,7 @@ def attention_prob_mse(
     query_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     causal: bool = False,
+    window: int | None = None,
     scale: float | None = None,
     mean_over: str = "real",
     weight: Tensor | None = None,
@@ -432,6 +457,8 @@ def attention_prob_mse(
         query_mask: [B, L], which queries count; None: all.
         key_mask: [B, L], which keys count; None: all.
         causal: a query sees keys at its own position and before only.
+        window: a query sees keys at most so many positions of the padded sequence away, with
+            ``causal`` before it only; None: any.
         scale: factor of the scores instead of 1 / sqrt(D), for both sides.
         mean_over: ``real`` or ``all``.
         weight: [B], factor of each example; 0 leaves it out, but for the count of a mean.
@@ -448,7 +475,7 @@ def attention_prob_mse(
 
     Source: the post-softmax variant of *TinyBERT* (arXiv 1909.10351), equation 7.
     """
-    view = _View(query_mask, key_mask, causal, scale, mean_over)
+    view = _View(query_mask, key_mask, _reach(causal, window), scale, mean_over)
     return _attention(
         "attention_prob_mse", student, teacher, view, weight, reduction, backend, _map_rows
     )
@@ -515,5 +542,5 @@ def _relation_rows(
     if backend == "reference":
         rows = [reference.relation_kl(*layer, heads, mask) for layer in zip(student, teacher)]
         return reduce(torch.add, rows)
-    view = _View(mask, mask, False, None, "real")
+    view = _View(mask, mask, EVERYWHERE, None, "real")
     return _map_rows("relation_kl", backend, *sides, view, same=True)

@@ -54,6 +54,7 @@ from metakd.kernels.shared import (
     hand_over,
     launches_in_parts,
     like,
+    others_of,
     probability,
     query_block,
     score_block,
@@ -72,7 +73,7 @@ def _attention_map_kernel(
     query_s, key_s, query_t, key_t, query_mask, key_mask, parts, stats, maxima,
     B, A, L, qs_b, qs_a, qs_l, ks_b, ks_a, ks_l, qt_b, qt_a, qt_l, kt_b, kt_a, kt_l, qm_b, km_b,
     scale_s, scale_t,
-    SQUARED: tl.constexpr, EXACT: tl.constexpr, CAUSAL: tl.constexpr,
+    SQUARED: tl.constexpr, EXACT: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     D_S: tl.constexpr, D_T: tl.constexpr, ALIGN_S: tl.constexpr, ALIGN_T: tl.constexpr,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
@@ -82,11 +83,12 @@ def _attention_map_kernel(
     block = tl.program_id(0) % blocks
     if key_mask is not None:
         key_mask += head // A % B * km_b
-    own, real, own_s, own_t, key_s, key_t, end = query_block(
+    own, real, own_s, own_t, key_s, key_t = query_block(
         head, block, query_s, key_s, query_t, key_t, query_mask,
         B, A, L, qs_b, qs_a, qs_l, ks_b, ks_a, qt_b, qt_a, qt_l, kt_b, kt_a, qm_b,
-        CAUSAL, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OWN,
+        D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OWN,
     )  # fmt: skip
+    start, end = others_of(own, real, L, BEFORE, AFTER)
     rate_s, rate_t = scale_s * LOG2_E, scale_t * LOG2_E
 
     max_s = tl.full([OWN], LOWEST, tl.float32)
@@ -94,10 +96,10 @@ def _attention_map_kernel(
     sum_s = tl.zeros([OWN], tl.float32)
     sum_t = tl.zeros([OWN], tl.float32)
     gap = tl.zeros([OWN], tl.float32)
-    for first in range(0, end, OTHER):
+    for first in range(start, end, OTHER):
         s, t, visible, _, _ = score_block(
             own_s, own_t, own, real, key_s, key_t, ks_l, kt_l, key_mask, first, L,
-            True, CAUSAL, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OTHER,
+            BEFORE, AFTER, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OTHER,
         )  # fmt: skip
         s, t = tl.where(visible, s, -INFINITY), tl.where(visible, t, -INFINITY)
         new_s, new_t = tl.maximum(max_s, tl.max(s, 1)), tl.maximum(max_t, tl.max(t, 1))
@@ -123,10 +125,10 @@ def _attention_map_kernel(
             value = tl.zeros([OWN], tl.float32)
             inner = tl.zeros([OWN], tl.float32)
             square = tl.zeros([OWN], tl.float32)
-            for first in range(0, end, OTHER):
+            for first in range(start, end, OTHER):
                 s, t, visible, _, _ = score_block(
                     own_s, own_t, own, real, key_s, key_t, ks_l, kt_l, key_mask, first, L,
-                    True, CAUSAL, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OTHER,
+                    BEFORE, AFTER, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OTHER,
                 )  # fmt: skip
                 p_s = probability(s, rate_s, max_s[:, None], log_s[:, None], True)
                 p_t = probability(t, rate_t, max_t[:, None], log_t[:, None], True)
@@ -178,14 +180,17 @@ def attention_map_fwd(
     key_t: list[Tensor],
     query_mask: Tensor | None,
     key_mask: Tensor | None,
-    causal: bool,
+    before: int | None,
+    after: int | None,
     scale_s: float,
     scale_t: float,
     squared: bool,
     same: bool,
 ) -> tuple[Tensor, Tensor]:
     """See ``metakd.ops.SCHEMAS``."""
-    pairs = Pairs(query_s, key_s, query_t, key_t, query_mask, key_mask, scale_s, scale_t)
+    pairs = Pairs(
+        query_s, key_s, query_t, key_t, query_mask, key_mask, before, after, scale_s, scale_t
+    )
     heads, stats = pairs.per_head(), pairs.per_head(3, pairs.shape[3])
     shape = map_shape(*pairs.sizes, squared)
     for run, grid, args in launches_in_parts(pairs, shape["OWN"], heads):
@@ -194,7 +199,7 @@ def attention_map_fwd(
             maxima=None,
             SQUARED=squared,
             EXACT=_exact(pairs),
-            CAUSAL=causal,
+            **pairs.reach,
             **args,
             **shape,
         )
@@ -209,7 +214,8 @@ def attention_map_bwd(
     key_t: list[Tensor],
     query_mask: Tensor | None,
     key_mask: Tensor | None,
-    causal: bool,
+    before: int | None,
+    after: int | None,
     scale_s: float,
     scale_t: float,
     stats: Tensor,
@@ -217,7 +223,9 @@ def attention_map_bwd(
     same: bool,
 ) -> list[Tensor]:
     """See ``metakd.ops.SCHEMAS``."""
-    pairs = Pairs(query_s, key_s, query_t, key_t, query_mask, key_mask, scale_s, scale_t)
+    pairs = Pairs(
+        query_s, key_s, query_t, key_t, query_mask, key_mask, before, after, scale_s, scale_t
+    )
     results, written = like(query_s if same else [*query_s, *key_s])
     maxima = None
     if _exact(pairs):
@@ -230,10 +238,10 @@ def attention_map_bwd(
                 maxima=maxima[run],
                 SQUARED=False,
                 EXACT=True,
-                CAUSAL=causal,
+                **pairs.reach,
                 **args,
                 **shape,
             )
     kind = MAPS_SQUARED.value if squared else MAPS_KL.value
-    score_gradient(dheads, pairs, stats.contiguous(), maxima, None, kind, causal, written, same)
+    score_gradient(dheads, pairs, stats.contiguous(), maxima, None, kind, written, same)
     return hand_over(results, written)

@@ -51,6 +51,7 @@ from metakd.kernels.shared import (
     like,
     load_rows,
     narrow,
+    others_of,
     places,
     query_block,
     score_block,
@@ -244,7 +245,7 @@ def _tile_kernel(
     query_s, key_s, query_t, key_t, query_mask, key_mask, tiled, parts,
     B, A, L, qs_b, qs_a, qs_l, ks_b, ks_a, ks_l, qt_b, qt_a, qt_l, kt_b, kt_a, kt_l, qm_b, km_b,
     scale_s, scale_t,
-    CAUSAL: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr,
     ALIGN_S: tl.constexpr, ALIGN_T: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr,
     OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
@@ -257,16 +258,17 @@ def _tile_kernel(
             return
     if key_mask is not None:
         key_mask += head // A % B * km_b
-    own, real, own_s, own_t, key_s, key_t, end = query_block(
+    own, real, own_s, own_t, key_s, key_t = query_block(
         head, block, query_s, key_s, query_t, key_t, query_mask,
         B, A, L, qs_b, qs_a, qs_l, ks_b, ks_a, qt_b, qt_a, qt_l, kt_b, kt_a, qm_b,
-        CAUSAL, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OWN,
+        D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OWN,
     )  # fmt: skip
+    start, end = others_of(own, real, L, BEFORE, AFTER)
     total = tl.zeros([OWN], tl.float32)
-    for first in range(0, end, OTHER):
+    for first in range(start, end, OTHER):
         s, t, visible, _, _ = score_block(
             own_s, own_t, own, real, key_s, key_t, ks_l, kt_l, key_mask, first, L,
-            True, CAUSAL, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OTHER,
+            BEFORE, AFTER, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OTHER,
         )  # fmt: skip
         gap = tl.where(visible, s * scale_s - t * scale_t, 0.0)
         total += tl.sum(gap * gap, 1)
@@ -311,17 +313,20 @@ def attention_score_mse_fwd(
     key_t: list[Tensor],
     query_mask: Tensor | None,
     key_mask: Tensor | None,
-    causal: bool,
+    before: int | None,
+    after: int | None,
     scale_s: float,
     scale_t: float,
     norm_t: Tensor | None,
     guard: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``metakd.ops.SCHEMAS``."""
-    pairs = Pairs(query_s, key_s, query_t, key_t, query_mask, key_mask, scale_s, scale_t)
+    pairs = Pairs(
+        query_s, key_s, query_t, key_t, query_mask, key_mask, before, after, scale_s, scale_t
+    )
     D_s, D_t, _ = pairs.sizes
     by_tiles_alone = guard == math.inf
-    assert by_tiles_alone or not causal, "a causal map has no Gram form"
+    assert by_tiles_alone or before is after is None, "a map with bounds has no Gram form"
     heads = pairs.per_head()
     gram = pairs.per_head(2, 0 if by_tiles_alone else D_s + D_t, D_s)
     tiled = torch.full_like(heads, by_tiles_alone, dtype=torch.bool)
@@ -338,7 +343,7 @@ def attention_score_mse_fwd(
         only = None if by_tiles_alone else tiled
         for run, grid, args in launches_in_parts(pairs, shape["OWN"], heads, only):
             of_run = None if only is None else only[run]
-            _tile_kernel[grid](tiled=of_run, CAUSAL=causal, **args, **shape)
+            _tile_kernel[grid](tiled=of_run, **pairs.reach, **args, **shape)
     return heads, gram, tiled
 
 
@@ -350,7 +355,8 @@ def attention_score_mse_bwd(
     key_t: list[Tensor],
     query_mask: Tensor | None,
     key_mask: Tensor | None,
-    causal: bool,
+    before: int | None,
+    after: int | None,
     scale_s: float,
     scale_t: float,
     gram: Tensor,
@@ -358,7 +364,9 @@ def attention_score_mse_bwd(
     guard: float,
 ) -> list[Tensor]:
     """See ``metakd.ops.SCHEMAS``."""
-    pairs = Pairs(query_s, key_s, query_t, key_t, query_mask, key_mask, scale_s, scale_t)
+    pairs = Pairs(
+        query_s, key_s, query_t, key_t, query_mask, key_mask, before, after, scale_s, scale_t
+    )
     results, written = like([*query_s, *key_s])
     if guard < math.inf:
         shape = gram_bwd_shape(*pairs.sizes)
@@ -376,5 +384,5 @@ def attention_score_mse_bwd(
             )
     if guard > 0:
         only = tiled if guard < math.inf else None
-        score_gradient(dheads, pairs, None, None, only, SCORES.value, causal, written)
+        score_gradient(dheads, pairs, None, None, only, SCORES.value, written)
     return hand_over(results, written)

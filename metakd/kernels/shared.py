@@ -12,6 +12,10 @@ derived in the module of its loss:
 - MAPS_KL, attention_map: P_s - P_t
 - MAPS_SQUARED, attention_map: 2 P_s ((P_s - P_t) - inner)
 
+A query sees keys from BEFORE positions before to AFTER behind its own (None: all), so a key is seen
+by queries from AFTER before to BEFORE behind: the two change places with the roles. Blocks of
+others that none of the own rows may see are not visited.
+
 Each program computes the gradient of its own rows once as queries and once as keys, so nothing is
 added atomically. The forward reads b (D_s + D_t) a query once and a key once for each block of
 queries, from the L2 but for the first; the backward twice that, and writes 2 b D_s a token.
@@ -172,14 +176,25 @@ def head_of(tensors, layer, b, a, stride_b, stride_a, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def others_of(own, own_real, L, BEFORE: tl.constexpr, AFTER: tl.constexpr):
+    """The first other row that the own rows may see, and the last one plus one."""
+    start, end = 0, L
+    if BEFORE is not None:
+        start = tl.maximum(tl.min(own, 0) - BEFORE, 0)
+    if AFTER is not None:
+        end = tl.minimum(tl.max(own, 0) + AFTER + 1, L)
+    return start, tl.where(tl.max(own_real.to(tl.int32), 0) > 0, end, start)
+
+
+@triton.jit
 def query_block(
     head, block, query_s, key_s, query_t, key_t, query_mask,
     B, A, L, qs_b, qs_a, qs_l, ks_b, ks_a, qt_b, qt_a, qt_l, kt_b, kt_a, qm_b,
-    CAUSAL: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr, ALIGN_S: tl.constexpr,
-    ALIGN_T: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, OWN: tl.constexpr,
+    D_S: tl.constexpr, D_T: tl.constexpr, ALIGN_S: tl.constexpr, ALIGN_T: tl.constexpr,
+    WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """A block of a head's queries as own rows: their places, which are real, both models' rows,
-    where its keys start, and the last key that they may see, plus one."""
+    """A block of a head's queries as own rows: their places, which are real, both models' rows, and
+    where its keys start."""
     layer, b, a = head // A // B, head // A % B, head % A
     own = block * OWN + tl.arange(0, OWN)
     if query_mask is not None:
@@ -193,11 +208,9 @@ def query_block(
         head_of(query_t, layer, b, a, qt_b, qt_a, ALIGN_T), own, qt_l, real,
         tl.arange(0, WIDTH_T), D_T, ALIGN_T,
     )  # fmt: skip
-    end = tl.minimum((block + 1) * OWN, L) if CAUSAL else L
-    end = tl.where(tl.max(real.to(tl.int32), 0) > 0, end, 0)
     key_s = head_of(key_s, layer, b, a, ks_b, ks_a, ALIGN_S)
     key_t = head_of(key_t, layer, b, a, kt_b, kt_a, ALIGN_T)
-    return own, real, own_s, own_t, key_s, key_t, end
+    return own, real, own_s, own_t, key_s, key_t
 
 
 @triton.jit
@@ -219,7 +232,7 @@ def probability(x, rate, maximum, log_sum, FROM_MAXIMUM: tl.constexpr):
 @triton.jit
 def score_block(
     own_s, own_t, own, own_real, other_s, other_t, stride_s, stride_t, other_mask, first, L,
-    AS_QUERIES: tl.constexpr, CAUSAL: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr,
+    BEFORE: tl.constexpr, AFTER: tl.constexpr, D_S: tl.constexpr, D_T: tl.constexpr,
     ALIGN_S: tl.constexpr, ALIGN_T: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr,
     OTHER: tl.constexpr,
 ):  # fmt: skip
@@ -233,11 +246,10 @@ def score_block(
     s = dot(own_s, tl.trans(rows_s), none)
     t = dot(own_t, tl.trans(rows_t), none)
     visible = own_real[:, None] & real[None, :]
-    if CAUSAL:
-        if AS_QUERIES:
-            visible = visible & (other[None, :] <= own[:, None])
-        else:
-            visible = visible & (own[:, None] <= other[None, :])
+    if BEFORE is not None:
+        visible = visible & (own[:, None] <= other[None, :] + BEFORE)
+    if AFTER is not None:
+        visible = visible & (other[None, :] <= own[:, None] + AFTER)
     return s, t, visible, other, rows_s
 
 
@@ -271,24 +283,18 @@ def _map_slope(s, t, stats, scale_s, scale_t, maxima, KIND: tl.constexpr):
 def _row_gradient(
     total, own_s, own_t, own, own_real, other_s, other_t, stride_s, stride_t, other_mask, stats,
     maxima, L, scale_s, scale_t,
-    KIND: tl.constexpr, AS_QUERIES: tl.constexpr, CAUSAL: tl.constexpr,
+    KIND: tl.constexpr, AS_QUERIES: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     D_S: tl.constexpr, D_T: tl.constexpr, ALIGN_S: tl.constexpr, ALIGN_T: tl.constexpr,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     """total + (df/dS_s) others' rows, of the own rows in one role."""
-    start, end = 0, L
-    if CAUSAL:
-        if AS_QUERIES:
-            end = tl.minimum(tl.max(own, 0) + 1, L)
-        else:
-            start = tl.min(own, 0)
-    end = tl.where(tl.max(own_real.to(tl.int32), 0) > 0, end, start)
+    start, end = others_of(own, own_real, L, BEFORE, AFTER)
     if KIND != SCORES and AS_QUERIES:
         own_stats = _load_stats(stats, maxima, own[:, None], own_real[:, None], L)
     for first in range(start, end, OTHER):
         s, t, visible, other, rows_s = score_block(
             own_s, own_t, own, own_real, other_s, other_t, stride_s, stride_t, other_mask, first,
-            L, AS_QUERIES, CAUSAL, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OTHER,
+            L, BEFORE, AFTER, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OTHER,
         )  # fmt: skip
         if KIND == SCORES:
             slope = s * scale_s - t * scale_t
@@ -309,7 +315,7 @@ def score_gradient_kernel(
     B, A, L, dh_n, dh_b, dh_a, dq_b, dq_a, dq_l, dk_b, dk_a, dk_l,
     qs_b, qs_a, qs_l, ks_b, ks_a, ks_l, qt_b, qt_a, qt_l, kt_b, kt_a, kt_l, qm_b, km_b,
     scale_s, scale_t,
-    KIND: tl.constexpr, SAME: tl.constexpr, CAUSAL: tl.constexpr,
+    KIND: tl.constexpr, SAME: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr,
     D_S: tl.constexpr, D_T: tl.constexpr, ALIGN_S: tl.constexpr, ALIGN_T: tl.constexpr,
     WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
@@ -349,7 +355,7 @@ def score_gradient_kernel(
     total = _row_gradient(
         tl.zeros([OWN, WIDTH_S], tl.float32), own_s, own_t, own, real,
         key_s, key_t, ks_l, kt_l, key_mask, stats, maxima, L, scale_s,
-        scale_t, KIND, True, CAUSAL, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OTHER,
+        scale_t, KIND, True, BEFORE, AFTER, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OTHER,
     )  # fmt: skip
     if not SAME:
         at = dquery + places(own, dq_l, column_s, ALIGN_S)
@@ -363,7 +369,7 @@ def score_gradient_kernel(
     total = _row_gradient(
         total, own_s, own_t, own, real,
         query_s, query_t, qs_l, qt_l, query_mask, stats, maxima, L, scale_s,
-        scale_t, KIND, False, CAUSAL, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OTHER,
+        scale_t, KIND, False, AFTER, BEFORE, D_S, D_T, ALIGN_S, ALIGN_T, WIDTH_S, WIDTH_T, OTHER,
     )  # fmt: skip
     if SAME:
         real = real | is_real(query_mask, own, L)
@@ -472,16 +478,10 @@ class Pairs:
     """n layers of queries and keys of both models, and masks, as the kernels take them."""
 
     def __init__(
-        self,
-        query_s: list[Tensor],
-        key_s: list[Tensor],
-        query_t: list[Tensor],
-        key_t: list[Tensor],
-        query_mask: Tensor | None,
-        key_mask: Tensor | None,
-        scale_s: float,
-        scale_t: float,
-    ):
+        self, query_s: list[Tensor], key_s: list[Tensor], query_t: list[Tensor],
+        key_t: list[Tensor], query_mask: Tensor | None, key_mask: Tensor | None,
+        before: int | None, after: int | None, scale_s: float, scale_t: float,
+    ):  # fmt: skip
         refuse_doubles(query_s=query_s[0], query_t=query_t[0])
         self.shape = len(query_s), *query_s[0].shape[:3]  # n, B, A, L
         self.sides = [[in_rows(x) for x in side] for side in (query_s, key_s, query_t, key_t)]
@@ -500,6 +500,7 @@ class Pairs:
             "D_S": query_s[0].shape[3],
             "D_T": query_t[0].shape[3],
         }
+        self.reach = {"BEFORE": before, "AFTER": after}
         self.sizes = self.common["D_S"], self.common["D_T"], max(x[0].itemsize for x in self.sides)
         self.device = query_s[0].device
 
@@ -576,7 +577,7 @@ def gradient_shape(D_s: int, D_t: int, itemsize: int) -> dict[str, int]:
 
 def score_gradient(
     dheads: Tensor, pairs: Pairs, stats: Tensor | None, maxima: Tensor | None,
-    tiled: Tensor | None, kind: int, causal: bool, written: list[Tensor], same: bool = False,
+    tiled: Tensor | None, kind: int, written: list[Tensor], same: bool = False,
 ) -> None:  # fmt: skip
     """Gradients of the queries, and of the keys unless they are the same, into ``written``."""
     D_s, D_t, itemsize = pairs.sizes
@@ -593,7 +594,7 @@ def score_gradient(
             dh_a=dheads.stride(2),
             KIND=kind,
             SAME=same,
-            CAUSAL=causal,
+            **pairs.reach,
             **args,
             **shape,
         )

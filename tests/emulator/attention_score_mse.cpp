@@ -28,7 +28,7 @@ struct Call {
   int64_t n, batch, heads_count, length;
   int64_t size[2], dtype[2];
   double scale[2], guard;
-  int64_t causal, gram_form, backward;
+  int64_t reach[2], gram_form, backward;
   int64_t limit;  // of shared memory; afterwards what was planned:
   int64_t rows, stages, panel;
   emulator::Run run;
@@ -49,6 +49,7 @@ void launch(Call& call) {
     job.size[i] = static_cast<int>(call.size[i]);
     job.dtype[i] = static_cast<Dtype>(call.dtype[i]);
     job.scale[i] = static_cast<A>(call.scale[i]);
+    job.reach[i] = static_cast<int>(call.reach[i]);
   }
   job.heads = static_cast<A*>(call.heads);
   job.gram = static_cast<A*>(call.gram);
@@ -60,7 +61,6 @@ void launch(Call& call) {
   job.heads_count = static_cast<int>(call.heads_count);
   job.length = call.length;
   job.guard = static_cast<A>(call.guard);
-  job.causal = call.causal;
   job.gram_form = call.gram_form;
   const int limit = static_cast<int>(call.limit);
   job.plan = call.backward ? backward_plan<C>(job, limit) : forward_plan<C>(job, limit);
