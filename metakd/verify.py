@@ -444,6 +444,11 @@ def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
                 f"2 x 3 x {length} x 26/64",
                 partial(attention_case, op, (2, 3, length), layers=2),
             )
+    for op in ("attention_score_mse", "attention_kl", "attention_prob_mse"):
+        yield (
+            "window 40, 2 x 3 x 150 x 26/64",
+            partial(attention_case, op, (2, 3, 150), layers=2, window=40),
+        )
     yield "2 x 4 x 65 x 24, 3 relation heads", lambda: relation_case((2, 4, 65), 24, 3, 3)
     yield "5 layers, 4 x 60 x 384", lambda: hidden_case((4, 60, 384), 5)
     yield "2 layers, 4 x 60 x 312 to 384", lambda: hidden_case((4, 60, 384), 2, 312)
