@@ -313,19 +313,35 @@ def _head_row(N: int, H: int, C: int, dtype, devices, *, beta: float, quick=Fals
 # Attention
 
 
-def _maps_loss(op: str, student, teacher) -> torch.Tensor:
+def _maps_loss(op: str, student, teacher, window: int | None = None) -> torch.Tensor:
     """As people write it, over whole maps."""
-    scores = [(q @ k.mT) * q.shape[-1] ** -0.5 for q, k in (student, teacher)]
+    scores = [((q @ k.mT) * q.shape[-1] ** -0.5).float() for q, k in (student, teacher)]
+    part = 1.0  # of all pairs are counted
+    if window is not None:
+        place = torch.arange(scores[0].shape[-1], device=scores[0].device)
+        hidden = (place[:, None] - place).abs() > window
+        scores = [x.masked_fill(hidden, 0.0 if "score" in op else -1e9) for x in scores]
+        part = 1.0 - hidden.float().mean()
     if op == "attention_score_mse":
-        return F.mse_loss(*(x.float() for x in scores))
+        return F.mse_loss(*scores) / part
     if op == "attention_prob_mse":
-        return F.mse_loss(*(x.float().softmax(-1) for x in scores))
-    logs = [x.float().log_softmax(-1) for x in scores]
+        return F.mse_loss(*(x.softmax(-1) for x in scores)) / part
+    logs = [x.log_softmax(-1) for x in scores]
     return F.kl_div(*logs, reduction="none", log_target=True).sum(-1).mean()
 
 
 def _attention_row(
-    op: str, B: int, A: int, L: int, D: int, D_t: int, dtype, devices, quick=False, eager=True
+    op: str,
+    B: int,
+    A: int,
+    L: int,
+    D: int,
+    D_t: int,
+    dtype,
+    devices,
+    quick=False,
+    eager=True,
+    window: int | None = None,
 ) -> Row:
     """``eager``: whole maps fit the memory."""
 
@@ -346,23 +362,25 @@ def _attention_row(
             op,
             device,
             dtype,
-            lambda backend: _step(lambda: loss(student, teacher, backend=backend), *student),
+            lambda backend: _step(
+                lambda: loss(student, teacher, window=window, backend=backend), *student
+            ),
         )
         if rivals and eager:
             _try(
                 contest,
                 "eager maps",
-                lambda: _step(lambda: _maps_loss(op, student, teacher), *student),
+                lambda: _step(lambda: _maps_loss(op, student, teacher, window), *student),
             )
             compiled = torch.compile(_maps_loss, dynamic=False)
             _try(
                 contest,
                 "torch.compile maps",
-                lambda: _step(lambda: compiled(op, student, teacher), *student),
+                lambda: _step(lambda: compiled(op, student, teacher, window), *student),
             )
         return contest
 
-    shape = f"[{B}, {A}, {L}, {D}/{D_t}]"
+    shape = f"[{B}, {A}, {L}, {D}/{D_t}]" + (f", window {window}" if window is not None else "")
     # Both sides are read forward and backward, the student's gradients are written.
     least = (3 * 2 * D + 2 * 2 * D_t) * B * A * L * dtype.itemsize
     return Row(op, shape, dtype, devices, build, bytes=least, quick=quick)
@@ -517,6 +535,11 @@ ROWS = [
         for op in ("attention_kl", "attention_prob_mse")
     ),
     _attention_row("attention_kl", 1, 12, 16384, 26, 64, BF16, CUDA, eager=False),
+    *(
+        _attention_row(op, *shape, window=64)
+        for op in ("attention_score_mse", "attention_kl", "attention_prob_mse")
+        for shape in ((2, 12, 1024, 26, 64, FP32, CPU), (8, 12, 4096, 26, 64, BF16, CUDA))
+    ),
     _hidden_row(5, 8, 128, 384, 384, FP32, CPU, quick=True),
     _hidden_row(5, 8, 128, 312, 768, FP32, CPU),
     _hidden_row(5, 32, 128, 768, 768, BF16, CUDA),
