@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from oracle import backend_dtypes
 from processes import run_ranks
 from rich.console import Console
 from tiny_runs import losses, rows_of, write_config, write_rows
@@ -15,17 +17,21 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedModel,
     T5Config,
 )
 
 import metakd
 from benchmarks import models
+from metakd.config import DistillConfig
 from metakd.config import load_config as read_config
 from metakd.deploy import Predictor
 from metakd.errors import ConfigError
+from metakd.method.terms import AttentionTerm, Setup
 from metakd.models.reader import SAME, open_reader
 from metakd.models.sources import load_classifier, load_config, load_encoder
 from metakd.models.student import keep_layers
+from metakd.models.taps import Taps, attention_spans
 from metakd.pipeline.stages import Run
 from metakd.training.world import join_world
 
@@ -159,6 +165,74 @@ def test_whole_runs(source, tmp_path, name, method):
     assert models.company(student, TEXTS) < 1e-5
     if name == "Llama":
         assert models.parity(student, tmp_path / "onnx") < 1e-5
+
+
+# What layers attend to
+
+
+def attentive(kind: str, layers: int) -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32}
+    options = {"vocab_size": 99, "num_hidden_layers": layers, "pad_token_id": 0, **sizes}
+    own = {
+        "ModernBertConfig": {"local_attention": 12, "global_attn_every_n_layers": 2},
+        "LlamaConfig": {"num_key_value_heads": 2},
+        "MistralConfig": {"num_key_value_heads": 2, "sliding_window": 7},
+    }
+    config = getattr(transformers, kind)(**options, **own[kind], initializer_range=0.3)
+    return AutoModelForSequenceClassification.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["ModernBertConfig", "LlamaConfig", "MistralConfig"])
+@pytest.mark.parametrize(
+    "backend, _dtype",
+    backend_dtypes("attention_kl", ("reference", "cpp", "triton"), [torch.float32]),
+)
+def test_attention_terms_count_what_both_models_attend_to(kind, backend, _dtype):
+    """Against loops over eager maps, which are zero where a layer does not look."""
+    torch.manual_seed(0)
+    student, teacher = attentive(kind, 3), attentive(kind, 4)
+    ids = torch.randint(2, 99, (2, 24))
+    mask = torch.ones_like(ids)
+    ids[1, 17:] = mask[1, 17:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    maps = []
+    for model in (student, teacher):
+        model.set_attn_implementation("eager")
+        maps.append([m.double() for m in model(**batch, output_attentions=True).attentions])
+        model.set_attn_implementation("sdpa")
+    own, taught = (Taps(model, {"query", "key"})(batch) for model in (student, teacher))
+    matched = [0, 2, 3]  # of ModernBERT: 0 and 2 see everything, 1 and 3 a window
+    spans = attention_spans(student.config), attention_spans(teacher.config)
+    for form in ("scores", "probabilities"):
+        config = DistillConfig(attention=form, layer_map=matched, backend=backend)
+        term = AttentionTerm.configured(1.0, config, Setup(3, 4, spans=lambda: spans))
+        assert (term.remark is not None) == (kind == "ModernBertConfig")
+        found = term.rows(own, taught, batch, None)
+        expected = torch.zeros(2, dtype=torch.float64)
+        for layer, other in enumerate(matched):
+            pair = [maps[0][layer], maps[1][other]]
+            real = mask[:, None, :, None] * mask[:, None, None, :]
+            seen = (pair[0] > 0) & (pair[1] > 0) & (real == 1)
+            if form == "scores":
+                states = (
+                    (own.query[layer], own.key[layer]),
+                    (taught.query[other], taught.key[other]),
+                )
+                pair = [q.double() @ k.double().mT * q.shape[-1] ** -0.5 for q, k in states]
+            elif not torch.equal(pair[0] > 0, pair[1] > 0):  # maps of what both see
+                pair = [
+                    (m * seen) / (m * seen).sum(-1, keepdim=True).clamp(min=1e-30) for m in pair
+                ]
+            gaps = (pair[0] - pair[1]).square().where(seen, 0.0)
+            expected += gaps.sum((1, 2, 3)) / seen.sum((1, 2, 3))
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_scores_with_a_bias_of_their_own_are_refused():
+    taps = Taps(attentive("LlamaConfig", 1), {"query"})
+    bias = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="adds numbers of its own to the scores"):
+        taps({"input_ids": torch.ones(1, 8, dtype=torch.long), "attention_mask": bias})
 
 
 # Other tokens

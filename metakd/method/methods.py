@@ -9,7 +9,7 @@ each term that none has yet. Reading this module imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,6 +32,7 @@ from metakd.method.terms import (
 
 if TYPE_CHECKING:
     from metakd.config import DistillConfig
+    from metakd.models.taps import Span
 
 OWN = "own"
 MEAN = "mean"
@@ -258,13 +259,24 @@ def build_terms(
     teacher_layers: int,
     recipe: Recipe = PAPER,
     task: Task = SINGLE_LABEL,
+    spans: Callable[[], tuple[Sequence[Span], Sequence[Span]]] = lambda: ((), ()),
 ) -> list[Term]:
     """The terms of a method, by default ``config.method``, less those of weight 0.
+
+    Args:
+        config: weights, how layers are paired.
+        method: None: that of the configuration.
+        student_layers: depth.
+        teacher_layers: depth.
+        recipe: form of the method.
+        task: what labels mean.
+        spans: gives, where a term has to know, what each layer of student and teacher attends to;
+            nothing: everything.
 
     Raises:
         ValueError: the layers cannot be mapped, or no term is left.
     """
-    setup = Setup(student_layers, teacher_layers, recipe, task)
+    setup = Setup(student_layers, teacher_layers, recipe, task, spans)
     method = method or METHODS[config.method]
     weights = [(part.term, part.weight(config)) for part in method.terms]
     kept = [term.configured(weight, config, setup) for term, weight in weights if weight > 0]

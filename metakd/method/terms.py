@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from metakd.config import DistillConfig
-    from metakd.models.taps import Features
+    from metakd.models.taps import Features, Span
 
     Batch = dict[str, Tensor]
 
@@ -36,6 +36,8 @@ class Setup(NamedTuple):
     teacher_layers: int
     recipe: Recipe = PAPER
     task: Task = SINGLE_LABEL
+    # What each layer of student and teacher attends to; without, everything.
+    spans: Callable[[], tuple[Sequence[Span], Sequence[Span]]] = lambda: ((), ())
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class Term:
     def by_layer(self) -> list[Self]:
         """Terms of one layer each whose sum it is, but for the scales."""
         return [self]
+
+    @property
+    def remark(self) -> str | None:
+        """What a person should know of it, given these models."""
+        return None
 
     def check_widths(self, student: int, teacher: int | None) -> None:
         """Can it compare hidden states of these widths? Projected ones compare any.
@@ -158,11 +165,13 @@ class HiddenTerm(Term):
 @dataclass(frozen=True)
 class AttentionTerm(Term):
     """``L_attn = sum_l MSE(A_S^l, A_T^g(l))`` on pre-softmax scores, or MSE or KL of the
-    probabilities."""
+    probabilities, over pairs of tokens that both layers attend to."""
 
     layers: Sequence[int] = ()  # g(l), 0-based
     form: str = "scores"
     mean_over: str = "real"
+    spans: Sequence[Span] = ()  # what both layers of each pair see; none: everything
+    remark: str | None = None
 
     name = "attention"
     needs = frozenset({"query", "key"})
@@ -171,16 +180,24 @@ class AttentionTerm(Term):
     @classmethod
     def configured(cls, weight, config, setup):
         layers = layer_map(config.layer_map, setup.student_layers, setup.teacher_layers)
+        student, teacher = setup.spans()
+        pairs = list(zip(student, (teacher[layer] for layer in layers))) if teacher else []
+        apart = [number for number, (own, taught) in enumerate(pairs) if own != taught]
         return cls(
             weight,
             backend=config.backend,
             layers=tuple(layers),
             form=config.attention,
             mean_over=setup.recipe.attention_mean,
+            spans=tuple(_both_see(*pair) for pair in pairs),
+            remark=_apart(apart, pairs, layers) if apart else None,
         )
 
     def by_layer(self):
-        return [replace(self, layers=(layer,)) for layer in self.layers]
+        return [
+            replace(self, layers=(layer,), spans=self.spans[number : number + 1])
+            for number, layer in enumerate(self.layers)
+        ]
 
     def rows(self, student, teacher, batch, projection):
         compare = {
@@ -194,8 +211,37 @@ class AttentionTerm(Term):
             options["mean_over"] = "all"
         else:
             options["query_mask"] = student.mask
+        own = list(zip(student.query, student.key))
         matched = [(teacher.query[layer], teacher.key[layer]) for layer in self.layers]
-        return self._sum(compare, list(zip(student.query, student.key)), matched, **options)
+        spans = self.spans or [(False, None)] * len(own)
+        rows = []
+        for causal, window in dict.fromkeys(spans):  # most models have one
+            chosen = [number for number, span in enumerate(spans) if span == (causal, window)]
+            part = replace(self, scales=[self.scales[n] for n in chosen] if self.scales else ())
+            pairs = [own[n] for n in chosen], [matched[n] for n in chosen]
+            rows.append(part._sum(compare, *pairs, causal=causal, window=window, **options))
+        return sum(rows[1:], rows[0])
+
+
+def _both_see(own: Span, taught: Span) -> Span:
+    windows = [span.window for span in (own, taught) if span.window is not None]
+    return own._replace(causal=own.causal or taught.causal, window=min(windows, default=None))
+
+
+def _apart(numbers: Sequence[int], pairs: Sequence, layers: Sequence[int]) -> str:
+    listed = ", ".join(
+        f"{n} ({_said(pairs[n][0])}) with the teacher's {layers[n]} ({_said(pairs[n][1])})"
+        for n in numbers
+    )
+    return (
+        f"attention: layers that attend differently are matched: {listed}; pairs of tokens that "
+        "both see are compared"
+    )
+
+
+def _said(span: Span) -> str:
+    window = "all tokens" if span.window is None else f"{span.window} tokens to each side"
+    return window + (", not those after" if span.causal else "")
 
 
 @dataclass(frozen=True)

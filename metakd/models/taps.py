@@ -12,6 +12,7 @@ import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -47,6 +48,13 @@ _recording: contextvars.ContextVar[tuple[Taps, Features] | None] = contextvars.C
 _tapped_models: WeakKeyDictionary[PreTrainedModel, tuple[str, WeakSet[Taps]]] = WeakKeyDictionary()
 
 
+class Span(NamedTuple):
+    """Which pairs of tokens a layer's attention sees, padding aside."""
+
+    causal: bool = False  # a token sees those before it, and itself
+    window: int | None = None  # and only those at this distance, or less
+
+
 class NotShownError(ValueError):
     """An architecture that does not show what is asked for, whatever its weights."""
 
@@ -71,6 +79,7 @@ class Features:
     query: Sequence[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
     key: Sequence[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
     value: Sequence[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
+    spans: list[Span] = field(default_factory=list)  # per layer, with the queries
     domain: Tensor | None = None  # [B, H], the domain-corrupted representation h_d
     stream: torch.cuda.Stream | None = None  # that computes them, if not the current one
     packing: Packing | None = None  # under which the layers ran, if they ran packed
@@ -108,7 +117,20 @@ def _tapped_sdpa(module, query, key, value, attention_mask, **kwargs):
         groups = query.shape[1] // key.shape[1]
         features.key.append(key.repeat_interleave(groups, dim=1) if groups > 1 else key)
         features.value.append(value.repeat_interleave(groups, dim=1) if groups > 1 else value)
+        features.spans.append(_span(module, attention_mask, kwargs))
     return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def _span(module: nn.Module, mask: Tensor | None, options: dict) -> Span:
+    if mask is not None and mask.is_floating_point() and mask.shape[-2] > 1:
+        raise NotShownError(
+            f"{type(module).__name__} adds numbers of its own to the scores, which are not queries "
+            "times keys then"
+        )
+    # As flash attention counts: the first distance that is not seen.
+    window = options.get("sliding_window")
+    causal = options.get("is_causal", getattr(module, "is_causal", False))
+    return Span(bool(causal), None if window is None else window - 1)
 
 
 AttentionInterface.register(TAPPED_SDPA, _tapped_sdpa)
@@ -199,7 +221,7 @@ class Taps:
             )
 
     @torch.no_grad()
-    def check(self) -> None:
+    def check(self) -> Features:
         """See that a model shows what is asked for, its weights and the text being anything.
 
         Raises:
@@ -212,6 +234,7 @@ class Taps:
         with _recorded_by(self, features):
             self.model(input_ids=ids)  # a mask would be looked into, and may have no values
         self._see_that_all_is_there(features)
+        return features
 
     def remove(self) -> None:
         """Take the hooks out; the last Taps to go gives the model its own attention function
@@ -295,21 +318,48 @@ class Taps:
 def why_not_shown(shape: PretrainedConfig, needs: frozenset[str]) -> str | None:
     """Why these features cannot be read out of a classifier of this shape, asked without its
     weights; None if they can."""
+    shown = _shown(shape, needs)
+    return shown if isinstance(shown, str) else None
+
+
+def attention_spans(shape: PretrainedConfig) -> tuple[Span, ...]:
+    """What each layer of a classifier of this shape sees, asked without its weights; nothing where
+    that is not shown."""
+    shown = _shown(shape, frozenset({"query"}))
+    spans = () if shown is None or isinstance(shown, str) else tuple(shown.spans)
+    if len(spans) != shape.num_hidden_layers:  # those of a shallow one stand for all, if all agree
+        spans = spans[:1] * shape.num_hidden_layers if len(set(spans)) == 1 else ()
+    return spans
+
+
+def _shown(shape: PretrainedConfig, needs: frozenset[str]) -> Features | str | None:
+    """What it shows, why it does not, or None where that cannot be found out."""
     question = shape.to_json_string(), needs
     if question not in _answered:
         try:
-            _answered[question] = _check_shape(shape, needs)
+            _answered[question] = _tried(unallocated(shape), needs) or _tried(small(shape), needs)
         except ValueError as error:
             _answered[question] = str(error)
     return _answered[question]
 
 
-_answered: dict[tuple, str | None] = {}  # each costs a model
+_answered: dict[tuple, Features | str | None] = {}  # each costs a model
 
 
-def _check_shape(shape: PretrainedConfig, needs: frozenset[str]) -> None:
-    if not _check(unallocated(shape), needs) and (model := small(shape)) is not None:
-        _check(model, needs)
+def _tried(model: PreTrainedModel | None, needs: frozenset[str]) -> Features | None:
+    """What it shows, if it runs. Raises NotShownError if it runs, and does not show what is asked
+    for."""
+    if model is None:
+        return None
+    taps = Taps(model, needs)
+    try:
+        return taps.check()
+    except NotShownError:
+        raise
+    except Exception:  # of its own, where it has to look at values that are not there
+        return None
+    finally:
+        taps.remove()
 
 
 def why_not_run(
@@ -331,20 +381,6 @@ def why_not_run(
         kind = type(error).__name__
         return f"cannot run a text of {length} tokens: {kind}: {first}"
     return None if logits.isfinite().all() else f"a text of {length} tokens gives no finite logits"
-
-
-def _check(model: PreTrainedModel, needs: frozenset[str]) -> bool:
-    """Does it run? Raises NotShownError if it does, and does not show what is asked for."""
-    taps = Taps(model, needs)
-    try:
-        taps.check()
-    except NotShownError:
-        raise
-    except Exception:  # of its own, where it has to look at values that are not there
-        return False
-    finally:
-        taps.remove()
-    return True
 
 
 def encoder_layers(model: PreTrainedModel) -> nn.ModuleList:

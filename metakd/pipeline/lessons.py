@@ -19,6 +19,7 @@ from metakd.method.teachers import Teacher
 from metakd.method.terms import Term
 from metakd.models.sources import load_config, why_not_alike
 from metakd.models.student import student_shape
+from metakd.models.taps import attention_spans
 from metakd.pipeline.context import Context, configured
 from metakd.pipeline.memory import BYTES
 from metakd.pipeline.serving import TeacherService
@@ -199,14 +200,16 @@ class TeacherOutputs:
         self, method: Method, student: StudentConfig, distill: DistillConfig
     ) -> list[Term]:
         """What a student of this shape minimises that learns by this method."""
+        learning = self._learning(student)
         with configured("distill"):
             return build_terms(
                 distill,
                 method,
-                student_layers=self._learning(student).num_hidden_layers,
+                student_layers=learning.num_hidden_layers,
                 teacher_layers=self.taught.num_hidden_layers,
                 recipe=self._run.recipe,
                 task=self._run.corpus.task,
+                spans=lambda: (attention_spans(learning), attention_spans(self.taught)),
             )
 
     def asked_of(self, lesson: Lesson) -> list[frozenset[Signal]]:

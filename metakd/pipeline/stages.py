@@ -325,6 +325,9 @@ class Run(StartStage):
             )
         taught = self.outputs.taught if teacher_folders else student.config
         terms = self.outputs.terms(lesson)
+        for term in terms:
+            if term.remark:
+                self.say(f"{label} {domain}: {term.remark}")
         with configured("distill"):
             module = Distillation(
                 student,
