@@ -319,7 +319,7 @@ def test_a_weight_of_zero_switches_a_term_and_its_features_off(scene, changes, n
     }
     # h_d is computed from the last hidden state; one attention function sees the values as well.
     allowed = needs | ({"last_hidden"} if "domain" in needs else set())
-    allowed |= {"value"} if "query" in needs else set()
+    allowed |= {"value", "spans"} if "query" in needs else set()
     assert collected == allowed - {"logits", "domain"}
     assert hasattr(distillation, "domain_layer") == (gamma2 > 0)
 

@@ -231,7 +231,9 @@ def test_a_checkpointed_layer_is_recorded_once_and_differentiated_right(build, b
 def test_layers_that_share_weights_cannot_be_tapped():
     shape = SHAPE | {"embedding_size": 16}
     model = AlbertForSequenceClassification(AlbertConfig(**shape))
-    with pytest.raises(ValueError, match="AlbertForSequenceClassification has no list of 3 layers"):
+    with pytest.raises(
+        ValueError, match="AlbertForSequenceClassification has no list of its 3 layers"
+    ):
         Taps(model, {"hidden", "query"})
     assert model.config._attn_implementation == "sdpa"
 

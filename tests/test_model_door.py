@@ -52,8 +52,8 @@ WHOLE_TEXTS = (  # what meta compares of them
 def test_a_tokenizer_without_padding_gets_one(tmp_path):
     models.write_teacher("Llama", TEXTS, tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
-    tokenizer, number = open_reader(str(tmp_path), 24)
-    assert tokenizer.pad_token == "[SEP]" and number == tokenizer.pad_token_id
+    tokenizer, number, changed = open_reader(str(tmp_path), 24)
+    assert tokenizer.pad_token == "[SEP]" and number == tokenizer.pad_token_id and changed
 
 
 def disagreement(model, tokenizer) -> float:

@@ -408,5 +408,5 @@ def test_layers_that_cannot_be_told_are_refused(build):
 
 def test_layers_that_share_weights_are_refused():
     model = AlbertForSequenceClassification(AlbertConfig(**SHAPE | {"embedding_size": 16}))
-    with pytest.raises(ValueError, match="has no list of 3 layers"):
+    with pytest.raises(ValueError, match="has no list of its 3 layers"):
         Taps(model, set(), packed=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,11 @@ class Predictor:
         batch_tokens: int | None = None,
         max_length: int | None = None,
     ):
-        folder = Path(folder)
+        folder, asked = Path(folder), engine
         device, engine = _choose(folder, device, engine)
         self.tokenizer, config = _read(folder, weights=engine not in ONNX_FILES)
+        with suppress(ValueError):  # without any, as long as the model does not look for one
+            see_that_it_pads(str(folder), self.tokenizer)
         self.labels = [config.id2label[number] for number in range(config.num_labels)]
         self.task = _task(config)
         self.engine: Engine = open_engine(engine, folder, device=device, threads=threads)
@@ -80,27 +83,30 @@ class Predictor:
         longest = max_length or self.tokenizer.model_max_length
         self._max_length = min(longest, positions(config) or longest)
         self._padding = self._find_padding(config.pad_token_id)
+        if self._padding is None and self.engine.padded_shape(1, 1) != (1, 1):
+            if asked == engine:
+                raise UnsupportedError(
+                    f"engine {engine}: fills batches up, and what this model says of a text "
+                    "depends on the padding beside it",
+                    "use engine eager",
+                )
+            self.engine_name = "eager"
+            self.engine = open_engine("eager", folder, device=device, threads=threads)
 
     def _find_padding(self, own: int | None) -> tuple[int, str] | None:
-        """Token and side under which an answer does not depend on the texts beside it; None where
-        there is no such padding, so that only texts of one length can share a batch."""
-        pad = self.tokenizer.pad_token_id
-        numbers = [number for number in dict.fromkeys((pad, own)) if number is not None]
+        """Token and side under which an answer does not depend on the texts beside it, which the
+        tokenizer then has, for who saves it; None where there is no such padding, so that only
+        texts of one length can share a batch."""
+        known = self.tokenizer.pad_token_id, own, 0
+        numbers = list(dict.fromkeys(number for number in known if number is not None))
         if self.engine_name not in _EXACT:
-            return pad, "right"
+            return numbers[0], self.tokenizer.padding_side
+        names, limit = self.engine.inputs, self._max_length
         for side in SIDES:
-            for number in numbers:
-                found = differing(
-                    self.engine.plainly, self.tokenizer, self.engine.inputs, number, side
-                )
-                if found < SAME:
-                    return number, side
-        if self.engine.padded_shape(1, 1) != (1, 1):
-            raise UnsupportedError(
-                f"engine {self.engine_name}: fills batches up, and what this model says of a text "
-                "depends on the padding beside it",
-                "use engine eager",
-            )
+            for pad in numbers:
+                if differing(self.engine.plainly, self.tokenizer, names, pad, side, limit) < SAME:
+                    self.tokenizer.padding_side = side
+                    return pad, side
         return None
 
     def __call__(self, texts: Sequence[Text]) -> list[Answer]:
@@ -170,7 +176,7 @@ class Predictor:
     def _pad(self, tokens: dict, lengths: np.ndarray, rows: np.ndarray) -> Inputs:
         shape = self.engine.padded_shape(len(rows), int(lengths[rows].max()))
         batch = {name: np.zeros(shape, np.int64) for name in self.engine.inputs}
-        pad, side = self._padding or (self.tokenizer.pad_token_id, "right")
+        pad, side = self._padding or (0, "right")  # of one length: nothing is filled up
         batch["input_ids"][:] = pad
         batch["attention_mask"][len(rows) :, 0] = 1  # rows that only fill up see something, too
         for place, row in enumerate(rows):
@@ -194,12 +200,10 @@ def _read(folder: Path, weights: bool):
     check_folder(folder, weights=weights)
     try:
         tokenizer, config = load_tokenizer(str(folder)), load_config(str(folder))
-        if known := knows_words(tokenizer):
-            see_that_it_pads(str(folder), tokenizer)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0].removeprefix(f"{folder}: ")
         raise CheckpointError(f"{folder}: {reason}", remedy) from error
-    if not known:
+    if not knows_words(tokenizer):
         raise CheckpointError(f"{folder}: holds no tokenizer", remedy)
     if wrong := _task(config).misfit(config.num_labels or 0):
         raise CheckpointError(f"{folder}: its model has {wrong}", remedy)

@@ -142,12 +142,10 @@ def _attention(
 
 
 def _reach(causal: bool, window: int | None) -> Reach:
-    require(
-        window is None
-        or (isinstance(window, int) and not isinstance(window, bool) and window >= 0),
-        lambda: f"window must be an integer of at least 0, or None, got {window!r}",
-    )
-    return window, 0 if causal else window
+    if window is None:
+        return None, 0 if causal else None
+    check_integer("window", window, 0)
+    return int(window), 0 if causal else int(window)
 
 
 def _checked(view: _View, states: Tensor) -> _View:

@@ -9,9 +9,10 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
-DESCRIBED = "adapter_config.json"
+DESCRIBED, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INSTALL = "pip install metakd[adapters]"
 
 
@@ -49,17 +50,41 @@ def merged(model: PreTrainedModel, source: str) -> PreTrainedModel:
     """
     if find_spec("peft") is None:
         raise ValueError(f"{source}: is an adapter, for which peft is needed: {INSTALL}")
-    from peft import PeftModel
-
+    if not (Path(source) / WEIGHTS).is_file():
+        raise ValueError(f"{source}: holds no {WEIGHTS}; save the adapter again, in safetensors")
+    if any(hasattr(value, "ds_tensor") for value in model.parameters()):
+        raise ValueError(f"{source}: an adapter cannot be merged into shards; save it merged")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the head that is left out
-            adapted = PeftModel.from_pretrained(
-                model, source, ignore_mismatched_sizes=True, use_safetensors=True
-            )
-        return adapted.merge_and_unload(safe_merge=True)
+        for part in (model, model.base_model):  # trained with a head, or without
+            if _merge(part, source):
+                return model
     except Exception as error:  # files with something wrong make libraries raise anything
         said = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{source}: its adapter cannot be merged: {type(error).__name__}: {said}"
         ) from error
+    raise ValueError(
+        f"{source}: its adapter is not one of {type(model).__name__}: some of its weights have no "
+        "place there"
+    )
+
+
+def _merge(model: PreTrainedModel, source: str) -> bool:
+    """Merge the adapter into a model, in place, if all of its weights belong there."""
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(source)
+    if config.task_type != "SEQ_CLS":  # what else it was trained for is not asked of it
+        config.task_type = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the head that is left out; others are asked for below
+        adapted = PeftModel.from_pretrained(
+            model, source, config=config, ignore_mismatched_sizes=True, use_safetensors=True
+        )
+    with safe_open(Path(source) / WEIGHTS, framework="pt") as stored:
+        fits = set(stored.keys()) <= get_peft_model_state_dict(adapted).keys()
+    if fits:
+        adapted.merge_and_unload(safe_merge=True)
+    else:
+        adapted.unload()
+    return fits

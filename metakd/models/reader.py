@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from metakd.models.sources import input_names, knows_words, load_config, load_tokenizer, small
+from metakd.models.sources import (
+    input_names,
+    knows_words,
+    load_config,
+    load_tokenizer,
+    positions,
+    small,
+)
 
 SAME = 2e-5
 """Of the largest logit: far above float32's rounding, far below what a wrong token does."""
@@ -28,6 +35,7 @@ _SHORT, _LONG = "a good one", "a good one, and not at all what somebody would ha
 _found: dict[tuple, float | None] = {}  # each costs a model
 
 SIDES = ("right", "left")
+"""Where to pad, in the order in which they are tried: only few models need it on the left."""
 
 
 class Reader(NamedTuple):
@@ -35,6 +43,7 @@ class Reader(NamedTuple):
 
     tokenizer: PreTrainedTokenizerBase
     pad_token_id: int  # that the model's configuration has to have
+    changed: bool = False  # is it, or the side, another than model and tokenizer came with?
 
 
 def open_reader(source: str, max_length: int) -> Reader:
@@ -54,12 +63,18 @@ def open_reader(source: str, max_length: int) -> Reader:
         raise ValueError(f"{source} holds no tokenizer; save one beside the model")
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     see_that_it_pads(source, tokenizer)
-    shape = load_config(source)
-    try:
-        return Reader(tokenizer, padding_of(source, shape, tokenizer))
-    except ValueError:
-        [tokenizer.padding_side] = set(SIDES) - {tokenizer.padding_side}
-        return Reader(tokenizer, padding_of(source, shape, tokenizer))
+    shape, before = load_config(source), (tokenizer.pad_token_id, tokenizer.padding_side)
+    *_, last = SIDES
+    for tokenizer.padding_side in SIDES:
+        try:
+            number = padding_of(source, shape, tokenizer)
+        except ValueError:
+            if tokenizer.padding_side == last:
+                raise
+        else:
+            break
+    changed = before != (number, tokenizer.padding_side) or number != shape.pad_token_id
+    return Reader(tokenizer, number, changed)
 
 
 def see_that_it_pads(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -111,7 +126,12 @@ def _differing(
         with suppress(Exception):  # architectures raise anything; ``fit`` finds out what it is
             if (model := small(shape)) is not None:
                 _found[question] = differing(
-                    lambda batch: model(**batch).logits, tokenizer, input_names(shape), pad, side
+                    lambda batch: model(**batch).logits,
+                    tokenizer,
+                    input_names(shape),
+                    pad,
+                    side,
+                    positions(shape),
                 )
     return _found[question]
 
@@ -123,6 +143,7 @@ def differing(
     names: frozenset[str],
     pad: int,
     side: str,
+    max_length: int | None = None,
 ) -> float:
     """By how much the logits of a text differ alone and beside a longer one, as a part of the
     largest.
@@ -133,21 +154,33 @@ def differing(
         names: what the model reads.
         pad: the token that fills up.
         side: where, left or right.
+        max_length: tokens that the model has positions for.
     """
-    texts = tokenizer([_SHORT, _LONG], return_attention_mask=False)
+    texts = tokenizer(
+        [_SHORT, _LONG],
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_attention_mask=False,
+    )
     short, long = map(len, texts["input_ids"])
+    if not short:  # a tokenizer that knows none of it, and has nothing for what it does not know
+        return 0.0
 
     def batch(rows: int, length: int) -> dict[str, Tensor]:
         kept = {name: values[:rows] for name, values in texts.items() if name in names}
+        kept |= {name: [[]] * rows for name in names - kept.keys()}  # types, of which it makes none
         kept["attention_mask"] = [[1] * len(row) for row in texts["input_ids"][:rows]]
         made = {}
         for name, part in kept.items():
             filled = torch.full((rows, length), pad if name == "input_ids" else 0)
             for row, values in zip(filled, part):
-                place = slice(len(values)) if side == "right" else slice(-len(values), None)
-                row[place] = torch.tensor(values)
+                place = (
+                    slice(len(values)) if side == "right" else slice(length - len(values), length)
+                )
+                row[place] = torch.tensor(values, dtype=row.dtype)
             made[name] = filled
         return made
 
-    alone, beside = logits(batch(1, short))[0], logits(batch(2, long))[0]
-    return float((alone - beside).abs().max() / alone.abs().max())
+    alone, beside = logits(batch(1, short)), logits(batch(2, long))
+    size = torch.cat([alone, beside]).abs().max().clamp(min=1e-30)
+    return float((alone[0] - beside[0]).abs().max() / size)

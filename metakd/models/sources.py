@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -39,7 +40,15 @@ from metakd.models.adapters import base_of, merged
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _SHOWN = 3
 _QUICKLY_MADE = 2e8  # weights that a model is given to be tried out
-_BY_LAYER = ("layer_types", "attention_window")  # of architectures whose layers differ
+_BY_LAYER = (
+    "layer_types",
+    "attention_window",
+    "no_rope_layers",
+    "mlp_layer_types",
+)  # of architectures whose layers differ
+_OF_TOKENIZERS = re.compile(
+    r"tokenizer|vocab|merges\.txt|spiece|sentencepiece|.*\.(model|tiktoken)$"
+)
 _NO_NAME = re.compile(r"(label_)?\d+")
 _BEHIND_PADDING = re.compile(
     "roberta|camembert|data2vec|esm|ibert|layoutlmv3|lilt|longformer|luke|markuplm|mpnet|xmod"
@@ -58,16 +67,25 @@ def unallocated(shape: PretrainedConfig, **options) -> PreTrainedModel:
 
 
 def small(shape: PretrainedConfig) -> PreTrainedModel | None:
-    """A classifier of this shape with weights that were drawn, to be tried out: of all its layers
-    if it is made quickly so, or else of two, or else a narrow one; None if it is large even so."""
-    for shrunk in (_as_it_is, _shallow, _narrow):
+    """A classifier of this shape with weights that were drawn, to be tried out: of its first and
+    last layer if it can be built so, or else of all, or else a narrow one; None if that is not made
+    quickly, or cannot be built."""
+    return next(filter(None, (_drawn(shape, shrunk) for shrunk in (*WIDE, _narrow))), None)
+
+
+def wide(shape: PretrainedConfig) -> PreTrainedModel | None:
+    """As ``small``, but no narrow one, in which what makes a shape may not fit together."""
+    return next(filter(None, (_drawn(shape, shrunk) for shrunk in WIDE)), None)
+
+
+def _drawn(shape: PretrainedConfig, shrunk: Callable) -> PreTrainedModel | None:
+    with suppress(Exception), torch.random.fork_rng(devices=[]):  # architectures raise anything
         candidate = shrunk(copy.deepcopy(shape))
         if unallocated(candidate).num_parameters() <= _QUICKLY_MADE:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                return AutoModelForSequenceClassification.from_config(
-                    candidate, trust_remote_code=False, dtype=torch.float32
-                ).eval()
+            torch.manual_seed(0)
+            return AutoModelForSequenceClassification.from_config(
+                candidate, trust_remote_code=False, dtype=torch.float32
+            ).eval()
     return None
 
 
@@ -76,7 +94,10 @@ def _as_it_is(shape: PretrainedConfig) -> PretrainedConfig:
 
 
 def _shallow(shape: PretrainedConfig) -> PretrainedConfig:
-    return shortened(shape, [0, shape.num_hidden_layers - 1])
+    return shortened(shape, sorted({0, shape.num_hidden_layers - 1}))
+
+
+WIDE = (_shallow, _as_it_is)
 
 
 def _narrow(shape: PretrainedConfig) -> PretrainedConfig:
@@ -252,7 +273,12 @@ def check_labels(source: str, config: PretrainedConfig, label2id: dict[str, int]
 
 def why_not_alike(source: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """How the tokens that a model knows differ from those of this tokenizer; None if they have the
-    same numbers. Weights without a tokenizer are taken to know them."""
+    same numbers. Weights without a tokenizer are taken to know them.
+
+    Raises:
+        ValueError: its tokenizer cannot be read.
+        OSError: there is none.
+    """
     own, taught = _vocabulary(source), tokenizer.get_vocab()
     if own is None or own == taught:
         return None
@@ -426,8 +452,8 @@ def _look_at_config(file: Path) -> None:
 
 
 def _vocabulary(source: str) -> dict[str, int] | None:
-    try:
-        tokenizer = load_tokenizer(source)
-    except (OSError, ValueError):
+    folder = Path(source)
+    if folder.is_dir() and not any(map(_OF_TOKENIZERS.match, (f.name for f in folder.iterdir()))):
         return None
+    tokenizer = load_tokenizer(source)
     return tokenizer.get_vocab() if knows_words(tokenizer) else None

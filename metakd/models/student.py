@@ -42,12 +42,15 @@ PRESETS = {
 }
 
 
-def student_shape(student: StudentConfig, taught: PretrainedConfig) -> PretrainedConfig:
+def student_shape(
+    student: StudentConfig, taught: PretrainedConfig, max_length: int = 0
+) -> PretrainedConfig:
     """The configuration of the student's model, as far as its sizes go.
 
     Args:
         student: preset, layers to copy, or a model.
         taught: the teacher's configuration.
+        max_length: tokens that an example may have.
 
     Raises:
         ValueError: a layer to copy does not exist in the teacher, or its layers share weights.
@@ -58,7 +61,11 @@ def student_shape(student: StudentConfig, taught: PretrainedConfig) -> Pretraine
     if student.layers is not None:
         with torch.device("meta"):
             return keep_layers(unallocated(taught), student.layers).config
-    return bert_shape(PRESETS[student.preset], taught.vocab_size)
+    return bert_shape(
+        PRESETS[student.preset],
+        taught.vocab_size,
+        max_position_embeddings=max(512, max_length),
+    )
 
 
 def bert_shape(sizes: tuple[int, int, int, int], vocab_size: int, **options) -> BertConfig:
@@ -184,8 +191,8 @@ def keep_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
     Raises:
         ValueError: a layer number is out of range, or layers are built differently in other ways.
     """
-    config = _shortened(model.config, layers)
     stack = encoder_layers(model)
+    config = _shortened(model.config, layers)
     prefix = next(name for name, module in model.named_modules() if module is stack) + "."
     kept = {}
     for name, value in model.state_dict().items():
@@ -197,6 +204,7 @@ def keep_layers(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
         else:
             kept[name] = value
     try:
+        type(config).from_dict(config.to_dict())  # as who loads the student will
         smaller = type(model)(config)
     except Exception as error:  # architectures raise anything
         raise ValueError(

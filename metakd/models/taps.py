@@ -27,7 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from metakd.functional import masked_mean
 from metakd.models.packing import PACKING_KEYWORD, Packing, Unpacked, check_packable
-from metakd.models.sources import input_names, small, unallocated
+from metakd.models.sources import input_names, small, unallocated, wide
 
 TAPPED_SDPA = "metakd_sdpa"
 _NO_INTERFACE = (
@@ -367,15 +367,25 @@ def why_not_run(
 ) -> str | None:
     """Why a classifier of this shape, small and with weights that were drawn, does not run on a
     batch while these features are read; None if it does, or is too large to be made quickly."""
+    question = shape.to_json_string(), needs, packed, batch["attention_mask"].sum(1)
+    if (key := str(question)) not in _tried_out:
+        _tried_out[key] = _why_not_run(shape, needs, packed, batch)
+    return _tried_out[key]
+
+
+_tried_out: dict[str, str | None] = {}  # each costs a model
+
+
+def _why_not_run(
+    shape: PretrainedConfig, needs: frozenset[str], packed: bool, batch: dict[str, Tensor]
+) -> str | None:
     length = batch["input_ids"].shape[1]
+    if (model := wide(shape)) is None:
+        return None
     try:
-        model = small(shape)
-        if model is None:
-            return None
         taps = Taps(model, needs, packed)
         with torch.no_grad():
             logits = taps(batch).logits
-        taps.remove()
     except Exception as error:  # architectures raise anything
         first = (str(error).splitlines() or [""])[0]
         kind = type(error).__name__

@@ -77,7 +77,7 @@ def compare_labels(run: Run, gamma2: Sequence[float] = ()) -> dict:
             found = [Cell.read(cell) for cell in compare(setting, gamma2)["cells"]]
             cells += [cell for cell in found if cell.domain in own]
             counts |= {name: len(setting.part(setting.corpus.train, name)) for name in own}
-            run.world = setting.world  # another where groups of processes have trained
+            run.move_to(setting.world)  # another where groups of processes have trained
             if run.world.is_main:  # ``cache_limit_gib`` is for all of them
                 shutil.rmtree(setting.cache_root / "teachers", ignore_errors=True)
         if cells:

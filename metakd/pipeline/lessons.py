@@ -189,7 +189,9 @@ class TeacherOutputs:
         key = student.model_dump_json()
         if key not in self._shapes:
             with configured("student"):
-                self._shapes[key] = student_shape(student, self.taught)
+                self._shapes[key] = student_shape(
+                    student, self.taught, self._run.config.data.max_length
+                )
         return self._shapes[key]
 
     def terms(self, lesson: Lesson) -> list[Term]:
@@ -229,7 +231,9 @@ class TeacherOutputs:
             shapes["teacher.model"] = self.taught
         terms, model = self.terms(lesson), lesson.student.model
         problems = not_shown(lesson.method, terms, shapes)
-        if model is not None and (reason := why_not_alike(model, self._run.tokenizer)):
+        apart = self._run.reader_of(lesson.student).tokenizer is not self._run.tokenizer
+        if apart and any(term.compares_tokens for term in terms):
+            reason = why_not_alike(str(model), self._run.tokenizer) or "their tokenizers differ"
             problems += not_alike(lesson.method, terms, reason)
         if problems:
             raise ConfigError(f"{lesson.label}: {'; '.join(problems)}", "nothing was trained")

@@ -32,7 +32,9 @@ def reread(texts: Split, corpus: Corpus) -> Split:
     """The same texts with the tokens that they have in another reading of the corpus."""
     known = [corpus.train] + ([corpus.unlabelled] if corpus.unlabelled is not None else [])
     whole = Split.joined([replace(split, columns={}) for split in known])
-    same = whole.select(_places(whole)[texts.index])
+    places = _places(whole)[texts.index]
+    assert (places >= 0).all(), "both readings are of one corpus"
+    same = whole.select(places)
     return replace(texts, input_ids=same.input_ids, token_type_ids=same.token_type_ids)
 
 

@@ -16,8 +16,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from metakd.data.batches import Collate
 from metakd.data.corpus import Split
 from metakd.errors import ConfigError, DataError
 from metakd.method.kinds import TEACHER_KINDS
@@ -41,11 +42,12 @@ from metakd.pipeline.readings import as_teacher_reads, read_twice, reread
 from metakd.pipeline.serving import TeacherService
 from metakd.pipeline.starts import StartStage
 from metakd.pipeline.table import ALL_DOMAINS
+from metakd.pipeline.teacher_cache import CachedTeacher
 from metakd.pipeline.texts import texts_of
 from metakd.training.engine import fit, seed_everything
 from metakd.training.saves import Saves
 from metakd.training.settings import recompute_activations
-from metakd.training.world import World, in_groups, join_world
+from metakd.training.world import in_groups, join_world
 
 # Say which students are made, by whom, and what is kept on the way. That a teacher's outputs come
 # from the cache is an input of its own, see ``Run.student``.
@@ -137,15 +139,10 @@ class Run(StartStage):
             if any(self.outputs.cached_phases(lesson)):
                 self.outputs.keep(lesson.place, teachers)
         with in_groups(self.world, size) as (world, group, groups):
-            self._move_to(world)
+            self.move_to(world)
             for lesson, options in left[group::groups]:
                 self.student(lesson, **options)
-        self._move_to(join_world())
-
-    def _move_to(self, world: World) -> None:
-        self.world = self.store.world = world
-        self.store.forget()
-        self.outputs.forget()
+        self.move_to(join_world())
 
     def foresee(self, lessons: Iterable[Lesson]) -> None:
         """Look at lessons before anything is computed for them, and note what they will ask their
@@ -304,19 +301,7 @@ class Run(StartStage):
             service = TeacherService(teacher_folders, self.config, self.recipe, self.world)
         start = self.checked_start(shape)
         seed_everything(seed)
-        one = bool(teacher_folders) and not lesson.method.mixes(lesson.teacher_kind)
-        copied = teacher_folders[0] if one and shape.copy_from == "teacher" else None
-        with configured("student"):
-            student = build_student(
-                shape,
-                source=str(copied or self.config.teacher.model),
-                tokenizer=reader.tokenizer,
-                label2id=corpus.label2id,
-                max_length=self.config.data.max_length,
-                problem_type=corpus.task.problem_type,
-                pad_token_id=reader.pad_token_id,
-                start=start,
-            )
+        student = self._begun(lesson, teacher_folders, start)
         if shape.preset is not None and start is None:
             self.say(
                 f"{label} {domain}: preset {shape.preset} begins with random weights and needs far "
@@ -373,19 +358,8 @@ class Run(StartStage):
                 module.restrict(phase.terms)
                 needs = module.needs | ({"logits"} if lesson.reads_scores else set())
                 part = f", stage {number + 1} of {len(phases)}" if len(phases) > 1 else ""
-                showing, pad = nullcontext(), self.collate_of(reader)
-                if cached[number]:
-                    answers = kept.teacher(asked[number])
-                    showing, pad = nullcontext(answers), answers.collate(pad)
-                elif service is not None:
-                    showing = service.showing(needs, distill.teacher_stream)
-                    if apart:
-                        pad = read_twice(pad, self.collate, heard)
-                elif lesson.teacher_kind is not None:
-                    showing = nullcontext(told)
-                with showing as teacher:
-                    if apart and service is not None and not cached[number]:
-                        teacher = as_teacher_reads(teacher)
+                answers = kept.teacher(asked[number]) if cached[number] else None
+                with self._listening(lesson, answers, service, needs, heard) as (teacher, pad):
                     if distill.balance != "none" and teacher is not None:
                         module.restrict(self.balanced(phase.terms, texts, pad, teacher))
                         scales |= {term.name: list(term.scales) for term in module.terms}
@@ -417,6 +391,56 @@ class Run(StartStage):
             reader.tokenizer.save_pretrained(folder)
             write_card(folder, result, self.command)
         return result
+
+    def _begun(
+        self, lesson: Lesson, teachers: Sequence[Path], start: Path | None
+    ) -> PreTrainedModel:
+        """The student before its first step."""
+        shape, reader = lesson.student, self.reader_of(lesson.student)
+        one = bool(teachers) and not lesson.method.mixes(lesson.teacher_kind)
+        copied = teachers[0] if one and shape.copy_from == "teacher" else None
+        with configured("student"):
+            return build_student(
+                shape,
+                source=str(copied or self.config.teacher.model),
+                tokenizer=reader.tokenizer,
+                label2id=self.corpus.label2id,
+                max_length=self.config.data.max_length,
+                problem_type=self.corpus.task.problem_type,
+                pad_token_id=reader.pad_token_id,
+                start=start,
+            )
+
+    @contextmanager
+    def _listening(
+        self,
+        lesson: Lesson,
+        answers: CachedTeacher | None,
+        service: TeacherService | None,
+        needs: frozenset[str],
+        heard: Split,
+    ) -> Iterator[tuple[Callable | None, Collate]]:
+        """What teaches while it lasts, and how examples become its batches.
+
+        Args:
+            lesson: what is learned.
+            answers: kept ones, in place of a teacher.
+            service: the teachers, if any are asked.
+            needs: the features asked for.
+            heard: the texts as the teacher reads them.
+        """
+        reader = self.reader_of(lesson.student)
+        pad = self.collate_of(reader)
+        if answers is not None:
+            yield answers, answers.collate(pad)
+        elif service is None:
+            yield None if lesson.teacher_kind is None else told, pad
+        else:
+            with service.showing(needs, lesson.distill.teacher_stream) as teacher:
+                if reader.tokenizer is self.tokenizer:
+                    yield teacher, pad
+                else:
+                    yield as_teacher_reads(teacher), read_twice(pad, self.collate, heard)
 
     # Kept teacher outputs
 

@@ -35,6 +35,7 @@ from metakd.pipeline.teaching import TeacherStage
 from metakd.training.engine import fit, seed_everything
 from metakd.training.saves import Saves
 from metakd.training.settings import recompute_activations
+from metakd.training.world import World
 
 _OF_DISTILL = (*GENERAL.keys, "backend", "balance")
 
@@ -54,6 +55,14 @@ class StartStage(TeacherStage):
     def outputs(self) -> TeacherOutputs:
         """What is asked of the teachers, and kept."""
         return TeacherOutputs(self)
+
+    def move_to(self, world: World) -> None:
+        """Go on with these processes; what was found before is looked up again."""
+        self.world = self.store.world = world
+        if self.starts_of is not None:
+            self.starts_of.move_to(world)
+        self.store.forget()
+        self.outputs.forget()
 
     def pretrain(self) -> list[Path]:
         """Make what all students of the configuration begin as; returns the folders.

@@ -35,6 +35,7 @@ from metakd.data.cache import Draft, TensorCache, content_key, private_folder
 from metakd.data.corpus import Split
 from metakd.errors import CheckpointError
 from metakd.method.terms import Term
+from metakd.models.adapters import DESCRIBED, base_of
 from metakd.models.packing import Packing, real_tokens
 from metakd.models.taps import ATTENTION_INPUTS, Features
 from metakd.training.scoring import in_turns
@@ -339,4 +340,7 @@ def _content(split: Split) -> list[bytes]:
 
 def _weights(folder: Path) -> list[Path]:
     """The files of a teacher that decide what it says."""
-    return [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / "metakd.json"]
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / "metakd.json"]
+    if base := base_of(str(folder)):
+        files += [folder / DESCRIBED, *_weights(Path(base))]
+    return files
