@@ -3,6 +3,7 @@ refused, models are tried out before anything is trained, students may read othe
 teachers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,23 +16,26 @@ from tiny_runs import losses, rows_of, write_config, write_rows
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DebertaV2Config,
     PreTrainedModel,
     T5Config,
 )
 
 import metakd
 from benchmarks import models
-from metakd.config import DistillConfig
+from metakd.config import DistillConfig, StudentConfig
 from metakd.config import load_config as read_config
 from metakd.deploy import Predictor
+from metakd.deploy.export import write_files
 from metakd.errors import ConfigError
 from metakd.method.terms import AttentionTerm, Setup
 from metakd.models.reader import SAME, open_reader
-from metakd.models.sources import load_classifier, load_config, load_encoder
-from metakd.models.student import keep_layers
-from metakd.models.taps import Taps, attention_spans
+from metakd.models.sources import load_classifier, load_config, load_encoder, small
+from metakd.models.student import keep_layers, student_shape
+from metakd.models.taps import Taps, attention_spans, why_not_run
 from metakd.pipeline.stages import Run
 from metakd.training.world import join_world
 
@@ -89,6 +93,25 @@ def test_a_model_without_a_mask_is_refused(make, tmp_path):
         make(f"teacher.model={tmp_path / 'fnet'}").distill()
 
 
+def test_a_rotary_teacher_that_came_padded_on_the_left_pads_on_the_right(tmp_path):
+    """Which it does not mind, and its students with absolute positions do."""
+    models.write_teacher("Llama", TEXTS, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(tmp_path)
+    assert open_reader(str(tmp_path), 24).tokenizer.padding_side == "right"
+
+
+def test_an_export_that_tells_types_apart_whose_tokenizer_makes_none(tmp_path):
+    """As a preset's of a RoBERTa."""
+    models.write_teacher("BERT", TEXTS, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    write_files(AutoModelForSequenceClassification.from_pretrained(tmp_path), tmp_path / "onnx")
+    tokenizer.save_pretrained(tmp_path / "onnx")
+    assert len(Predictor(tmp_path / "onnx", engine="onnx")(TEXTS)) == len(TEXTS)
+
+
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "FNet"])
 def test_whatever_is_served_answers_alike_in_company(tmp_path, name):
     """Others' classifiers: no padding token, the wrong one, padding on the left, no mask."""
@@ -134,6 +157,32 @@ def test_token_types_go_to_models_that_tell_them_apart(make, tmp_path, source, n
     assert "token_type_ids" in run.collate([run.corpus.train[0]])
     [folder] = run.distill()
     assert len(Predictor(folder, engine="eager")([("one", "two"), ("three", "four")])) == 2
+
+
+def longest_of(tokens: int) -> dict[str, torch.Tensor]:
+    ids = torch.full((1, tokens), 7)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_a_preset_has_positions_for_long_texts():
+    student = StudentConfig(preset="tiny-2l-128")
+    shape = student_shape(student, AutoConfig.for_model("bert", vocab_size=90), 600)
+    assert why_not_run(shape, frozenset({"hidden"}), False, longest_of(600)) is None
+
+
+def test_a_model_that_is_too_large_to_be_tried_out_is_not_refused_for_it():
+    shape = DebertaV2Config(vocab_size=300_000, pooler_hidden_size=768)
+    assert (
+        small(shape) is not None and why_not_run(shape, frozenset(), False, longest_of(9)) is None
+    )
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_taken_for_the_teachers(make, source, tmp_path):
+    shutil.copytree(source / "small", tmp_path / "cut")
+    file = tmp_path / "cut" / "tokenizer.json"
+    file.write_text(file.read_text()[:-40])
+    with pytest.raises(ConfigError, match=r"student\.model: .*cut: its files cannot be used"):
+        make(f"student={{model: {tmp_path / 'cut'}}}", *LOGITS).distill()
 
 
 # Layers
@@ -350,6 +399,38 @@ def test_an_adapter_is_merged_into_its_base(tmp_path, make, source, monkeypatch,
     monkeypatch.setattr("metakd.models.adapters.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"peft is needed: pip install metakd\[adapters\]"):
         load_encoder(adapter)
+
+
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION", "CAUSAL_LM"])
+def test_adapters_that_were_trained_for_something_else(tmp_path, task):
+    """On the bare model, or to write texts: the weights are what counts."""
+    peft = pytest.importorskip("peft", reason="the extra 'adapters' is not installed")
+    name, auto = ("Llama", AutoModelForCausalLM) if task == "CAUSAL_LM" else ("BERT", AutoModel)
+    models.write_teacher(name, TEXTS, tmp_path / "base")
+    wanted = peft.LoraConfig(r=4, task_type=task, init_lora_weights=False)
+    if task is None:
+        wanted.target_modules = {"query"}
+    tuned = peft.get_peft_model(auto.from_pretrained(tmp_path / "base"), wanted).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(10, 20)[None]
+    expected = tuned(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    found = load_encoder(str(tmp_path / "adapter")).eval()(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    peft = pytest.importorskip("peft", reason="the extra 'adapters' is not installed")
+    for name in ("BERT", "Llama"):
+        models.write_teacher(name, TEXTS, tmp_path / name)
+    model = AutoModel.from_pretrained(tmp_path / "BERT")
+    peft.get_peft_model(model, peft.LoraConfig(r=4)).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text().replace(str(tmp_path / "BERT"), str(tmp_path / "Llama")))
+    with pytest.raises(ValueError, match=r"adapter: its adapter (is not one of|cannot be merged)"):
+        load_encoder(str(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "a.bin")
+    with pytest.raises(ValueError, match=r"holds a\.bin and no safetensors"):
+        load_encoder(str(tmp_path / "adapter"))
 
 
 def test_an_adapter_that_names_no_base_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import GENERAL, METHODS, Method, build_terms
 from metakd.method.recipe import PAPER, Recipe
 from metakd.method.terms import Term
-from metakd.models.reader import Reader, padding_of
+from metakd.models.reader import Reader, open_reader, padding_of
 from metakd.models.sources import (
     check_classifies,
     check_embeddings,
@@ -86,16 +86,20 @@ def check_models(
             key = f"{key}.model"
             shape = note(key, load_config, student.model)
             if shape is not None:
-                apart = why_not_alike(student.model, tokenizer)
+                apart = note(key, why_not_alike, student.model, tokenizer)
                 if apart is None:
                     note(key, check_embeddings, student.model, shape, tokenizer)
                     note(key, padding_of, student.model, shape, tokenizer)
+                elif reader := note(key, open_reader, student.model, length):
+                    note(key, check_embeddings, student.model, shape, reader.tokenizer)
                 note(key, check_labels, student.model, shape, label2id)
                 note(key, check_positions, student.model, shape, length)
                 note(key, check_classifies, student.model, shape)
         else:
-            shape = None if taught is None else note(key, student_shape, student, taught)
+            shape = None if taught is None else note(key, student_shape, student, taught, length)
             apart = None
+            if shape is not None and student.preset and tokenizer.padding_side == "left":
+                note(key, padding_of, f"preset {student.preset}", shape, tokenizer)
         if shape is not None and student.freeze_embeddings:
             note(key, lambda: word_embeddings(unallocated(shape)))
         if taught is None or shape is None:

@@ -59,6 +59,8 @@ class Term:
     projected: ClassVar[str | None] = None
     intermediate: ClassVar[bool] = True  # trained in the first of two stages
     needs_label: ClassVar[bool] = False  # an example without one adds nothing to it
+    # What both layers of each pair attend to; none: everything.
+    spans = ()  # type: Sequence[Span]
     # Of the teacher that it reads; negative: from the top. An annotation would make it a field of
     # every term, and ClassVar would forbid one, which it is in those that are told their layers.
     layers = ()  # type: Sequence[int]
@@ -170,7 +172,7 @@ class AttentionTerm(Term):
     layers: Sequence[int] = ()  # g(l), 0-based
     form: str = "scores"
     mean_over: str = "real"
-    spans: Sequence[Span] = ()  # what both layers of each pair see; none: everything
+    spans: Sequence[Span] = ()
     remark: str | None = None
 
     name = "attention"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -116,9 +117,19 @@ class Context:
 
     def _read_by(self, model: str) -> Reader:
         tokenizer = self.reader.tokenizer
-        if why_not_alike(model, tokenizer) is None:
-            return Reader(tokenizer, padding_of(model, load_config(model), tokenizer))
-        return open_reader(model, self.config.data.max_length)
+        alike = self.world.on_first(lambda: why_not_alike(model, tokenizer) is None)
+        if not self.world.agree(alike):
+            return open_reader(model, self.config.data.max_length)
+        shape = load_config(model)
+        number = padding_of(model, shape, tokenizer)
+        return Reader(tokenizer, number, self.reader.changed or number != shape.pad_token_id)
+
+    def padding_inputs(self, student: StudentConfig | None = None) -> dict:
+        """What a student's, or the teacher's, padding adds to the inputs of its stage, where it had
+        to be put right."""
+        reader = self.reader if student is None else self.reader_of(student)
+        side = reader.tokenizer.padding_side
+        return {"padding": [reader.pad_token_id, side]} if reader.changed else {}
 
     @cached_property
     def _readers(self) -> dict[str, Reader]:
@@ -142,20 +153,31 @@ class Context:
         """The corpus as this reader reads it, example by example the same."""
         if reader.tokenizer is self.tokenizer:
             return self.corpus
-        if id(reader.tokenizer) not in self._read:
-            self._read[id(reader.tokenizer)] = self.world.one_by_one(
-                lambda: self._load(reader, self.cache_root / "students")
+        source = reader.tokenizer.name_or_path
+        if source not in self._read:
+            name = hashlib.sha256(source.encode()).hexdigest()[:12]
+            self._read[source] = self.world.one_by_one(
+                lambda: self._load(reader, self.cache_root / "students" / name)
             )
-        return self._read[id(reader.tokenizer)]
+        return self._read[source]
 
     @cached_property
-    def _read(self) -> dict[int, Corpus]:
+    def _read(self) -> dict[str, Corpus]:
         return {}
 
     def _load(self, reader: Reader, cache: Path) -> Corpus:
+        def say_once(text: str) -> None:
+            if text not in self._doubts:
+                self._doubts.add(text)
+                self.say(text)
+
         return load_corpus(
-            self.config.data, reader.tokenizer, seed=self.config.seed, cache=cache, say=self.say
+            self.config.data, reader.tokenizer, seed=self.config.seed, cache=cache, say=say_once
         )
+
+    @cached_property
+    def _doubts(self) -> set[str]:
+        return set()
 
     @cached_property
     def corpus(self) -> Corpus:

@@ -265,6 +265,10 @@ class Run(StartStage):
                 *(["prototypes"] if teacher_kind or lesson.reads_scores else []),
             ),
         }
+        inputs |= self.padding_inputs(student)
+        spans = [term.spans for term in self.outputs.terms(lesson) if term.spans]
+        if any(span.causal or span.window is not None for layers in spans for span in layers):
+            inputs["attends"] = spans
         cached = self.outputs.cached_phases(lesson)
         if any(cached):  # computed in other batches than the student's, and rounded otherwise
             inputs["cached_phases"] = cached

@@ -146,6 +146,7 @@ class TeacherStage(PrototypeStage):
                 "teacher_seed": seed,
                 "domain": domain,
                 **({"fold": fold} if fold else {}),
+                **self.padding_inputs(),
             }
             if TEACHER_KINDS[kind].by_score:
                 inputs |= self.settings("prototypes")
