@@ -63,7 +63,7 @@ def open_reader(source: str, max_length: int) -> Reader:
         raise ValueError(f"{source} holds no tokenizer; save one beside the model")
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
     see_that_it_pads(source, tokenizer)
-    shape, before = load_config(source), (tokenizer.pad_token_id, tokenizer.padding_side)
+    shape, before = load_config(source), tokenizer.padding_side
     *_, last = SIDES
     for tokenizer.padding_side in SIDES:
         try:
@@ -73,7 +73,7 @@ def open_reader(source: str, max_length: int) -> Reader:
                 raise
         else:
             break
-    changed = before != (number, tokenizer.padding_side) or number != shape.pad_token_id
+    changed = number != shape.pad_token_id or tokenizer.padding_side != before
     return Reader(tokenizer, number, changed)
 
 
