@@ -179,6 +179,7 @@ def compare(
     folder = f"{Path(checked.output_dir)}{suffix}"
     checked = checked.model_copy(update={"output_dir": folder})
     opened = open_run(checked, (), console, resume, reshard, command)
+    opened.compared = True
     by_labels = checked.compare.labels is not None
     result = _by_labels(opened, gamma2) if by_labels else compare_rows(opened, gamma2)
     _leave_in_order()

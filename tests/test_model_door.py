@@ -329,6 +329,16 @@ def test_a_student_that_has_other_numbers_for_its_tokens_learns_the_same(
     assert vocabularies[1] == AutoTokenizer.from_pretrained(renumbered).get_vocab()
 
 
+def test_a_comparison_asks_for_what_its_rows_compare(make, source, renumbered):
+    """And not for what the configured method, which none of them is, would."""
+    rows = "compare={rows: [{method: finetune}], seeds: [1]}"
+    run = make(f"student={{model: {renumbered}}}", rows, "distill.domains=[hiking]")
+    with pytest.raises(ConfigError, match="embedding compares token with token"):
+        run.distill()
+    result = metakd.compare(run.config, console=Console(quiet=True))
+    assert list(result.scores) == ["finetune"]
+
+
 def test_a_decoder_teaches_an_encoder(make, source, tmp_path):
     """Each with its own tokenizer; what the teacher knows of whole texts is compared."""
     texts = [row["text"] for row in rows_of(source / "corpus" / "train.jsonl")]

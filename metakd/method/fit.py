@@ -37,6 +37,7 @@ def check_models(
     recipe: Recipe = PAPER,
     students: bool = True,
     longest: Callable[[StudentConfig | None], tuple[Reader, Batch]] | None = None,
+    compared: bool = False,
 ) -> None:
     """Do teacher, student, objective and data fit together, and the students of a comparison's
     rows? Reads configurations and tokenizers, no weights, so that a run can ask before it trains
@@ -50,6 +51,7 @@ def check_models(
         students: False leaves them out of it.
         longest: how a student, or the teacher, reads texts, and a batch with the longest text of
             the corpus, on which models are tried out.
+        compared: rows are trained, if there are any, and not the configured method.
 
     Raises:
         ConfigError: every pair that does not fit, with both values: number of tokens and token
@@ -68,7 +70,8 @@ def check_models(
         try:
             return check(*arguments, **options)
         except (OSError, ValueError) as error:
-            problems.append(f"{key}: {str(error).splitlines()[0]}")
+            if (problem := f"{key}: {str(error).splitlines()[0]}") not in problems:
+                problems.append(problem)
             return None
 
     source = config.teacher.model
@@ -130,12 +133,15 @@ def check_models(
             if len(shapes) > 1:
                 tried("teacher.model", taught, None, terms or [])
 
-    if students:
+    rows = config.compare.rows if students else []
+    if students and not (compared and rows):
         check_student("student", config.student, "distill", config.distill)
-    for number, row in enumerate(config.compare.rows if students else ()):
+    for number, row in enumerate(rows):
         if row.student is not None:
             key = f"compare.rows.{number}"
             check_student(f"{key}.student", row.student, key, row.taught(config.distill))
+        elif compared:
+            check_student("student", config.student, "distill", row.taught(config.distill))
     if taught is not None:
         tried("teacher.model", taught, None, [])
     if longest is not None and not problems:

@@ -80,6 +80,7 @@ class Context:
         resume: see ``StageStore``.
         reshard: see ``engine.Saves``.
         last: the last stage that is asked for; what later ones alone use is not looked at.
+        compared: the rows of a comparison are trained, and not the configured method.
     """
 
     config: RunConfig
@@ -89,6 +90,7 @@ class Context:
     resume: str = "auto"
     reshard: bool = False
     last: Stage = "students"
+    compared: bool = False
 
     @cached_property
     def folder(self) -> Path:
@@ -207,7 +209,15 @@ class Context:
             rows = torch.tensor(train.lengths).argsort()[[0, -1]].tolist()
             return reader, self.collate_of(reader)([train[row] for row in rows])
 
-        check_models(self.config, self.tokenizer, corpus.label2id, self.recipe, students, longest)
+        check_models(
+            self.config,
+            self.tokenizer,
+            corpus.label2id,
+            self.recipe,
+            students,
+            longest,
+            self.compared,
+        )
         return corpus
 
     @cached_property
