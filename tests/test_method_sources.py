@@ -554,7 +554,7 @@ def test_a_row_that_cannot_be_taught_is_refused_before_its_teacher_is_trained(tm
         "distill": {"method": "logits_kd", "domains": ["hiking"]},
         "compare": {"seeds": [1], "rows": [{"method": "tinybert_kd", "teacher": "mix"}]},
     }
-    with pytest.raises(ConfigError, match="tinybert_kd-from-mix: student: attention: model MPNet"):
+    with pytest.raises(ConfigError, match=r"compare\.rows\.0: student: attention: model MPNet"):
         metakd.compare(settings)
     assert not (tmp_path / "run" / "teachers").exists()
     settings["compare"]["rows"] = [{"method": "logits_kd", "teacher": "mix"}]

@@ -84,7 +84,9 @@ def check_models(
         if not TEACHER_KINDS[config.teacher.kind].head_per_domain:  # such a head is always fresh
             note("teacher.model", check_labels, source, taught, label2id)
 
-    def check_student(key: str, student: StudentConfig, name: str, distill: DistillConfig) -> None:
+    def check_student(
+        key: str, student: StudentConfig, name: str, distill: DistillConfig, row: str = ""
+    ) -> None:
         if student.model is not None:
             key = f"{key}.model"
             shape = note(key, load_config, student.model)
@@ -128,7 +130,7 @@ def check_models(
             found = not_shown(learned, terms or [], shapes, name)
             if apart:
                 found += not_alike(learned, terms or [], apart, name)
-            problems.extend(problem for problem in found if problem not in problems)
+            problems.extend(row + problem for problem in found if row + problem not in problems)
             tried(key, shape, student, terms or [])
             if len(shapes) > 1:
                 tried("teacher.model", taught, None, terms or [])
@@ -141,7 +143,8 @@ def check_models(
             key = f"compare.rows.{number}"
             check_student(f"{key}.student", row.student, key, row.taught(config.distill))
         elif compared:
-            check_student("student", config.student, "distill", row.taught(config.distill))
+            named, distill = f"compare.rows.{number}: ", row.taught(config.distill)
+            check_student("student", config.student, "distill", distill, named)
     if taught is not None:
         tried("teacher.model", taught, None, [])
     if longest is not None and not problems:
