@@ -246,7 +246,8 @@ def load_corpus(
     limit = tokenizer.model_max_length
     if config.max_length > limit:
         raise ConfigError(
-            f"data.max_length is {config.max_length}, the tokenizer's model takes {limit} tokens",
+            f"data.max_length is {config.max_length}, the model of the tokenizer "
+            f"{tokenizer.name_or_path} takes {limit} tokens",
             f"Set data.max_length to at most {limit}.",
         )
     whole = _cached(config, tokenizer, cache, say)
@@ -465,8 +466,9 @@ def _unknown_tokens(train: Split, tokenizer, source: str) -> list[str]:
     share = (words == unknown).double().mean().item() if len(words) else 0.0
     if share <= UNKNOWN_WARNED:
         return []
+    reads = tokenizer.name_or_path
     said = f"{source}: {share:.0%} of the tokens are unknown to the tokenizer"
-    remedy = "take an encoder of the texts' language and script as teacher.model"
+    remedy = f"take an encoder of the texts' language and script in place of {reads}"
     if share > UNKNOWN_REFUSED:
         raise DataError(said, remedy)
     return [f"{said}; {remedy}"]
