@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import metakd
 from metakd.config import DistillConfig, TermWeights
 from metakd.method.methods import build_terms
 from metakd.method.objective import Distillation
+from metakd.method.tasks import NO_LABEL, TASKS
 from metakd.method.teachers import FrozenTeacher, Teacher
 from metakd.method.terms import (
     AttentionTerm,
+    DecoupledTerm,
     EmbeddingTerm,
     HardLabelTerm,
     HiddenTerm,
@@ -19,7 +22,7 @@ from metakd.method.terms import (
     RelationTerm,
     TransferTerm,
 )
-from metakd.models.taps import Taps
+from metakd.models.taps import Features, Taps
 
 STUDENT_LAYERS, TEACHER_LAYERS = 2, 4
 MAP = (1, 3)
@@ -445,3 +448,43 @@ def test_without_expertise_no_t_is_needed(scene):
     for term in terms:
         weighted = output.terms[f"{term.name}_weighted"]
         assert torch.equal(weighted, output.terms[term.name])
+
+
+# Decoupled KD
+
+
+def decoupled(student, teacher, labels, **options) -> torch.Tensor:
+    seen, taught = (Features(mask=torch.ones(2, 1), logits=x) for x in (student, teacher))
+    return DecoupledTerm(**options).rows(seen, taught, {"labels": labels}, None)
+
+
+def test_decoupled_kd_by_hand():
+    """Two texts of three classes; the second has no label, and its teacher chooses class 2."""
+    student = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 1.0]])
+    teacher = torch.tensor([[0.0, 1.0, 0.5], [0.5, 0.0, 3.0]])
+    found = decoupled(
+        student, teacher, torch.tensor([0, NO_LABEL]), non_target=3.0, temperature=2.0
+    )
+    for row, target in enumerate((0, 2)):
+        own, taught = (logits[row].div(2).softmax(0) for logits in (student, teacher))
+        others = [n for n in range(3) if n != target]
+        binary = [torch.stack([p[target], p[others].sum()]) for p in (own, taught)]
+        within = [p[others] / p[others].sum() for p in (own, taught)]
+        kl = [(q * (q / p).log()).sum() for p, q in (binary, within)]
+        torch.testing.assert_close(found[row], 4 * (kl[0] + 3 * kl[1]))
+        # Weighted by what the teacher leaves the others, their sum is the plain KL.
+        plain = (taught * (taught / own).log()).sum()
+        torch.testing.assert_close(plain, kl[0] + (1 - taught[target]) * kl[1])
+
+
+def test_decoupled_kd_of_two_classes_is_the_plain_kl():
+    student, teacher = torch.randn(2, 2, 2).unbind()
+    found = decoupled(student, teacher, torch.tensor([0, 1]), temperature=3.0)
+    wanted = metakd.soft_kl(student, teacher, temperature=3.0, reduction="none")
+    torch.testing.assert_close(found, wanted)
+
+
+def test_decoupled_kd_wants_one_class_a_text():
+    config = DistillConfig(method="decoupled_kd")
+    with pytest.raises(ValueError, match="a text must have one class"):
+        build_terms(config, student_layers=2, teacher_layers=2, task=TASKS["multi_label"])

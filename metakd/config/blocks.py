@@ -321,7 +321,8 @@ class TransferWeights(Block):
 
 
 class DistillConfig(Block):
-    """How a student is taught. ``gamma2`` weights the transferable-knowledge term L_TKD.
+    """How a student is taught. ``gamma2`` weights the transferable-knowledge term L_TKD,
+    ``non_target`` what ``decoupled_kd`` compares within the classes that are not the target's.
 
     ``schedule: joint`` trains all terms at once (the paper's equation); ``two_stage`` trains the
     intermediate terms first (``intermediate``), then the prediction terms (``training``).
@@ -351,6 +352,7 @@ class DistillConfig(Block):
     schedule: Literal["joint", "two_stage"] = "joint"
     temperature: Positive = 1.0
     scale_by_temperature: bool = True
+    non_target: Annotated[float, Field(ge=0.0), LATER] = 8.0
     gamma2: Annotated[float, Field(ge=0.0)] = 0.2
     terms: TermWeights = TermWeights()
     attention: Literal["scores", "probabilities", "kl"] = "scores"

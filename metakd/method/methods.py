@@ -19,6 +19,7 @@ from metakd.method.recipe import PAPER, Recipe
 from metakd.method.tasks import SINGLE_LABEL, Task
 from metakd.method.terms import (
     AttentionTerm,
+    DecoupledTerm,
     EmbeddingTerm,
     HardLabelTerm,
     HiddenTerm,
@@ -152,6 +153,7 @@ _ATTENTION = Weighted(AttentionTerm, "terms.attention")
 _RELATION = Weighted(RelationTerm, "terms.attention")
 _TRANSFER = Weighted(TransferTerm, "gamma2")
 _PREDICTION = Weighted(PredictionTerm, "terms.prediction")
+_DECOUPLED = Weighted(DecoupledTerm, "terms.prediction")
 _HARD_LABEL = Weighted(HardLabelTerm, "terms.hard_label")
 
 METHODS = {
@@ -193,6 +195,12 @@ METHODS = {
             (_PREDICTION, _HARD_LABEL),
             "the teacher's softened predictions",
             "Hinton, Vinyals, Dean 2015",
+        ),
+        Method(
+            "decoupled_kd",
+            (_DECOUPLED, _HARD_LABEL),
+            "the teacher's predictions, of the target and within the other classes apart",
+            "Zhao et al. 2022",
         ),
         Method(
             "tinybert_kd",

@@ -297,7 +297,7 @@ class PredictionTerm(Term):
 
     name = "prediction"
     needs = frozenset({"logits"})
-    listens_to = ("temperature", "scale_by_temperature")
+    listens_to: ClassVar[tuple[str, ...]] = ("temperature", "scale_by_temperature")
     intermediate = False
 
     @classmethod
@@ -322,6 +322,45 @@ class PredictionTerm(Term):
             backend=self.backend,
         )
         return rows / student.logits.shape[-1] if self.divide_by_classes else rows
+
+
+@dataclass(frozen=True)
+class DecoupledTerm(PredictionTerm):
+    """``L_DKD = TCKD + beta NCKD``, times T^2: the KL of the target class against all others, and
+    that within the others, which the plain KL weights by what the teacher leaves them, 1 - p_t. The
+    target is the label, or the teacher's choice where there is none. Of two classes it is the plain
+    KL: there is nothing within the other. Source: Zhao et al. 2022, *Decoupled Knowledge
+    Distillation* (arXiv 2203.08679), equation 7, alpha being the weight."""
+
+    non_target: float = 8.0
+
+    name = "decoupled"
+    listens_to = ("non_target", "temperature", "scale_by_temperature")
+
+    @classmethod
+    def configured(cls, weight, config, setup):
+        if not setup.task.one_class:
+            raise ValueError("decoupled: a text must have one class, which is the target")
+        return replace(super().configured(weight, config, setup), non_target=config.non_target)
+
+    def rows(self, student, teacher, batch, projection):
+        from torch import arange, cat
+
+        target = self.task.presumed(batch["labels"], teacher.logits)[:, None]
+        rest = arange(student.logits.shape[-1] - 1, device=target.device)
+        rest = rest + (rest >= target)  # [B, M - 1], the classes that are not the target
+
+        def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
+            logits = logits.float() / self.temperature
+            others = logits.gather(1, rest)
+            return cat([logits.gather(1, target), others.logsumexp(1, keepdim=True)], 1), others
+
+        (binary, others), (taught, taught_others) = parts(student.logits), parts(teacher.logits)
+        rows = metakd.soft_kl(binary, taught, reduction="none", backend=self.backend)
+        if others.shape[-1] > 1:
+            within = metakd.soft_kl(others, taught_others, reduction="none", backend=self.backend)
+            rows = rows + self.non_target * within
+        return rows * self.temperature**2 if self.scale_by_temperature else rows
 
 
 @dataclass(frozen=True)
