@@ -450,6 +450,29 @@ def test_without_expertise_no_t_is_needed(scene):
         assert torch.equal(weighted, output.terms[term.name])
 
 
+# Other forms
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hidden", [32, 48])
+def test_hidden_states_by_their_direction(tiny_bert, make_batch, hidden):
+    """Of any length, projected where widths differ; padding does not count."""
+    scene = Scene(tiny_bert, make_batch(), hidden=hidden)
+    term = HiddenTerm(layers=MAP, form="cosine")
+    projection = None if hidden == 48 else torch.randn(32, 48)
+    seen, mask = scene.seen(), scene.batch["attention_mask"]
+    found = term.rows(seen, scene.taught, scene.batch, projection)
+    expected = torch.zeros(4)
+    for own, layer in zip(seen.hidden, MAP, strict=True):
+        own = own if projection is None else own @ projection
+        taught = scene.taught.hidden[layer]
+        for row, length in enumerate(mask.sum(1).tolist()):
+            pairs = zip(own[row, :length], taught[row, :length])
+            cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in pairs]
+            expected[row] += 1 - sum(cosines) / length
+    torch.testing.assert_close(found, expected)
+
+
 # Decoupled KD
 
 

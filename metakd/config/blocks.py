@@ -356,6 +356,7 @@ class DistillConfig(Block):
     gamma2: Annotated[float, Field(ge=0.0)] = 0.2
     terms: TermWeights = TermWeights()
     attention: Literal["scores", "probabilities", "kl"] = "scores"
+    hidden: Annotated[Literal["mse", "cosine"], LATER] = "mse"
     layer_map: Literal["uniform", "last", "copied"] | list[Annotated[int, Field(ge=0)]] = "uniform"
     relation_heads: Count = 12
     backend: Literal["auto", "reference", "cpp", "triton"] = "auto"

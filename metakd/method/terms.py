@@ -134,19 +134,21 @@ class EmbeddingTerm(Term):
 
 @dataclass(frozen=True)
 class HiddenTerm(Term):
-    """``L_hidn = sum_l MSE(H_S^l W_h, H_T^g(l))``."""
+    """``L_hidn = sum_l MSE(H_S^l W_h, H_T^g(l))``, or 1 less the cosine between them, the mean over
+    tokens (Sanh et al. 2019, *DistilBERT*, arXiv 1910.01108, section 2)."""
 
     layers: Sequence[int] = ()  # g(l), 0-based
+    form: str = "mse"
 
     name = "hidden"
     needs = frozenset({"hidden"})
-    listens_to = ("layer_map",)
+    listens_to = ("layer_map", "hidden")
     projected = "hidden"
 
     @classmethod
     def configured(cls, weight, config, setup):
         layers = layer_map(config.layer_map, setup.student_layers, setup.teacher_layers)
-        return cls(weight, backend=config.backend, layers=tuple(layers))
+        return cls(weight, backend=config.backend, layers=tuple(layers), form=config.hidden)
 
     def by_layer(self):
         return [replace(self, layers=(layer,)) for layer in self.layers]
@@ -154,7 +156,7 @@ class HiddenTerm(Term):
     def rows(self, student, teacher, batch, projection):
         matched = [teacher.hidden[layer] for layer in self.layers]
         return self._sum(
-            metakd.hidden_mse,
+            {"mse": metakd.hidden_mse, "cosine": _cosine_gap}[self.form],
             student.hidden,
             matched,
             projection=projection,
@@ -162,6 +164,27 @@ class HiddenTerm(Term):
             reduction="none",
             backend=self.backend,
         )
+
+
+def _cosine_gap(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    projection: Tensor | None,
+    mask: Tensor,
+    reduction: str,
+    backend: str,
+) -> Tensor:
+    """Layers of [B, L, H_s] and [B, L, H_t] to rows [B]; eager on every backend."""
+    from torch.nn.functional import cosine_similarity
+
+    real = mask.float()
+    rows = []
+    for own, taught in zip(student, teacher, strict=True):
+        own = own if projection is None else own @ projection.to(own.dtype)
+        gap = 1 - cosine_similarity(own.float(), taught.float(), dim=-1)
+        rows.append((gap * real).sum(1) / real.sum(1).clamp(min=1))
+    return sum(rows[1:], rows[0])
 
 
 @dataclass(frozen=True)
