@@ -33,7 +33,13 @@ from metakd.deploy.export import write_files
 from metakd.errors import ConfigError
 from metakd.method.terms import AttentionTerm, Setup
 from metakd.models.reader import SAME, open_reader
-from metakd.models.sources import load_classifier, load_config, load_encoder, small
+from metakd.models.sources import (
+    load_classifier,
+    load_config,
+    load_encoder,
+    small,
+    why_not_alike,
+)
 from metakd.models.student import keep_layers, student_shape
 from metakd.models.taps import Taps, attention_spans, why_not_run
 from metakd.pipeline.stages import Run
@@ -110,6 +116,18 @@ def test_an_export_that_tells_types_apart_whose_tokenizer_makes_none(tmp_path):
     write_files(AutoModelForSequenceClassification.from_pretrained(tmp_path), tmp_path / "onnx")
     tokenizer.save_pretrained(tmp_path / "onnx")
     assert len(Predictor(tmp_path / "onnx", engine="onnx")(TEXTS)) == len(TEXTS)
+
+
+def test_texts_that_are_cut_short_are_padded_rightly_too(tmp_path):
+    """Cut alike, a short and a long one would tell nothing of padding."""
+    models.write_teacher("Llama", TEXTS, tmp_path)
+    shape, tokenizer = AutoConfig.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    shape.pad_token_id, tokenizer.pad_token = 8, "[PAD]"
+    for part in (shape, tokenizer):
+        part.save_pretrained(tmp_path)
+    predictor = Predictor(tmp_path, engine="eager", max_length=3)
+    alone, together = predictor.logits(["a"]), predictor.logits(["a", TEXTS[0]])
+    torch.testing.assert_close(torch.tensor(together[0]), torch.tensor(alone[0]))
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "FNet"])
@@ -400,6 +418,7 @@ def test_an_adapter_is_merged_into_its_base(tmp_path, make, source, monkeypatch,
     expected = tuned(input_ids=ids).logits
     loaded = load_classifier(adapter, labels, pad_token_id=0).eval()
     torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+    assert all(value.requires_grad for value in loaded.parameters())  # peft freezes what it wraps
     encoded = load_encoder(adapter).eval()(input_ids=ids).last_hidden_state
     torch.testing.assert_close(encoded, loaded.base_model(input_ids=ids).last_hidden_state)
     assert load_classifier(adapter, labels | {"neutral": 2}).config.num_labels == 3
@@ -436,11 +455,20 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     peft.get_peft_model(model, peft.LoraConfig(r=4)).save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(file.read_text().replace(str(tmp_path / "BERT"), str(tmp_path / "Llama")))
-    with pytest.raises(ValueError, match=r"adapter: its adapter (is not one of|cannot be merged)"):
+    with pytest.raises(ValueError, match=r"adapter: its adapter cannot be merged into Llama"):
         load_encoder(str(tmp_path / "adapter"))
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "a.bin")
     with pytest.raises(ValueError, match=r"holds a\.bin and no safetensors"):
         load_encoder(str(tmp_path / "adapter"))
+
+
+def test_an_adapter_reads_the_tokens_of_its_base(tmp_path, source):
+    models.write_teacher("BERT", [text[::-1] for text in TEXTS], tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    described = {"base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(described))
+    taught = AutoTokenizer.from_pretrained(source / "encoder")
+    assert "has a vocabulary of" in why_not_alike(str(tmp_path / "adapter"), taught)
 
 
 def test_an_adapter_that_names_no_base_is_refused(tmp_path):

@@ -75,14 +75,18 @@ class Predictor:
             see_that_it_pads(str(folder), self.tokenizer)
         self.labels = [config.id2label[number] for number in range(config.num_labels)]
         self.task = _task(config)
-        self.engine: Engine = open_engine(engine, folder, device=device, threads=threads)
-        self.engine_name = engine
-        if config.pad_token_id is None and isinstance(self.engine, EagerEngine):
-            self.engine.model.config.pad_token_id = self.tokenizer.pad_token_id
+
+        def opened(name: str) -> Engine:
+            found = open_engine(name, folder, device=device, threads=threads)
+            if config.pad_token_id is None and isinstance(found, EagerEngine):
+                found.model.config.pad_token_id = self.tokenizer.pad_token_id or 0
+            return found
+
+        self.engine, self.engine_name = opened(engine), engine
         self._batch_tokens = batch_tokens or BATCH_TOKENS[device]
         longest = max_length or self.tokenizer.model_max_length
         self._max_length = min(longest, positions(config) or longest)
-        self._padding = self._find_padding(config.pad_token_id)
+        self._padding = self._find_padding(config)
         if self._padding is None and self.engine.padded_shape(1, 1) != (1, 1):
             if asked == engine:
                 raise UnsupportedError(
@@ -90,21 +94,22 @@ class Predictor:
                     "depends on the padding beside it",
                     "use engine eager",
                 )
-            self.engine_name = "eager"
-            self.engine = open_engine("eager", folder, device=device, threads=threads)
+            del self.engine
+            self.engine, self.engine_name = opened("eager"), "eager"
 
-    def _find_padding(self, own: int | None) -> tuple[int, str] | None:
+    def _find_padding(self, config: PretrainedConfig) -> tuple[int, str] | None:
         """Token and side under which an answer does not depend on the texts beside it, which the
         tokenizer then has, for who saves it; None where there is no such padding, so that only
         texts of one length can share a batch."""
-        known = self.tokenizer.pad_token_id, own, 0
-        numbers = list(dict.fromkeys(number for number in known if number is not None))
+        known = self.tokenizer.pad_token_id, config.pad_token_id, 0
+        numbers = [n for n in dict.fromkeys(known) if n is not None and 0 <= n < config.vocab_size]
         if self.engine_name not in _EXACT:
             return numbers[0], self.tokenizer.padding_side
         names, limit = self.engine.inputs, self._max_length
         for side in SIDES:
             for pad in numbers:
-                if differing(self.engine.plainly, self.tokenizer, names, pad, side, limit) < SAME:
+                found = differing(self.engine.plainly, self.tokenizer, names, pad, side, limit)
+                if found < SAME:
                     self.tokenizer.padding_side = side
                     return pad, side
         return None

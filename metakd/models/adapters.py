@@ -54,19 +54,24 @@ def merged(model: PreTrainedModel, source: str) -> PreTrainedModel:
         raise ValueError(f"{source}: holds no {WEIGHTS}; save the adapter again, in safetensors")
     if any(hasattr(value, "ds_tensor") for value in model.parameters()):
         raise ValueError(f"{source}: an adapter cannot be merged into shards; save it merged")
-    try:
-        for part in (model, model.base_model):  # trained with a head, or without
-            if _merge(part, source):
+    trained = {name: value.requires_grad for name, value in model.named_parameters()}
+    cause: Exception | None = None
+    for part in (model, model.base_model):  # trained with a head, or without
+        try:
+            fits = _merge(part, source)
+        except Exception as error:  # files with something wrong make libraries raise anything
+            cause = error
+        else:
+            if fits:
+                for name, value in model.named_parameters():  # peft freezes all but the adapter
+                    value.requires_grad_(trained.get(name, True))
                 return model
-    except Exception as error:  # files with something wrong make libraries raise anything
-        said = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"{source}: its adapter cannot be merged: {type(error).__name__}: {said}"
-        ) from error
+    said = "some of its weights have no place there, or it lacks some"
+    if cause is not None:
+        said = f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
     raise ValueError(
-        f"{source}: its adapter is not one of {type(model).__name__}: some of its weights have no "
-        "place there"
-    )
+        f"{source}: its adapter cannot be merged into {type(model).__name__}: {said}"
+    ) from cause
 
 
 def _merge(model: PreTrainedModel, source: str) -> bool:
@@ -82,8 +87,11 @@ def _merge(model: PreTrainedModel, source: str) -> bool:
             model, source, config=config, ignore_mismatched_sizes=True, use_safetensors=True
         )
     with safe_open(Path(source) / WEIGHTS, framework="pt") as stored:
-        fits = set(stored.keys()) <= get_peft_model_state_dict(adapted).keys()
-    if fits:
+        given = set(stored.keys())
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    known = wanted | get_peft_model_state_dict(adapted, save_embedding_layers=True).keys()
+    lacking = {name for name in wanted - given if "lora_" in name}
+    if fits := given <= known and not lacking:
         adapted.merge_and_unload(safe_merge=True)
     else:
         adapted.unload()

@@ -163,7 +163,10 @@ def differing(
         return_attention_mask=False,
     )
     short, long = map(len, texts["input_ids"])
-    if not short:  # a tokenizer that knows none of it, and has nothing for what it does not know
+    if short >= long:  # both were cut
+        short = long // 2
+        texts = {name: [rows[0][:short], rows[1]] for name, rows in texts.items()}
+    if not short:  # no room, or a tokenizer that knows none of it and has nothing for the unknown
         return 0.0
 
     def batch(rows: int, length: int) -> dict[str, Tensor]:

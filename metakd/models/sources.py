@@ -454,6 +454,6 @@ def _look_at_config(file: Path) -> None:
 def _vocabulary(source: str) -> dict[str, int] | None:
     folder = Path(source)
     if folder.is_dir() and not any(map(_OF_TOKENIZERS.match, (f.name for f in folder.iterdir()))):
-        return None
+        return _vocabulary(base) if (base := base_of(source)) else None
     tokenizer = load_tokenizer(source)
     return tokenizer.get_vocab() if knows_words(tokenizer) else None

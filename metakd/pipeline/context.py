@@ -119,8 +119,12 @@ class Context:
 
     def _read_by(self, model: str) -> Reader:
         tokenizer = self.reader.tokenizer
-        alike = self.world.on_first(lambda: why_not_alike(model, tokenizer) is None)
-        if not self.world.agree(alike):
+
+        def alike() -> bool:
+            with configured("student.model"):
+                return why_not_alike(model, tokenizer) is None
+
+        if not self.world.agree(self.world.on_first(alike)):
             return open_reader(model, self.config.data.max_length)
         shape = load_config(model)
         number = padding_of(model, shape, tokenizer)

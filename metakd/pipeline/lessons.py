@@ -106,6 +106,14 @@ class Asked(NamedTuple):
     signals: frozenset[Signal]
 
 
+def attention_inputs(terms: Iterable[Term]) -> dict:
+    """What terms add to the inputs of a stage where layers do not attend to every token."""
+    spans = [term.spans for term in terms if term.spans]
+    if any(span.causal or span.window is not None for layers in spans for span in layers):
+        return {"attends": spans}
+    return {}
+
+
 class TeacherOutputs:
     """What the lessons of a run ask their teachers for, and what is kept of it.
 

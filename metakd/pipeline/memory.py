@@ -187,7 +187,10 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
             students[f"pretraining of {block.preset}"] = block, block.pretrain
     try:
         taught = load_config(config.teacher.model)
-        shapes = {title: student_shape(block, taught) for title, (block, _) in students.items()}
+        shapes = {
+            title: student_shape(block, taught, config.data.max_length)
+            for title, (block, _) in students.items()
+        }
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"models: {str(error).splitlines()[0]}", "correct teacher.model and student"

@@ -33,6 +33,7 @@ class PrototypeStage(Context):
             "stage": "prototypes",
             **self.settings("prototypes"),
             "encoder": self.config.teacher.model,
+            **self.padding_inputs(),
         }
         self.store.get(place, inputs, self._build_prototypes)
         return place

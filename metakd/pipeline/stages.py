@@ -37,7 +37,7 @@ from metakd.models.taps import model_inputs
 from metakd.pipeline.card import origin, write_card
 from metakd.pipeline.context import configured
 from metakd.pipeline.doubts import doubt
-from metakd.pipeline.lessons import Lesson, phases_of
+from metakd.pipeline.lessons import Lesson, attention_inputs, phases_of
 from metakd.pipeline.readings import as_teacher_reads, read_twice, reread
 from metakd.pipeline.serving import TeacherService
 from metakd.pipeline.starts import StartStage
@@ -265,10 +265,9 @@ class Run(StartStage):
                 *(["prototypes"] if teacher_kind or lesson.reads_scores else []),
             ),
         }
-        inputs |= self.padding_inputs(student)
-        spans = [term.spans for term in self.outputs.terms(lesson) if term.spans]
-        if any(span.causal or span.window is not None for layers in spans for span in layers):
-            inputs["attends"] = spans
+        inputs |= self.padding_inputs(student) | attention_inputs(self.outputs.terms(lesson))
+        if teacher_kind and (taught := self.padding_inputs()):
+            inputs["teacher_padding"] = taught
         cached = self.outputs.cached_phases(lesson)
         if any(cached):  # computed in other batches than the student's, and rounded otherwise
             inputs["cached_phases"] = cached

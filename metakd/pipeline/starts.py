@@ -29,7 +29,7 @@ from metakd.method.objective import Distillation
 from metakd.method.terms import Term
 from metakd.models.student import fresh_encoder
 from metakd.pipeline.context import configured
-from metakd.pipeline.lessons import Asked, TeacherOutputs
+from metakd.pipeline.lessons import Asked, TeacherOutputs, attention_inputs
 from metakd.pipeline.teacher_cache import signals_of
 from metakd.pipeline.teaching import TeacherStage
 from metakd.training.engine import fit, seed_everything
@@ -139,12 +139,17 @@ class StartStage(TeacherStage):
 
     def _start_stage(self, student: StudentConfig) -> tuple[Path, dict]:
         distill = self.config.distill.towards(student)
+        # As ``Block.inputs`` has it: what came later is said where it is not as it was before.
+        settled = distill.inputs()
+        said = [key for key in _OF_DISTILL if key.split(".")[0] in settled]
         inputs = {
             "stage": "start",
             "student": student.start_inputs(),
             "texts": [self.content_of(file) for file in _pretraining(student).texts],
             "encoder": self.config.teacher.model,
-            "distill": {key: attrgetter(key)(distill) for key in _OF_DISTILL},
+            "distill": {key: attrgetter(key)(distill) for key in said},
+            **self.padding_inputs(),
+            **attention_inputs(self._start_terms(student)),
         }
         return self.folder / "starts" / f"{student.preset}-s{self.config.seed}", inputs
 
