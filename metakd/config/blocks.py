@@ -23,6 +23,7 @@ from metakd.method.tasks import SINGLE_LABEL, TASKS
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def _classes_of(columns: list[str]) -> dict[str, str]:
@@ -346,6 +347,12 @@ class DistillConfig(Block):
     ``balance: variance`` divides the loss of each matched layer by what a student of all zeros
     would have, the mean square of the teacher's target, so that every such term begins near 1;
     ``none`` is the paper's form.
+
+    ``generations`` trains so many students one after the other, each anew: the first learns from
+    the teacher, each other from predictions between the teacher's, whose share is ``anchor``, and
+    those of the student before it (``anchor_by``: their ``mixture``, or the ``geometric`` mean).
+    ``anchors`` gives teachers of other kinds a share as well. What terms compare beside predictions
+    stays the teacher's.
     """
 
     method: MethodName = DEFAULT_METHOD
@@ -370,10 +377,19 @@ class DistillConfig(Block):
     transfer_weights: Annotated[TransferWeights, LATER] = TransferWeights()
     transfer_by_score: Annotated[bool, LATER] = False
     balance: Annotated[Literal["none", "variance"], LATER] = "none"
+    generations: Annotated[Count, LATER] = 1
+    anchor: Annotated[Share, LATER] = 0.5
+    anchors: Annotated[dict[TeacherKind, Share], LATER] = {}
+    anchor_by: Annotated[Literal["mixture", "geometric"], LATER] = "mixture"
     training: TrainingConfig = TrainingConfig(learning_rate=5e-5)
     intermediate: TrainingConfig = TrainingConfig(
         learning_rate=5e-5, num_train_epochs=10, lr_scheduler_type="constant"
     )
+
+    @property
+    def held(self) -> float:
+        """The share of all teachers in what a generation learns: 1 less that of the one before."""
+        return self.anchor + sum(self.anchors.values())
 
     def towards(self, student: StudentConfig) -> DistillConfig:
         """This, with the layers that the student copies in place of ``copied``."""
@@ -401,6 +417,8 @@ class CompareRow(Block):
     teacher: TeacherKind | None = None
     gamma2: Annotated[float, Field(ge=0.0)] | None = None
     transfer: Annotated[Transfer | None, LATER] = None
+    generations: Annotated[Count | None, LATER] = None
+    anchor: Annotated[Share | None, LATER] = None
     learning_rate: Annotated[Positive | None, LATER] = None
     num_train_epochs: Annotated[Count | None, LATER] = None
     max_steps: Annotated[Count | None, LATER] = None
@@ -412,6 +430,8 @@ class CompareRow(Block):
             raise ValueError(reason)
         if self.transfer is not None and METHODS[self.method].texts is not None:
             raise ValueError(f"method {self.method} has its own texts, and no transfer")
+        if self.teacher is None and (self.generations or self.anchor is not None):
+            raise ValueError(f"method {self.method} has no teacher, to which generations are held")
         return self
 
     @property
@@ -425,6 +445,10 @@ class CompareRow(Block):
             label += f"-on-{name}" + ("-alone" if listed and len(self.transfer) == 1 else "")
         if self.gamma2 is not None:
             label += f"-gamma2-{self.gamma2:g}"
+        if self.generations is not None:
+            label += f"-generations-{self.generations}"
+        if self.anchor is not None:
+            label += f"-anchor-{self.anchor:g}"
         return label + ("" if self.student is None else AS_SHAPE + self.student.shape)
 
     def taught(self, distill: DistillConfig) -> DistillConfig:

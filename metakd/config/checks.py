@@ -53,6 +53,7 @@ def check_contradictions(config: RunConfig, last: Stage = "students") -> list[st
         )
 
     found += _transfer(config)
+    found += _generations(config)
     found += _soft_labels(config)
     found += _task(config)
 
@@ -144,6 +145,29 @@ def _transfer(config: RunConfig) -> list[str]:
         for name in METHODS[method].learns_from(transfer)
         if "unlabelled" in name
     ]
+
+
+def _generations(config: RunConfig) -> list[str]:
+    """What of one generation after the other cannot be."""
+    distill, found = config.distill, []
+    kind = METHODS[distill.method].teacher(config.teacher.kind)
+    if distill.held > 1:
+        found.append(
+            f"distill.anchors: the shares of all teachers sum to {distill.held:g}, with "
+            f"distill.anchor {distill.anchor:g}, and may sum to 1"
+        )
+    if (distill.generations > 1 or distill.anchors) and kind is None:
+        found.append(f"distill.generations: {distill.method} has no teacher to hold them to")
+    rows = [row.generations or distill.generations for row in config.compare.rows]
+    alone = max([distill.generations, *rows]) == 1 and not distill.anchors
+    if alone and "anchor" in distill.inputs():
+        found.append("distill.anchor: needs distill.generations of 2 or more")
+    for name in distill.anchors:
+        if name == kind:
+            found.append(f"distill.anchors: {name} is the teacher, whose share is distill.anchor")
+        elif TEACHER_KINDS[name].in_data:
+            found.append(f"distill.anchors: {name} is no model, which could be asked")
+    return found
 
 
 def _task(config: RunConfig) -> list[str]:

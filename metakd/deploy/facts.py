@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from metakd.deploy import labels
+from metakd.deploy import generations, labels
 from metakd.deploy.formats import INT8_ENGINE, ONNX_FILES
 from metakd.deploy.run_folder import RunFolder, Stage
 from metakd.deploy.speedup import fastest, model_of, nearest, ratios, times
@@ -67,6 +67,7 @@ def gather(run: RunFolder, command: str = "") -> dict:
         "versions": versions(),
         "labels": labels.gather(run.labels) if run.labels else None,
         "left_out": _left_out(stages),
+        "generations": generations.gather(students),
         "starts": [stage.result for stage in run.of_kind("start")],
         "comparison": comparison,
         "best": best,

@@ -200,6 +200,30 @@ def by_labels(points: Sequence[tuple[str, float, dict[str, dict]]], metric: str)
     return plot.svg
 
 
+def generations(name: str, row: str, facts: dict) -> str:
+    """KL of each generation to its teachers, and its bound."""
+    numbers = range(1, len(facts["bound"]) + 1)
+    with _Plot(name, row, "generation", "KL to the teachers' predictions") as plot:
+        lines = {
+            "measured": [one["anchor_kl"] for one in facts["generations"]],
+            f"bound, anchor {facts['held']:g}": facts["bound"],
+        }
+        for number, (label, values) in enumerate(lines.items()):
+            plot.axes.plot(
+                numbers,
+                values,
+                color=_SENTINELS[SERIES[number]],
+                linestyle=_DASHES[number],
+                marker=_MARKERS[number],
+                markersize=5,
+                label=label,
+            )
+        plot.axes.set_ylim(bottom=0)
+        plot.axes.set_xticks(numbers)
+        plot.figure.legend(loc="outside lower left", frameon=False, ncols=2)
+    return plot.svg
+
+
 def curves(terms: dict[str, dict]) -> list[str]:
     """For each row of students its weighted terms against the step, all on one logarithmic scale
     and each term in one colour throughout.

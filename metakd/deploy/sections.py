@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from metakd.deploy import labels, plots
+from metakd.deploy import generations, labels, plots
 from metakd.deploy.formats import INT8_ENGINE
 from metakd.deploy.parts import Section, Table
 from metakd.deploy.speedup import nearest
@@ -29,6 +29,7 @@ def sections(facts: dict) -> list[Section]:
         _tradeoff(facts),
         _terms(facts),
         _weights(facts),
+        *([generations.section(facts["generations"])] if facts["generations"] else []),
         *_by_class(facts),
         _latency(facts),
         _exports(facts),

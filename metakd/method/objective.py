@@ -9,7 +9,7 @@ Source: Meta-KD section 3.3, equations 6-11.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class Distillation(nn.Module):
         recipe: paper or released form.
         packed: run the student's layers on real tokens only.
         task: what labels mean.
+        anchored: logits to learn from, of the teacher's [B, M] and of others' in the batch.
 
     Raises:
         ValueError: a width does not split into the relation heads.
@@ -54,11 +55,13 @@ class Distillation(nn.Module):
         recipe: Recipe = PAPER,
         packed: bool = False,
         task: Task = SINGLE_LABEL,
+        anchored: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         super().__init__()
         check_packed(packed, recipe)
         self.packed = packed
         self.task = task
+        self.anchored = anchored
         self.student = student
         self.terms = list(terms)
         self.weigh_by_expertise = weigh_by_expertise
@@ -105,7 +108,8 @@ class Distillation(nn.Module):
             batch: model inputs, labels [B] or [B, M], domain [B]; t [B], or [B, C] by cell where a
                 label may be missing, where lambda or ``foreign`` is used; weight [B] of each
                 example; foreign [B], which examples t weights; opinion [B, M], logits that take the
-                place of the teacher's where they are numbers.
+                place of the teacher's where they are numbers; elder [B, M], logits that
+                ``anchored`` takes beside the teacher's.
             taught: the teacher's features; None for a method without teacher.
         """
         seen = self._taps(batch)
@@ -122,6 +126,8 @@ class Distillation(nn.Module):
             taught.logits = taught.logits.where(opinion.isnan(), opinion)
         if self.weigh_by_expertise:
             expertise = self.task.expertise(taught.logits, labels, score)
+        if taught is not None and taught.logits is not None and self.anchored is not None:
+            taught.logits = self.anchored(taught.logits, batch["elder"].to(taught.logits))
         total = torch.zeros(len(seen.mask), device=seen.mask.device)
         logged = {}
         for term in self.terms:

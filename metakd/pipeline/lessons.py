@@ -29,7 +29,8 @@ from metakd.pipeline.teacher_cache import GIB, KeptOutputs, Signal, bytes_of, is
 class Lesson(NamedTuple):
     """Who teaches which student what.
 
-    ``domain`` is the student's, or ``all``; ``teacher_kind`` None for fine-tuning alone.
+    ``domain`` is the student's, or ``all``; ``teacher_kind`` None for fine-tuning alone;
+    ``generation`` counts from 0, None is the last, which is the one that is wanted.
     """
 
     domain: str
@@ -37,6 +38,25 @@ class Lesson(NamedTuple):
     distill: DistillConfig
     teacher_kind: str | None
     teacher_seed: int
+    generation: int | None = None
+
+    @property
+    def number(self) -> int:
+        """Of its generation."""
+        return self.distill.generations - 1 if self.generation is None else self.generation
+
+    @property
+    def elder(self) -> Lesson | None:
+        """That of the generation before."""
+        return self._replace(generation=self.number - 1) if self.number else None
+
+    @property
+    def anchors(self) -> dict[str, float]:
+        """The share of each kind of teacher, its own first, in what it learns."""
+        distill = self.distill
+        if self.teacher_kind is None:
+            return {}
+        return {self.teacher_kind: distill.anchor} | distill.anchors
 
     @property
     def method(self) -> Method:

@@ -9,6 +9,8 @@
                                      what students of a preset begin as (``student.pretrain``)
 <output_dir>/.cache/teachers/<kind>-s<seed>[-mean]/<domain>[-on-<texts>]/
                                      what teachers say of training examples, see ``teacher_cache``
+<output_dir>/generations/<n>/<method>[-from-<teacher>]...-s<seed>/<domain>/
+                                     students that those below were trained after
 <output_dir>/students/<method>[-from-<teacher>]...-s<seed>/<domain>/
                                      a plain AutoModelForSequenceClassification
 """
@@ -37,6 +39,7 @@ from metakd.models.taps import model_inputs
 from metakd.pipeline.card import origin, write_card
 from metakd.pipeline.context import configured
 from metakd.pipeline.doubts import doubt
+from metakd.pipeline.generations import FOLDER, Generation
 from metakd.pipeline.lessons import Lesson, attention_inputs, phases_of
 from metakd.pipeline.readings import as_teacher_reads, read_twice, reread
 from metakd.pipeline.serving import TeacherService
@@ -51,7 +54,10 @@ from metakd.training.world import in_groups, join_world
 
 # Say which students are made, by whom, and what is kept on the way. That a teacher's outputs come
 # from the cache is an input of its own, see ``Run.student``.
-NOT_OF_A_STUDENT = ("domains", "processes_per_student", "cache_teacher", "cache_limit_gib")
+NOT_OF_A_STUDENT = (
+    *("domains", "processes_per_student", "cache_teacher", "cache_limit_gib"),
+    "generations",
+)
 
 
 def _classifier(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor]:
@@ -171,7 +177,19 @@ class Run(StartStage):
                 f"{lesson.distill.method}: there is no {lesson.teacher_kind} teacher of {domain}",
                 "name another teacher: the domain is withheld, or the student serves them all",
             )
+        for kind in lesson.anchors:
+            if not self.has_teacher(lesson._replace(teacher_kind=kind)):
+                raise ConfigError(
+                    f"distill.anchors: there is no {kind} teacher of {domain}",
+                    "leave it out: the domain is withheld, or the student serves them all",
+                )
         self.outputs.check(lesson)
+        terms = self.outputs.terms(lesson)
+        if lesson.elder and all(term.intermediate or term.needs_label for term in terms):
+            raise ConfigError(
+                f"distill.generations: {lesson.label} learns no predictions of its teacher",
+                "give terms.prediction a weight, or leave out generations",
+            )
         if "own" not in lesson.texts:
             self.texts(lesson)  # raises where there are none
         if self.config.teacher.folds and lesson.method.mixes(lesson.teacher_kind):
@@ -222,12 +240,17 @@ class Run(StartStage):
         self.foresee([lesson])
         place, inputs, keep = self._student_stage(lesson, seed, keep, label)
         teachers = self._teachers(lesson)
+        elder = None
         if not self.store.has(place, inputs, keep):
             self._before(lesson)
+            if lesson.elder is not None:
+                elder, _ = self.student(lesson.elder, seed, label=label)
         result = self.store.get(
             place,
             inputs,
-            lambda folder, saves: self._build_student(folder, saves, lesson, teachers, seed, label),
+            lambda folder, saves: self._build_student(
+                folder, saves, lesson, teachers, elder, seed, label
+            ),
             keep,
         )
         return place, result
@@ -237,18 +260,21 @@ class Run(StartStage):
         if lesson.reads_scores:
             self.prototypes()
         self._opinions(lesson)
+        for kind in lesson.anchors:
+            self._teachers(lesson._replace(teacher_kind=kind))
         self.start(lesson.student)
 
     def _student_stage(
         self, lesson: Lesson, seed: int, keep: bool = True, label: str | None = None
     ) -> tuple[Path, dict, bool]:
         """Folder and inputs of what ``student`` makes, and whether its files are kept."""
-        domain, student, distill, teacher_kind, teacher_seed = lesson
+        domain, student, distill, teacher_kind, teacher_seed, generation = lesson
         label = label or lesson.label
         lineage = f"s{seed}"
         if teacher_kind and teacher_seed != seed:
             lineage += f"-t{teacher_seed}"
-        place = self.folder / "students" / f"{label}-{lineage}" / domain
+        where = Path("students") if generation is None else Path(FOLDER, str(generation))
+        place = self.folder / where / f"{label}-{lineage}" / domain
         inputs = {
             "stage": "student",
             "domain": domain,
@@ -265,6 +291,8 @@ class Run(StartStage):
                 *(["prototypes"] if teacher_kind or lesson.reads_scores else []),
             ),
         }
+        if distill.generations > 1:
+            inputs["generation"] = lesson.number
         inputs |= self.padding_inputs(student) | attention_inputs(self.outputs.terms(lesson))
         if teacher_kind and (taught := self.padding_inputs()):
             inputs["teacher_padding"] = taught
@@ -279,10 +307,12 @@ class Run(StartStage):
         saves: Saves,
         lesson: Lesson,
         teacher_folders: list[Path],
+        elder: Path | None,
         seed: int,
         label: str,
     ) -> dict:
         domain, shape, distill, *_ = lesson
+        generation = self._generation(lesson, elder)
         reader = self.reader_of(shape)
         apart = reader.tokenizer is not self.tokenizer
         corpus = self.corpus_of(reader)
@@ -326,6 +356,7 @@ class Run(StartStage):
                 recipe=self.recipe,
                 packed=self.config.packed,
                 task=corpus.task,
+                anchored=generation.anchored if generation else None,
             )
 
         classify, scales = _classifier(student), {}
@@ -349,6 +380,10 @@ class Run(StartStage):
             if corpus.test is not None:
                 part = self.part(corpus.test, domain)
                 result["test"] = self.score(classify, part, distill.training, True, reader)
+            if generation and lesson.asks_a_model():
+                own = self.logits(classify, validation, distill.training, reader)
+                heard = self.part(self.corpus.validation, domain)
+                result["anchor_kl"] = generation.distance(own, heard)
 
         with self.open_log(folder) as log:
             for number, phase in enumerate(phases):
@@ -356,11 +391,15 @@ class Run(StartStage):
                 heard = texts = self.texts(lesson, phase.texts)
                 if apart:
                     texts = reread(heard, corpus)
+                if generation and (beside := generation.beside(heard, texts, reader)) is not None:
+                    texts = texts.with_column("elder", beside)
                 recompute_activations(student, [done.training for done in phases[: number + 1]])
                 is_last = number == len(phases) - 1
                 module.restrict(phase.terms)
                 needs = module.needs | ({"logits"} if lesson.reads_scores else set())
                 part = f", stage {number + 1} of {len(phases)}" if len(phases) > 1 else ""
+                if distill.generations > 1:
+                    part = f", generation {lesson.number + 1} of {distill.generations}{part}"
                 answers = kept.teacher(asked[number]) if cached[number] else None
                 with self._listening(lesson, answers, service, needs, heard) as (teacher, pad):
                     if distill.balance != "none" and teacher is not None:
@@ -382,6 +421,11 @@ class Run(StartStage):
                         seed=seed,
                         title=f"{label} {domain}{part}",
                     )
+        if "anchor_kl" in result:
+            before = self.store.result(elder)["generations"] if elder else []
+            scores = result.get("test", result["validation"])
+            own = {"anchor_kl": result["anchor_kl"], "score": scores[corpus.task.metric]}
+            result |= {"generations": [*before, own], "held": distill.held}
         if found := doubt(result.get("test", result["validation"])):
             result["doubt"] = found
             self.say(f"warning: {label} {domain}: {found}")
@@ -394,6 +438,13 @@ class Run(StartStage):
             reader.tokenizer.save_pretrained(folder)
             write_card(folder, result, self.command)
         return result
+
+    def _generation(self, lesson: Lesson, elder: Path | None) -> Generation | None:
+        """What to know of it where there are several, or several kinds of teacher hold it."""
+        if lesson.distill.generations == 1 and not lesson.distill.anchors:
+            return None
+        anchors = {k: self._teachers(lesson._replace(teacher_kind=k)) for k in lesson.anchors}
+        return Generation(self, lesson, anchors, elder and self.store.checked(elder))
 
     def _begun(
         self, lesson: Lesson, teachers: Sequence[Path], start: Path | None

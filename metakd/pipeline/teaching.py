@@ -76,12 +76,18 @@ class TeacherStage(PrototypeStage):
             one_by_one=one_by_one,
         )
 
-    def logits(self, classify: Callable, split: Split, training: TrainingConfig) -> Tensor:
-        """See ``logits_of``."""
+    def logits(
+        self,
+        classify: Callable,
+        split: Split,
+        training: TrainingConfig,
+        reader: Reader | None = None,
+    ) -> Tensor:
+        """See ``logits_of``; ``reader`` of the split, the teacher's by default."""
         return logits_of(
             classify,
             split,
-            self.collate,
+            self.collate_of(reader or self.reader),
             num_classes=len(self.corpus.label2id),
             batch_size=training.per_device_eval_batch_size,
             world=self.world,
