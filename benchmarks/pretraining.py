@@ -76,7 +76,7 @@ def page(given: argparse.Namespace, details: dict) -> str:
     import torch
 
     from benchmarks.run import environment, heading
-    from metakd.config.blocks import AS_SHAPE
+    from metakd.config.run import AS_SHAPE
     from metakd.pipeline.statistics import accuracy_difference
     from metakd.pipeline.table import (
         AVERAGE,

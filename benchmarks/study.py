@@ -108,7 +108,7 @@ def train(group: Group, runs: Path, encoder: Path) -> dict:
 def measure(encoder: Path) -> None:
     """Time the teacher and a student of each shape, weights as they come; writes ``latency.*``."""
     from metakd.config import StudentConfig
-    from metakd.config.blocks import AS_SHAPE
+    from metakd.config.run import AS_SHAPE
     from metakd.deploy.latency import measure_latency, write_latency
     from metakd.models.sources import load_classifier, load_tokenizer
     from metakd.models.student import build_student

@@ -4,22 +4,18 @@ Imports no torch.
 """
 
 from metakd.config.blocks import (
-    CompareConfig,
-    CompareRow,
     DataConfig,
     DistillConfig,
     PretrainConfig,
     PrototypeConfig,
-    RunConfig,
-    Sharding,
     StudentConfig,
     TeacherConfig,
     TermWeights,
     TrainingConfig,
-    row_label,
 )
 from metakd.config.checks import Stage
 from metakd.config.loading import load_config
+from metakd.config.run import CompareConfig, CompareRow, RunConfig, Sharding, row_label
 
 __all__ = [
     "CompareConfig",

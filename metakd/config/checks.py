@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from metakd.config.blocks import RunConfig, StudentConfig, TeacherConfig, TrainingConfig
+from metakd.config.blocks import StudentConfig, TeacherConfig, TrainingConfig
 from metakd.config.deepspeed import check_deepspeed, contradictions
+from metakd.config.run import RunConfig
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import METHODS
 from metakd.method.tasks import SINGLE_LABEL, TASKS
@@ -162,6 +163,21 @@ def _generations(config: RunConfig) -> list[str]:
     alone = max([distill.generations, *rows]) == 1 and not distill.anchors
     if alone and "anchor" in distill.inputs():
         found.append("distill.anchor: needs distill.generations of 2 or more")
+    chains = {"distill.chain": (distill.chain, distill.generations)} | {
+        f"compare.rows.{number}.chain": (
+            row.chain or distill.chain,
+            row.generations or distill.generations,
+        )
+        for number, row in enumerate(config.compare.rows)
+        if row.teacher
+    }
+    for key, (chain, generations) in chains.items():
+        if chain and (generations > 1 or distill.anchors):
+            found.append(f"{key}: excluded by distill.generations and distill.anchors, give one")
+    if distill.chain and kind is None:
+        found.append(f"distill.chain: {distill.method} has no teacher, which assistants could help")
+    if distill.chain_stop is not None and not any(chain for chain, _ in chains.values()):
+        found.append("distill.chain_stop: needs distill.chain")
     for name in distill.anchors:
         if name == kind:
             found.append(f"distill.anchors: {name} is the teacher, whose share is distill.anchor")

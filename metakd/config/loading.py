@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from metakd.config.blocks import Block, RunConfig
+from metakd.config.blocks import Block
 from metakd.config.checks import Stage, check_contradictions
 from metakd.config.deepspeed import check_deepspeed
+from metakd.config.run import RunConfig
 from metakd.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -188,6 +188,17 @@ def not_shown(
     ]
 
 
+def not_of_an_assistant(method: Method, terms: Sequence[Term], name: str = "distill") -> list[str]:
+    """What terms compare that only a teacher has, a line each with the key to set; arguments as for
+    ``not_shown``."""
+    remedy = _ways_out(method, name)
+    return [
+        f"{name}.chain: {term.name} compares what an assistant does not have; {remedy[term.name]}"
+        for term in terms
+        if term.needs - TAPPED - {"logits"}
+    ]
+
+
 def not_alike(
     method: Method, terms: Sequence[Term], reason: str, name: str = "distill"
 ) -> list[str]:

@@ -205,6 +205,18 @@ class PretrainedEncoder(TeacherKind):
 ENCODER = PretrainedEncoder()
 """Who teaches ``methods.GENERAL``. Not among the others: nobody learns a task from it."""
 
+
+class Assistant(TeacherKind):
+    """A student that teaches another."""
+
+    name = "assistant"
+    line = "a student, between its teacher and a smaller one"
+
+
+ASSISTANT = Assistant()
+"""Who teaches in a chain (``distill.chain``). Not among the others: it is no teacher's student's
+only teacher."""
+
 TEACHER_KINDS: dict[str, TeacherKind] = {
     kind.name: kind
     for kind in (

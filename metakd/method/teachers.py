@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metakd.errors import CheckpointError, UnsupportedError
-from metakd.method.kinds import ENCODER, TEACHER_KINDS, TeacherKind
+from metakd.method.kinds import ASSISTANT, ENCODER, TEACHER_KINDS, TeacherKind
 from metakd.method.recipe import PAPER, Recipe
 from metakd.method.tasks import SINGLE_LABEL, Task
 from metakd.models.sources import check_finite, damaged, load_encoder, load_trained_classifier
@@ -176,6 +177,20 @@ class Teacher(nn.Module):
             ValueError, OSError: see ``load_encoder``.
         """
         return cls(load_encoder(str(source)), ENCODER, [], recipe=recipe)
+
+    @classmethod
+    def assistant(cls, folder: Path, recipe: Recipe = PAPER) -> Teacher:
+        """A finished student that teaches another; it was trained with its dropout, and teaches
+        without.
+
+        Raises:
+            CheckpointError: the folder is damaged.
+        """
+        try:
+            model = load_trained_classifier(folder)
+        except (OSError, ValueError) as error:
+            raise damaged(folder, error) from error
+        return cls(model, ASSISTANT, [], recipe=replace(recipe, teacher_dropout=False))
 
     def _load_domain_parts(self, file: Path) -> None:
         wanted = self._domain_parts()

@@ -12,9 +12,10 @@ from transformers import PretrainedConfig
 from metakd.config import DistillConfig, StudentConfig, TrainingConfig, row_label
 from metakd.data.corpus import Split
 from metakd.errors import ConfigError
-from metakd.method.fit import not_alike, not_shown
+from metakd.method.fit import not_alike, not_of_an_assistant, not_shown
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.methods import METHODS, Method, build_terms
+from metakd.method.recipe import Recipe
 from metakd.method.teachers import Teacher
 from metakd.method.terms import Term
 from metakd.models.sources import load_config, why_not_alike
@@ -30,7 +31,9 @@ class Lesson(NamedTuple):
     """Who teaches which student what.
 
     ``domain`` is the student's, or ``all``; ``teacher_kind`` None for fine-tuning alone;
-    ``generation`` counts from 0, None is the last, which is the one that is wanted.
+    ``generation`` counts from 0, None is the last, which is the one that is wanted; so does
+    ``assistant``, of a chain. ``tutor`` is the shape of the assistant that teaches it in the
+    teacher's place, once that is known.
     """
 
     domain: str
@@ -39,6 +42,8 @@ class Lesson(NamedTuple):
     teacher_kind: str | None
     teacher_seed: int
     generation: int | None = None
+    assistant: int | None = None
+    tutor: StudentConfig | None = None
 
     @property
     def number(self) -> int:
@@ -88,7 +93,18 @@ class Lesson(NamedTuple):
 
     def asks_a_model(self) -> bool:
         """Is there a teacher whose answers are not in the data?"""
+        if self.has_tutor:
+            return True
         return self.teacher_kind is not None and not TEACHER_KINDS[self.teacher_kind].in_data
+
+    @property
+    def has_tutor(self) -> bool:
+        """Does an assistant teach it?"""
+        return bool(self.distill.chain) and self.assistant != 0
+
+    def load_teacher(self, folder: Path, recipe: Recipe) -> Teacher:
+        """Who teaches it, from one of the folders."""
+        return (Teacher.assistant if self.has_tutor else Teacher.load)(folder, recipe)
 
     def is_of_one_domain(self) -> bool:
         """Does the teacher of its domain teach it, and no other?"""
@@ -212,6 +228,14 @@ class TeacherOutputs:
         with configured("teacher.model"):
             return load_config(self._run.config.teacher.model)
 
+    def taught_of(self, lesson: Lesson) -> PretrainedConfig:
+        """The configuration of who teaches it: the teacher, or an assistant in its place."""
+        return self.taught if lesson.tutor is None else self._learning(lesson.tutor)
+
+    def shape_of(self, lesson: Lesson) -> PretrainedConfig:
+        """The configuration of its student."""
+        return self._learning(lesson.student)
+
     def _learning(self, student: StudentConfig) -> PretrainedConfig:
         """The student's configuration, read once."""
         key = student.model_dump_json()
@@ -224,27 +248,31 @@ class TeacherOutputs:
 
     def terms(self, lesson: Lesson) -> list[Term]:
         """What the student minimises."""
-        return self.terms_of(lesson.method, lesson.student, lesson.distill)
+        return self.terms_of(lesson.method, lesson.student, lesson.distill, self.taught_of(lesson))
 
     def terms_of(
-        self, method: Method, student: StudentConfig, distill: DistillConfig
+        self,
+        method: Method,
+        student: StudentConfig,
+        distill: DistillConfig,
+        taught: PretrainedConfig,
     ) -> list[Term]:
-        """What a student of this shape minimises that learns by this method."""
+        """What a student of this shape minimises that learns by this method of that model."""
         learning = self._learning(student)
         with configured("distill"):
             return build_terms(
                 distill,
                 method,
                 student_layers=learning.num_hidden_layers,
-                teacher_layers=self.taught.num_hidden_layers,
+                teacher_layers=taught.num_hidden_layers,
                 recipe=self._run.recipe,
                 task=self._run.corpus.task,
-                spans=lambda: (attention_spans(learning), attention_spans(self.taught)),
+                spans=lambda: (attention_spans(learning), attention_spans(taught)),
             )
 
     def asked_of(self, lesson: Lesson) -> list[frozenset[Signal]]:
         """What each phase asks the teacher for."""
-        depth = self.taught.num_hidden_layers
+        depth = self.taught_of(lesson).num_hidden_layers
         phases = phases_of(lesson.distill, self.terms(lesson))
         return [signals_of(phase.terms, lesson.reads_scores, depth) for phase in phases]
 
@@ -255,10 +283,14 @@ class TeacherOutputs:
             ConfigError: they do not.
         """
         shapes = {"student": self._learning(lesson.student)}
-        if lesson.asks_a_model():
+        if lesson.tutor is not None:
+            shapes["distill.chain"] = self.taught_of(lesson)
+        elif lesson.asks_a_model():
             shapes["teacher.model"] = self.taught
         terms, model = self.terms(lesson), lesson.student.model
         problems = not_shown(lesson.method, terms, shapes)
+        if lesson.tutor is not None:
+            problems += not_of_an_assistant(lesson.method, terms)
         apart = self._run.reader_of(lesson.student).tokenizer is not self._run.tokenizer
         if apart and any(term.compares_tokens for term in terms):
             reason = why_not_alike(str(model), self._run.tokenizer) or "their tokenizers differ"
@@ -267,8 +299,9 @@ class TeacherOutputs:
             raise ConfigError(f"{lesson.label}: {'; '.join(problems)}", "nothing was trained")
 
     def cached_phases(self, lesson: Lesson) -> list[bool]:
-        """Which phases learn from kept outputs."""
-        mode = lesson.distill.cache_teacher if lesson.asks_a_model() else "none"
+        """Which phases learn from kept outputs; an assistant's are not kept."""
+        asks = lesson.asks_a_model() and not lesson.has_tutor
+        mode = lesson.distill.cache_teacher if asks else "none"
         return [is_kept(signals, mode) for signals in self.asked_of(lesson)]
 
     def keep(

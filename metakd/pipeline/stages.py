@@ -9,6 +9,7 @@
                                      what students of a preset begin as (``student.pretrain``)
 <output_dir>/.cache/teachers/<kind>-s<seed>[-mean]/<domain>[-on-<texts>]/
                                      what teachers say of training examples, see ``teacher_cache``
+<output_dir>/assistants/<shape>/<method>[-from-<teacher>]...-s<seed>/<domain>/
 <output_dir>/generations/<n>/<method>[-from-<teacher>]...-s<seed>/<domain>/
                                      students that those below were trained after
 <output_dir>/students/<method>[-from-<teacher>]...-s<seed>/<domain>/
@@ -36,6 +37,7 @@ from metakd.method.teachers import told
 from metakd.models.sources import load_trained_classifier
 from metakd.models.student import build_student
 from metakd.models.taps import model_inputs
+from metakd.pipeline import chain
 from metakd.pipeline.card import origin, write_card
 from metakd.pipeline.context import configured
 from metakd.pipeline.doubts import doubt
@@ -78,7 +80,7 @@ class Run(StartStage):
         return texts_of(self.corpus, lesson.domain, names, lesson.distill, scores, opinions)
 
     def _opinions(self, lesson: Lesson) -> Tensor | None:
-        if lesson.teacher_kind is None:
+        if lesson.teacher_kind is None or lesson.has_tutor:
             return None
         domain = lesson.domain if lesson.is_of_one_domain() else ALL_DOMAINS
         return self.opinions(lesson.teacher_kind, lesson.teacher_seed, domain)
@@ -140,10 +142,11 @@ class Run(StartStage):
         if not left or not self.store.may_build:
             return
         for lesson, _ in left:
-            teachers = self._teachers(lesson)
-            self._before(lesson)
-            if any(self.outputs.cached_phases(lesson)):
-                self.outputs.keep(lesson.place, teachers)
+            teachers = self.teachers(lesson)
+            for step in chain.steps(self, lesson):
+                self._before(step)
+                if any(self.outputs.cached_phases(step)):
+                    self.outputs.keep(step.place, teachers)
         with in_groups(self.world, size) as (world, group, groups):
             self.move_to(world)
             for lesson, options in left[group::groups]:
@@ -159,7 +162,7 @@ class Run(StartStage):
                 kept takes more room than ``distill.cache_limit_gib``, or depends on the batch; see
                 also ``foresee_starts``.
         """
-        lessons = list(lessons)
+        lessons = [step for lesson in lessons for step in chain.steps(self, lesson)]
         for lesson in lessons:
             self._check_lesson(lesson)
         starts = self.foresee_starts(lesson.student for lesson in lessons)
@@ -206,7 +209,7 @@ class Run(StartStage):
         withheld = self.config.data.withhold
         return lesson.domain in self.corpus.domains and lesson.domain not in withheld
 
-    def _teachers(self, lesson: Lesson) -> list[Path]:
+    def teachers(self, lesson: Lesson) -> list[Path]:
         """The folders of those who teach it, trained if they are not there."""
         kind = lesson.teacher_kind
         members = self.ensemble(kind, lesson.teacher_seed) if kind else []
@@ -221,6 +224,7 @@ class Run(StartStage):
         seed: int,
         keep: bool = True,
         label: str | None = None,
+        tutor: Path | None = None,
     ) -> tuple[Path, dict]:
         """Train one student.
 
@@ -229,6 +233,7 @@ class Run(StartStage):
             seed: of the student.
             keep: keep the weights, or the scores alone.
             label: row name; by default from method and teacher.
+            tutor: folder of the assistant that teaches it, if that was settled.
 
         Returns:
             Its folder and its result: validation and test scores, parameters.
@@ -239,12 +244,16 @@ class Run(StartStage):
         label = label or lesson.label
         self.foresee([lesson])
         place, inputs, keep = self._student_stage(lesson, seed, keep, label)
-        teachers = self._teachers(lesson)
-        elder = None
+        teachers, elder = self.teachers(lesson), None
         if not self.store.has(place, inputs, keep):
             self._before(lesson)
             if lesson.elder is not None:
                 elder, _ = self.student(lesson.elder, seed, label=label)
+            if lesson.has_tutor and tutor is None:
+                lesson, tutor = chain.through(self, lesson, seed, label)
+                self.foresee([lesson])
+            if tutor is not None:
+                teachers = [tutor]
         result = self.store.get(
             place,
             inputs,
@@ -261,19 +270,23 @@ class Run(StartStage):
             self.prototypes()
         self._opinions(lesson)
         for kind in lesson.anchors:
-            self._teachers(lesson._replace(teacher_kind=kind))
+            self.teachers(lesson._replace(teacher_kind=kind))
         self.start(lesson.student)
 
     def _student_stage(
         self, lesson: Lesson, seed: int, keep: bool = True, label: str | None = None
     ) -> tuple[Path, dict, bool]:
         """Folder and inputs of what ``student`` makes, and whether its files are kept."""
-        domain, student, distill, teacher_kind, teacher_seed, generation = lesson
+        domain, student, distill, teacher_kind, teacher_seed, *_ = lesson
         label = label or lesson.label
         lineage = f"s{seed}"
         if teacher_kind and teacher_seed != seed:
             lineage += f"-t{teacher_seed}"
-        where = Path("students") if generation is None else Path(FOLDER, str(generation))
+        where = Path("students")
+        if lesson.generation is not None:
+            where = Path(FOLDER, str(lesson.generation))
+        if lesson.assistant is not None:
+            where = Path(chain.FOLDER, student.shape)
         place = self.folder / where / f"{label}-{lineage}" / domain
         inputs = {
             "stage": "student",
@@ -293,6 +306,8 @@ class Run(StartStage):
         }
         if distill.generations > 1:
             inputs["generation"] = lesson.number
+        if lesson.assistant is not None:
+            inputs["assistant"] = lesson.assistant
         inputs |= self.padding_inputs(student) | attention_inputs(self.outputs.terms(lesson))
         if teacher_kind and (taught := self.padding_inputs()):
             inputs["teacher_padding"] = taught
@@ -329,19 +344,20 @@ class Run(StartStage):
         kept = self.outputs.keep(lesson.place, teacher_folders) if any(cached) else None
         service = None
         if teacher_folders and not all(cached):
-            if distill.cache_teacher != "none":
+            if distill.cache_teacher != "none" and not lesson.has_tutor:
                 self.say(f"{label} {domain}: asks for more than logits, so its teacher runs")
-            service = TeacherService(teacher_folders, self.config, self.recipe, self.world)
+            load = lesson.load_teacher
+            service = TeacherService(teacher_folders, self.config, self.recipe, self.world, load)
         start = self.checked_start(shape)
         seed_everything(seed)
-        student = self._begun(lesson, teacher_folders, start)
+        student = self._begun(lesson, start)
         if shape.preset is not None and start is None:
             self.say(
                 f"{label} {domain}: preset {shape.preset} begins with random weights and needs far "
                 "more texts and steps than student.layers, which copies a teacher's, or "
                 "student.pretrain, which teaches it the encoder first"
             )
-        taught = self.outputs.taught if teacher_folders else student.config
+        taught = self.outputs.taught_of(lesson) if teacher_folders else student.config
         terms = self.outputs.terms(lesson)
         for term in terms:
             if term.remark:
@@ -421,6 +437,8 @@ class Run(StartStage):
                         seed=seed,
                         title=f"{label} {domain}{part}",
                     )
+        if lesson.tutor is not None:
+            result["tutor"] = lesson.tutor.shape
         if "anchor_kl" in result:
             before = self.store.result(elder)["generations"] if elder else []
             scores = result.get("test", result["validation"])
@@ -443,14 +461,13 @@ class Run(StartStage):
         """What to know of it where there are several, or several kinds of teacher hold it."""
         if lesson.distill.generations == 1 and not lesson.distill.anchors:
             return None
-        anchors = {k: self._teachers(lesson._replace(teacher_kind=k)) for k in lesson.anchors}
+        anchors = {k: self.teachers(lesson._replace(teacher_kind=k)) for k in lesson.anchors}
         return Generation(self, lesson, anchors, elder and self.store.checked(elder))
 
-    def _begun(
-        self, lesson: Lesson, teachers: Sequence[Path], start: Path | None
-    ) -> PreTrainedModel:
+    def _begun(self, lesson: Lesson, start: Path | None) -> PreTrainedModel:
         """The student before its first step."""
         shape, reader = lesson.student, self.reader_of(lesson.student)
+        teachers = self.teachers(lesson)
         one = bool(teachers) and not lesson.method.mixes(lesson.teacher_kind)
         copied = teachers[0] if one and shape.copy_from == "teacher" else None
         with configured("student"):
@@ -513,9 +530,7 @@ class Run(StartStage):
                 f"{self.config.distill.method} asks a teacher for",
                 "set distill.cache_teacher: all" if some else "no model is asked: leave this out",
             )
-        return [
-            self.outputs.keep(lesson.place, self._teachers(lesson)).folder for lesson in lessons
-        ]
+        return [self.outputs.keep(lesson.place, self.teachers(lesson)).folder for lesson in lessons]
 
     # Evaluation
 

@@ -197,7 +197,8 @@ class StartStage(TeacherStage):
         return Asked(place, partial(self._start_texts, student), signals)
 
     def _start_terms(self, student: StudentConfig) -> list[Term]:
-        return self.outputs.terms_of(GENERAL, student, self.config.distill.towards(student))
+        distill = self.config.distill.towards(student)
+        return self.outputs.terms_of(GENERAL, student, distill, self.outputs.taught)
 
     def _build_start(self, student: StudentConfig, folder: Path, saves: Saves) -> dict:
         config, pretrain = self.config, _pretraining(student)

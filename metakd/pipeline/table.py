@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
-from metakd.config.blocks import AS_SHAPE
+from metakd.config.run import AS_SHAPE
 from metakd.errors import CheckpointError
 from metakd.method.tasks import METRICS, RIGHT, SINGLE_LABEL, by_domain
 

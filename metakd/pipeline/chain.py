@@ -1,0 +1,133 @@
+"""Assistants between a teacher and a student that is much smaller: each is taught by the one
+before, the student by the last.
+
+Source: Mirzadeh et al. 2020, *Improved Knowledge Distillation via Teacher Assistant*
+(arXiv 1902.03393); sizes and the rule to stop as in Haase, da Silva 2025, *HPM-KD*
+(arXiv 2512.09886).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
+
+from metakd.config import StudentConfig
+from metakd.errors import ConfigError
+from metakd.models.student import student_shape
+from metakd.pipeline.lessons import Lesson
+from metakd.pipeline.memory import count_parameters
+
+if TYPE_CHECKING:
+    from metakd.pipeline.stages import Run
+
+FOLDER = "assistants"
+"""Where they are."""
+
+
+def between(
+    count: int, student: StudentConfig, taught: PretrainedConfig, learning: PretrainedConfig
+) -> list[StudentConfig]:
+    """So many assistants, or fewer where there is no room for as many, largest first: of layers of
+    the teacher, among them the student's, with parameters nearest to
+    ``|T| (|S| / |T|)^(i / (count + 1))``, none with fewer layers than the student.
+
+    Args:
+        count: how many are wanted.
+        student: the last of the chain.
+        taught: the teacher's shape.
+        learning: the student's.
+    """
+    kept = student.layers or []
+    sizes = {
+        number: count_parameters(student_shape(StudentConfig(layers=list(range(number))), taught))
+        for number in range(
+            max(len(kept) + 1, learning.num_hidden_layers), taught.num_hidden_layers
+        )
+    }
+    whole, small = count_parameters(taught), count_parameters(learning)
+    found = []
+    for step in range(1, count + 1):
+        wanted = whole * (small / whole) ** (step / (count + 1))
+        if sizes:
+            nearest = min(sizes, key=lambda number: abs(sizes[number] - wanted))
+            found.append(_spread(nearest, kept, taught.num_hidden_layers))
+    return [
+        student.model_copy(
+            update={"preset": None, "model": None, "pretrain": None, "layers": list(layers)}
+        )
+        for layers in dict.fromkeys(found)
+    ]
+
+
+def _spread(number: int, kept: Sequence[int], depth: int) -> tuple[int, ...]:
+    """So many of the layers, these among them, the others as far from each other as can be."""
+    chosen = set(kept) or {depth - 1}
+    while len(chosen) < number:
+        left = [layer for layer in range(depth) if layer not in chosen]
+        chosen.add(max(left, key=lambda layer: min(abs(layer - other) for other in chosen)))
+    return tuple(sorted(chosen))
+
+
+def steps(run: Run, lesson: Lesson) -> list[Lesson]:
+    """All that is to be trained for a student, one after the other: its assistants, and itself."""
+    chain = lesson.distill.chain
+    if chain is None or lesson.assistant is not None or lesson.tutor is not None:
+        return [lesson]
+    shapes: Sequence[StudentConfig]
+    if isinstance(chain, int):
+        shapes = between(chain, lesson.student, run.outputs.taught, run.outputs.shape_of(lesson))
+        if not shapes:
+            raise ConfigError(
+                f"distill.chain: no number of the teacher's layers lies between it and "
+                f"{lesson.student.shape}",
+                "leave it out, or list the assistants",
+            )
+    else:
+        shapes = chain
+    found: list[Lesson] = []
+    for shape in shapes:
+        step = lesson._replace(
+            student=shape, distill=lesson.distill.taking(shape), assistant=len(found)
+        )
+        found.append(after(step, found[-1].student) if found else step)
+    return [*found, after(lesson, shapes[-1])]
+
+
+def after(lesson: Lesson, tutor: StudentConfig) -> Lesson:
+    """The lesson with this assistant in the teacher's place."""
+    return lesson._replace(distill=lesson.distill.through(tutor), tutor=tutor)
+
+
+def through(run: Run, lesson: Lesson, seed: int, label: str) -> tuple[Lesson, Path]:
+    """Train the assistants of a student; returns what it learns, and the folder of who teaches it.
+
+    With ``distill.chain_stop`` the chain ends with the first assistant whose score on the
+    validation split is not at least by this share above that of its teacher.
+    """
+    metric, limit = run.corpus.task.metric, lesson.distill.chain_stop
+
+    def score(place: Path) -> float:
+        scores = run.store.result(place)["validation"]
+        return scores.get(f"{metric}/{lesson.domain}", scores[metric])
+
+    teachers = run.teachers(lesson)
+    best = score(teachers[0]) if teachers else None
+    *assistants, _ = steps(run, lesson)
+    place = None
+    for number, step in enumerate(assistants):
+        place, _ = run.student(step, seed, label=label, tutor=place)
+        own = score(place)
+        gain = (own - best) / best if best else None
+        left = number + 1 < len(assistants)
+        if left and limit is not None and gain is not None and gain < limit:
+            run.say(
+                f"{label} {lesson.domain}: the chain ends with {step.student.shape}: its {metric} "
+                f"is {100 * gain:+.1f} % of who taught it, distill.chain_stop wants {limit:+.1%}"
+            )
+            break
+        best = own
+    assert place is not None, "a chain has an assistant"
+    return after(lesson, step.student), place
