@@ -250,6 +250,13 @@ def blocks(model: type[BaseModel] = RunConfig, path: Place = ()) -> dict[Place, 
     return found
 
 
+# A valid entry of each list of blocks, and one that can hold others.
+FIRST: dict[str | int, list[dict]] = {
+    "rows": [{"method": "finetune"}, {"method": "logits_kd", "teacher": "mix"}],
+    "chain": [{"preset": "tiny-2l-128"}],
+}
+
+
 def tree_with(path: Place) -> tuple[dict, dict]:
     """A valid configuration that spells out the block at ``path``, and that block."""
     tree = yaml.safe_load(VALID)
@@ -258,7 +265,8 @@ def tree_with(path: Place) -> tuple[dict, dict]:
         if isinstance(key, int):
             block = block[key]
         elif isinstance(following, int):
-            block = block.setdefault(key, [{"method": "finetune"}])
+            entry = FIRST[key][0 if path[-2] == key else -1]
+            block = block.setdefault(key, [dict(entry)])
         else:
             block = block.setdefault(key, {})
     return tree, block
@@ -281,7 +289,7 @@ def leaf_faults() -> Iterator[tuple[str, dict, str]]:
             holds_list = "list" in str(field.annotation)
             wrong = {"a list in a list": [[1]], "a word": "?!"}
             if holds_list:
-                wrong = {"a number": 3}
+                wrong = {"a number": 3.5}
             elif "str" in str(field.annotation):
                 wrong.pop("a word")
             if type(None) not in get_args(field.annotation):
