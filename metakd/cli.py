@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -448,6 +449,37 @@ def report(
 
     for path in write_report(Path(run), Path(out) if out else None, _command()):
         _tell(f"written: {path}")
+
+
+@app.command()
+def suggest(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="write CONFIG with it to CONFIG.suggested.yaml")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+):
+    """Say which settings did best in the past runs on this machine that are most like this one."""
+    from metakd.pipeline.prior import suggest as look_up
+    from metakd.pipeline.prior import write_suggested
+
+    beside = Console(markup=False, emoji=False, stderr=as_json)
+    run = front.open_run(config, overrides or [], beside, command=_command())
+    found = look_up(run)
+    if not _is_main():
+        return
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        if found.evidence:
+            console.print(printed.neighbours(found))
+        for line in found.why:
+            _tell(line)
+        console.print(printed.suggested(found))
+    if apply:
+        path = write_suggested(run.config, found, Path(config))
+        run.say("there is nothing to write" if path is None else f"written: {path}")
 
 
 @app.command()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from metakd.pipeline.table import metric_of, name_of
+
+if TYPE_CHECKING:
+    from metakd.pipeline.prior import Suggestion
 
 
 def exported(report: dict) -> Table:
@@ -74,6 +79,59 @@ def verified(report: list[dict]) -> Table:
             "pass" if all(row["passed"] for row in rows) else "FAIL",
         )
     return table
+
+
+_SHOWN = 15  # rows of past runs
+
+
+def neighbours(found: Suggestion) -> Table:
+    """The past runs that are most like a configuration."""
+    table = Table(title="the nearest of the past runs, by situation", title_justify="left")
+    table.add_column("similarity", justify="right")
+    for name in ("method", "not as here"):
+        table.add_column(name, overflow="fold")
+    for name in ("runs", "seconds", name_of({"metric": found.metric}), "gain"):
+        table.add_column(name, justify="right")
+    for one in found.evidence[:_SHOWN]:
+        table.add_row(
+            f"{one.similarity:.2f}",
+            one.label,
+            "\n".join(f"{key}: {_value(value)}" for key, value in one.changes.items()),
+            str(one.runs),
+            "-" if one.seconds is None else f"{one.seconds:.0f}",
+            f"{one.score:.1f}",
+            "-" if one.gain is None else f"{one.gain:+.1f}",
+        )
+    if (more := len(found.evidence) - _SHOWN) > 0:
+        table.caption = f"and {more} more: --json"
+    return table
+
+
+def suggested(found: Suggestion) -> Table:
+    """What a suggestion changes, or the defaults."""
+    if found.choice is None:
+        table = Table(title="the defaults", title_justify="left")
+        rows = [(key, _value(value)) for key, value in found.settings.items()]
+        columns = "key", "default"
+    else:
+        gain, runs = found.choice.gain, found.choice.runs
+        table = Table(
+            title=f"suggested: {gain:+.1f} points over what else was tried, in {runs} runs of "
+            f"{found.choice.situations} situations",
+            title_justify="left",
+        )
+        rows = [(key, *map(_value, both)) for key, both in found.changes.items()]
+        columns = "key", "now", "suggested"
+    for name in columns:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _value(value: object) -> str:
+    """As a person would write it in YAML."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _number(value: float | None) -> str:

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["METAKD_HISTORY"] = "off"
 
 import deepspeed
 import torch

@@ -7,6 +7,8 @@ from pathlib import Path
 # Before transformers, datasets and Triton are imported: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What tests train is nothing to learn from, and the history of this machine is its user's.
+os.environ["METAKD_HISTORY"] = "off"
 # Threads that wait in a loop take the cores of those they wait for, as soon as these are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Without it a matrix product on a GPU is an error while algorithms have to be deterministic, which

@@ -168,7 +168,7 @@ def test_a_run_that_was_stopped_in_its_second_generation_ends_with_the_same_bits
                "distill.training.per_device_train_batch_size=4", *ONE]  # fmt: skip
     [whole] = make(*options, output="whole").distill()
     run = make(*options, output="cut")
-    run.student(run._configured_lesson("hiking").elder, run.config.seed)
+    run.student(run.lesson_of("hiking").elder, run.config.seed)
     distil_until_stopped(run, monkeypatch, looks=2)
     run = make(*options, output="cut")
     [cut] = run.distill()
@@ -184,7 +184,7 @@ def test_several_teachers_hold_by_their_shares(make):
     run = make("distill.anchors={single: 0.25}", "distill.anchor=0.25", *ONE)
     [place] = run.distill()
     assert (run.folder / "teachers/single-s42/hiking/model.safetensors").is_file()
-    lesson = run._configured_lesson("hiking")
+    lesson = run.lesson_of("hiking")
     generation = run._generation(lesson, None)
     heard = run.texts(lesson, lesson.texts)
     beside = generation.beside(heard, heard, run.reader)

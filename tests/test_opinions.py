@@ -65,7 +65,7 @@ def test_a_teacher_of_one_domain_speaks_for_itself_of_others(make):
     run.distill()
     folds = {p.name for p in run.folder.glob("teachers/single-s42-fold*/*")}
     assert folds == {"hiking"}
-    lesson = run._configured_lesson("hiking")
+    lesson = run.lesson_of("hiking")
     opinion = run.texts(lesson, lesson.texts).columns["opinion"]
     assert opinion[:12].isfinite().all() and opinion[12:].isnan().all()
 

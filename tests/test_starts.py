@@ -103,7 +103,7 @@ def test_another_start_makes_other_students(make, more):
     def inputs(*changes, **keys) -> tuple[str, str]:
         run = make(pretrained(**keys), "distill.domains=[hiking]", *changes)
         run.corpus  # noqa: B018
-        lesson = run._configured_lesson("hiking")
+        lesson = run.lesson_of("hiking")
         _, found, _ = run._student_stage(lesson, 42)
         return found["start"], run.store.digest(found)
 
@@ -121,7 +121,7 @@ def test_another_start_makes_other_students(make, more):
 
 def test_without_it_inputs_are_what_they_were(make):
     run = make("student={preset: tiny-2l-128}", "distill.domains=[hiking]")
-    _, inputs, _ = run._student_stage(run._configured_lesson("hiking"), 42)
+    _, inputs, _ = run._student_stage(run.lesson_of("hiking"), 42)
     assert "start" not in inputs and "pretrain" not in inputs["student"]
     with pytest.raises(ConfigError, match=r"student\.pretrain: is not given"):
         run.pretrain()

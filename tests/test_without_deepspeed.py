@@ -37,6 +37,7 @@ found = {
     "run": call("run", config),
     "teach": call("teach", config),
     "distill": call("distill", config),
+    "suggest": call("suggest", config),
     "quickstart": call("quickstart", run + "/quick"),
 }
 import torch, metakd
@@ -80,7 +81,7 @@ def test_what_does_not_train_works(found):
     assert "libcudart is lost" in doctor["training"]["DeepSpeed"]
 
 
-@pytest.mark.parametrize("command", ["run", "teach", "distill", "quickstart", "missing"])
+@pytest.mark.parametrize("command", ["run", "teach", "distill", "suggest", "quickstart", "missing"])
 def test_what_trains_says_what_it_needs(found, command):
     code, out, err = found[command]
     cause, remedy = err.splitlines()

@@ -19,9 +19,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -42,7 +44,9 @@ from metakd.pipeline.card import origin, write_card
 from metakd.pipeline.context import configured
 from metakd.pipeline.doubts import doubt
 from metakd.pipeline.generations import FOLDER, Generation
+from metakd.pipeline.history import History, history_file
 from metakd.pipeline.lessons import Lesson, attention_inputs, phases_of
+from metakd.pipeline.prior import remember
 from metakd.pipeline.readings import as_teacher_reads, read_twice, reread
 from metakd.pipeline.serving import TeacherService
 from metakd.pipeline.starts import StartStage
@@ -87,6 +91,11 @@ class Run(StartStage):
 
     # Students
 
+    @cached_property
+    def history(self) -> History:
+        """Where finished students are remembered, for ``metakd suggest``."""
+        return History(history_file(), self.say)
+
     def distill(self, domains: list[str] | None = None) -> list[Path]:
         """Train the students of the configured method; returns their folders.
 
@@ -94,7 +103,7 @@ class Run(StartStage):
             ConfigError: the processes do not split into groups of ``processes_per_student``.
         """
         wanted = domains or self.student_domains
-        lessons = list(map(self._configured_lesson, wanted))
+        lessons = list(map(self.lesson_of, wanted))
         self.foresee(lessons)
         self.spread([(lesson, {"seed": self.config.seed}) for lesson in lessons])
         return self.students(wanted)
@@ -104,13 +113,14 @@ class Run(StartStage):
         trained by all processes."""
         return [self._configured_student(domain) for domain in domains or self.student_domains]
 
-    def _configured_lesson(self, domain: str) -> Lesson:
+    def lesson_of(self, domain: str) -> Lesson:
+        """What the configured student of a domain, or of ``all``, learns."""
         config = self.config
         distill = config.distill.towards(config.student)
         return Lesson(domain, config.student, distill, self.teacher_kind, config.seed)
 
     def _configured_student(self, domain: str) -> Path:
-        return self.student(self._configured_lesson(domain), self.config.seed)[0]
+        return self.student(self.lesson_of(domain), self.config.seed)[0]
 
     def spread(self, students: Sequence[tuple[Lesson, dict]]) -> None:
         """Train students, each by one group of ``processes_per_student`` processes, the groups side
@@ -245,7 +255,9 @@ class Run(StartStage):
         self.foresee([lesson])
         place, inputs, keep = self._student_stage(lesson, seed, keep, label)
         teachers, elder = self.teachers(lesson), None
-        if not self.store.has(place, inputs, keep):
+        is_new = not self.store.has(place, inputs, keep)
+        wanted, known = lesson, teachers
+        if is_new:
             self._before(lesson)
             if lesson.elder is not None:
                 elder, _ = self.student(lesson.elder, seed, label=label)
@@ -254,6 +266,7 @@ class Run(StartStage):
                 self.foresee([lesson])
             if tutor is not None:
                 teachers = [tutor]
+        since = time.perf_counter()
         result = self.store.get(
             place,
             inputs,
@@ -262,6 +275,9 @@ class Run(StartStage):
             ),
             keep,
         )
+        if is_new:
+            scored = [self.store.result(teacher) for teacher in known]
+            remember(self, wanted, seed, result, scored, time.perf_counter() - since)
         return place, result
 
     def _before(self, lesson: Lesson) -> None:
@@ -521,7 +537,7 @@ class Run(StartStage):
         Raises:
             ConfigError: nothing is to be kept.
         """
-        lessons = list(map(self._configured_lesson, self.student_domains))
+        lessons = list(map(self.lesson_of, self.student_domains))
         self.foresee(lessons)
         if not any(any(self.outputs.cached_phases(lesson)) for lesson in lessons):
             some = any(lesson.asks_a_model() for lesson in lessons)
@@ -551,7 +567,7 @@ class Run(StartStage):
             "teacher": {},
             "students": {},
         }
-        self.foresee(map(self._configured_lesson, self.student_domains))
+        self.foresee(map(self.lesson_of, self.student_domains))
         exact = self.config.model_copy(update={"bf16": False, "fp16": False})
         kind = self.teacher_kind
         members = self.ensemble(kind, self.config.seed) if kind else []
