@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 OWN = "own"
 MEAN = "mean"
+TRAINED = "trained"
+FIXED = "fixed"
 
 TEXTS = ("own", "unlabelled", "others", "others_unlabelled")
 """What a student of a domain may learn from: its labelled texts, its unlabelled ones, and those of
@@ -75,6 +77,8 @@ class Method:
         combine: of teachers that know one domain each, ``own`` asks that of the student's domain,
             ``mean`` all of them, for the mean of their logits.
         by_expertise: are terms multiplied by lambda, per example?
+        by_relation: what multiplies terms of layers, per domain: a network of ``relations`` that
+            is ``trained`` with the student, or stays ``fixed`` as it was drawn; None: nothing.
         texts: what it learns from, of ``TEXTS``; None: what the configuration says.
         then_own: afterwards it goes on with its own domain's labelled texts alone.
     """
@@ -86,6 +90,7 @@ class Method:
     teachers: tuple[str, ...] | None = None
     combine: str = OWN
     by_expertise: bool = False
+    by_relation: str | None = None
     texts: tuple[str, ...] | None = None
     then_own: bool = False
 
@@ -209,6 +214,21 @@ METHODS = {
             "Jiao et al. 2020",
         ),
         Method(
+            "hrkd",
+            (_EMBEDDING, _HIDDEN, _ATTENTION, _PREDICTION, _HARD_LABEL),
+            "as tinybert_kd, each layer weighted by domain: a graph attention network over the "
+            "domains' prototypes, trained with the student",
+            "Dong et al. 2021",
+            by_relation=TRAINED,
+        ),
+        Method(
+            "hrkd_random",
+            (_EMBEDDING, _HIDDEN, _ATTENTION, _PREDICTION, _HARD_LABEL),
+            "as hrkd, the network left as it was drawn",
+            "the code of Dong et al. 2021",
+            by_relation=FIXED,
+        ),
+        Method(
             "mtn_kd",
             (_PREDICTION, _HARD_LABEL),
             "the mean of the predictions of every domain's teacher",
@@ -295,7 +315,16 @@ def build_terms(
 
 def as_markdown() -> str:
     """The table as the documentation shows it."""
-    header = ["method", "the student learns", "terms", "teachers", "texts", "lambda", "other keys"]
+    header = [
+        "method",
+        "the student learns",
+        "terms",
+        "teachers",
+        "texts",
+        "lambda",
+        "relations",
+        "other keys",
+    ]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for method in METHODS.values():
         cells = [
@@ -305,6 +334,7 @@ def as_markdown() -> str:
             ", ".join(method.possible_teachers) or "none",
             " and ".join(method.texts or ["as configured"]) + ", then own" * method.then_own,
             "yes" if method.by_expertise else "no",
+            method.by_relation or "no",
             ", ".join(f"`{key}`" for key in method.keys if not key.startswith("terms.")),
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -2,7 +2,8 @@
 
 ``L_MD = mean_i lambda_i (L_embd + L_hidn + L_attn + L_pred + gamma2 L_TKD)_i``, optionally plus
 hard-label cross-entropy; ``method.terms`` has the terms, ``method.methods`` what each method takes
-of them. Sizes: B batch, L length, H hidden width, K domains, M classes.
+of them. In place of lambda, or beside it, ``method.relations`` weights each layer of terms by
+domain. Sizes: B batch, L length, H hidden width, K domains, M classes, N layers and the embedding.
 
 Source: Meta-KD section 3.3, equations 6-11.
 """
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metakd.method.domains import DomainLayer
+from metakd.method.methods import TRAINED
 from metakd.method.recipe import PAPER, Recipe
+from metakd.method.relations import Relations
 from metakd.method.tasks import SINGLE_LABEL, Task
 from metakd.method.teachers import StepOutput, check_packed
 from metakd.method.terms import Term
@@ -26,7 +29,8 @@ Batch = dict[str, Tensor]
 
 
 class Distillation(nn.Module):
-    """A student under training, with the projections and domain layer that only training needs.
+    """A student under training, with the projections, domain layer and relations that only training
+    needs.
 
     Args:
         student: sequence classifier; the only part that is saved.
@@ -34,6 +38,8 @@ class Distillation(nn.Module):
         teacher_hidden: H of the teacher; projections exist only where the student's differs.
         num_domains: K.
         weigh_by_expertise: multiply terms by lambda_i (meta-distillation); otherwise lambda is 1.
+        by_relation: multiply the layers of terms by the weights of a network that is ``trained`` or
+            ``fixed``, see ``methods.Method``.
         recipe: paper or released form.
         packed: run the student's layers on real tokens only.
         task: what labels mean.
@@ -52,6 +58,7 @@ class Distillation(nn.Module):
         teacher_hidden: int | None = None,
         num_domains: int = 1,
         weigh_by_expertise: bool = False,
+        by_relation: str | None = None,
         recipe: Recipe = PAPER,
         packed: bool = False,
         task: Task = SINGLE_LABEL,
@@ -77,6 +84,15 @@ class Distillation(nn.Module):
                 nn.init.normal_(self.projections[name], std=hidden**-0.5)
         if "domain" in self.needs:
             self.domain_layer = DomainLayer(hidden, num_domains, recipe.tanh_on_transfer)
+        self.relations = None
+        if by_relation is not None:
+            self.relations = Relations(
+                hidden,
+                student.config.num_hidden_layers,
+                num_domains,
+                dropout=getattr(student.config, "hidden_dropout_prob", 0.0),
+            )
+            self.relations.requires_grad_(by_relation == TRAINED)
         self._taps = self._tap()
 
     def _projection_name(self, term: Term) -> str | None:
@@ -86,6 +102,11 @@ class Distillation(nn.Module):
         needs = self.needs - {"logits", "domain"} | (
             {"last_hidden"} if "domain" in self.needs else set()
         )
+        self._relating = self.relations is not None and any(
+            term.first_layer is not None for term in self.terms
+        )
+        if self._relating:
+            needs |= {"embedding", "hidden"}
         return Taps(self.student, needs, self.packed)
 
     def restrict(self, terms: Sequence[Term]) -> None:
@@ -95,6 +116,12 @@ class Distillation(nn.Module):
         self.terms = list(terms)
         self.needs = frozenset().union(*(term.needs for term in self.terms))
         self._taps = self._tap()
+
+    def settle(self) -> None:
+        """To be called on all processes at the end of an optimizer step: what changes then and not
+        with each batch, which are the prototypes of relations."""
+        if self._relating:
+            self.relations.settle()
 
     def detach(self) -> PreTrainedModel:
         """The student alone, without taps, as it was handed in."""
@@ -130,11 +157,25 @@ class Distillation(nn.Module):
             taught.logits = self.anchored(taught.logits, batch["elder"].to(taught.logits))
         total = torch.zeros(len(seen.mask), device=seen.mask.device)
         logged = {}
+        relations = None
+        if self._relating:
+            self.relations.note(seen, batch["domain"])
+            by_domain = self.relations()  # [N, K]
+            relations = by_domain[:, batch["domain"]]  # [N, B]
+            logged["relations"] = by_domain.detach()
+            logged["relations_std"] = relations.detach().std(correction=0)
         for term in self.terms:
-            name = self._projection_name(term)
-            projection = self.projections.get(name)
-            rows = term.rows(seen, taught, batch, projection)
-            weighted = term.weight * rows
+            asked = taught, batch, self.projections.get(self._projection_name(term))
+            if relations is None or (first := term.first_layer) is None:
+                rows = related = term.rows(seen, *asked)
+            else:
+                parts = enumerate(term.by_layer(), first)
+                by_layer = torch.stack(
+                    [part.rows(seen.of_layer(number, part.needs), *asked) for number, part in parts]
+                )  # [layers of the term, B]
+                rows = by_layer.sum(0)
+                related = (relations[first : first + len(by_layer)] * by_layer).sum(0)
+            weighted = term.weight * related
             if expertise is not None and term.by_expertise:
                 weighted = expertise.to(rows.dtype) * weighted
             total = total + weighted

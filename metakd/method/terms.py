@@ -57,6 +57,7 @@ class Term:
     needs: ClassVar[frozenset[str]]
     listens_to: ClassVar[tuple[str, ...]] = ()  # keys of ``distill`` beside its weight
     projected: ClassVar[str | None] = None
+    first_layer: ClassVar[int | None] = None  # of the student, 0 its embedding, if split by layer
     intermediate: ClassVar[bool] = True  # trained in the first of two stages
     needs_label: ClassVar[bool] = False  # an example without one adds nothing to it
     # What both layers of each pair attend to; none: everything.
@@ -80,7 +81,7 @@ class Term:
         return bool(self.needs - {"logits", "domain"})
 
     def by_layer(self) -> list[Self]:
-        """Terms of one layer each whose sum it is, but for the scales."""
+        """Terms of one layer each whose sum it is."""
         return [self]
 
     @property
@@ -119,6 +120,7 @@ class EmbeddingTerm(Term):
     name = "embedding"
     needs = frozenset({"embedding"})
     projected = "embedding"
+    first_layer = 0
 
     def rows(self, student, teacher, batch, projection):
         return self._sum(
@@ -144,6 +146,7 @@ class HiddenTerm(Term):
     needs = frozenset({"hidden"})
     listens_to = ("layer_map", "hidden")
     projected = "hidden"
+    first_layer = 1
 
     @classmethod
     def configured(cls, weight, config, setup):
@@ -151,7 +154,10 @@ class HiddenTerm(Term):
         return cls(weight, backend=config.backend, layers=tuple(layers), form=config.hidden)
 
     def by_layer(self):
-        return [replace(self, layers=(layer,)) for layer in self.layers]
+        return [
+            replace(self, layers=(layer,), scales=self.scales[number : number + 1])
+            for number, layer in enumerate(self.layers)
+        ]
 
     def rows(self, student, teacher, batch, projection):
         matched = [teacher.hidden[layer] for layer in self.layers]
@@ -201,6 +207,7 @@ class AttentionTerm(Term):
     name = "attention"
     needs = frozenset({"query", "key"})
     listens_to = ("layer_map", "attention")
+    first_layer = 1
 
     @classmethod
     def configured(cls, weight, config, setup):
@@ -220,7 +227,12 @@ class AttentionTerm(Term):
 
     def by_layer(self):
         return [
-            replace(self, layers=(layer,), spans=self.spans[number : number + 1])
+            replace(
+                self,
+                layers=(layer,),
+                scales=self.scales[number : number + 1],
+                spans=self.spans[number : number + 1],
+            )
             for number, layer in enumerate(self.layers)
         ]
 

@@ -9,7 +9,7 @@ SDPA.
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -90,6 +90,13 @@ class Features:
             self.query, self.key, self.value = (
                 Unpacked(packing, packing.unpack_heads) for _ in range(3)
             )
+
+    def of_layer(self, number: int, needs: Iterable[str]) -> Features:
+        """These of one layer alone; number 0 is the embedding's."""
+        part = Features(mask=self.mask, embedding=None if number else self.embedding)
+        for name in (ATTENTION_INPUTS | {"hidden"}).intersection(needs) if number else ():
+            setattr(part, name, [getattr(self, name)[number - 1]])
+        return part
 
     def arrive(self) -> None:
         """Makes the current CUDA stream wait for them."""

@@ -19,7 +19,8 @@ With P parameters, N processes and b bytes of the dtype (4 for fp32, 2 for bf16 
 ``offload`` moves the optimizer's part to the host, with a gradient in fp32, and at stage 3 the
 weights too. Left out: DeepSpeed's buckets, the gathered layers of stage 3, the cache of the
 allocator, CUDA's context (about 0.5 GB), logits, and what only distillation needs beside its two
-models: projections and domain layers, a few H x H matrices.
+models: projections and domain layers, a few H x H matrices, and relations of K domains, of which
+each layer has K + 9.
 
 Sizes: A heads, B batch, H hidden width, L tokens, N processes, P parameters.
 

@@ -378,6 +378,11 @@ class Run(StartStage):
         for term in terms:
             if term.remark:
                 self.say(f"{label} {domain}: {term.remark}")
+        if lesson.method.by_relation and len(self.texts(lesson).domain.unique()) < 2:
+            self.say(
+                f"{label} {domain}: its texts are of one domain, which has no relations to weigh "
+                "losses by; distill.transfer: all or one_student_for_all shows it others"
+            )
         with configured("distill"):
             module = Distillation(
                 student,
@@ -385,6 +390,7 @@ class Run(StartStage):
                 teacher_hidden=taught.hidden_size,
                 num_domains=len(corpus.domains),
                 weigh_by_expertise=lesson.method.by_expertise,
+                by_relation=lesson.method.by_relation,
                 recipe=self.recipe,
                 packed=self.config.packed,
                 task=corpus.task,
@@ -449,6 +455,7 @@ class Run(StartStage):
                         teacher=teacher,
                         score=score if is_last else None,
                         conclude=conclude if is_last else None,
+                        settle=module.settle,
                         saves=replace(saves, phase=number, last_phase=is_last),
                         seed=seed,
                         title=f"{label} {domain}{part}",

@@ -71,6 +71,7 @@ def fit(
     columns: Callable[[int], dict[str, Tensor]] | None = None,
     score: Callable[[], dict[str, float]] | None = None,
     conclude: Callable[[], None] | None = None,
+    settle: Callable[[], None] | None = None,
     saves: Saves | None = None,
 ) -> dict[str, float]:
     """Train ``module`` and leave it with the weights that ``training.selection`` says, whole, on
@@ -93,6 +94,7 @@ def fit(
         score: of the weights as they are. Where the best are to be kept it is called after each
             epoch and the task's metric picks them (without it, the last are kept), else at the end.
         conclude: called once at the end, with these weights in place and still sharded.
+        settle: called at the end of each step, for what does not change within one.
         saves: checkpoints; None saves nothing. A phase that the checkpoint to start from has
             behind it is not run at all.
 
@@ -138,7 +140,16 @@ def fit(
     log.start(title, total_steps, done=position.step)
     with StopRequest(world) as stop, Watchdog(world, config.step_timeout):
         loop = _Loop(
-            engine, scheduler, keeper, stop, config, title, total_steps, teacher, training.selection
+            engine,
+            scheduler,
+            keeper,
+            stop,
+            config,
+            title,
+            total_steps,
+            teacher,
+            settle,
+            training.selection,
         )
         # A checkpoint of an epoch's last step was written before the epoch was scored.
         begun = max(math.ceil(position.step / len(sampler)) - 1, 0)
@@ -261,6 +272,7 @@ class _Loop:
     title: str
     total_steps: int
     teacher: Callable[[Batch], Features] | None
+    settle: Callable[[], None] | None
     selection: str
 
     def __post_init__(self):
@@ -318,6 +330,8 @@ class _Loop:
             engine.backward(output.rows.sum() * share)
             seen.append((StepOutput(output.rows.detach(), output.terms), batch["index"]))
             self._apply()
+        if self.settle:
+            self.settle()
         position.step += 1
         if engine.was_step_applied():
             position.skipped_in_a_row = 0
