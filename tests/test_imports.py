@@ -65,7 +65,9 @@ ARROWS = {
 # What the rows of the table use when they compute, and not when they are read.
 LATE = {"table": {"method", "models", "torch", "numpy", "scipy", "sklearn"}}
 # The table of methods is part of ``method``, and all that configurations know of it.
-TABLE = {f"method.{name}" for name in ("methods", "terms", "kinds", "recipe", "tasks")}
+TABLE = {
+    f"method.{name}" for name in ("methods", "terms", "attribution", "kinds", "recipe", "tasks")
+}
 
 # What of the world each may know. Below the door nothing knows of teachers, tasks or DeepSpeed.
 LOW = {

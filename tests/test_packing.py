@@ -307,6 +307,7 @@ METHODS = {
     "minilmv2": (lambda: [RelationTerm(heads=8), *_terms("logits_kd")], "mix"),
     "logits_kd": (lambda: _terms("logits_kd"), "mtl"),
     "finetune": (lambda: _terms("finetune"), None),
+    "ad_kd": (lambda: _terms("ad_kd", attribution_steps=2), "mix"),
 }
 
 
@@ -329,7 +330,8 @@ def test_a_distillation_step_per_example(tiny_bert, make_batch, method, way):
     for packed in (False, True):
         module.packed = packed
         module.restrict(terms)
-        with FrozenTeacher([teacher], module.needs | {"logits"}, packed=packed) as frozen:
+        asked = {"packed": packed, "attribution": module.attribution}
+        with FrozenTeacher([teacher], module.needs | {"logits"}, **asked) as frozen:
             parts[packed] = module(batch, frozen(batch) if kind else None)
         parts[packed].rows.sum().backward()
         grads[packed] = gradients(module)

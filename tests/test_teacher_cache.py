@@ -19,6 +19,7 @@ from metakd.config import DistillConfig, load_config
 from metakd.data.cache import Draft, TensorCache
 from metakd.data.corpus import Split, Tokens
 from metakd.errors import CheckpointError, ConfigError
+from metakd.method.attribution import Attribution
 from metakd.method.methods import build_terms
 from metakd.method.teachers import FrozenTeacher, Teacher
 from metakd.models.packing import real_tokens
@@ -31,8 +32,10 @@ from metakd.training.world import World, join_world
 
 DOMAINS = ["a", "b", "c"]
 LAYERS = 3
+SCORED = Attribution(2, 20, views="classes")
 EVERYTHING = frozenset(
     {Signal(name) for name in ("logits", "domain", "embedding")}
+    | {Signal("attribution", how=SCORED)}
     | {
         Signal(name, layer)
         for name in ("hidden", "query", "key", "value")
@@ -79,7 +82,8 @@ class Scene:
 
     def __init__(self, tiny_bert, folder: Path):
         self.teacher = Teacher(tiny_bert(layers=LAYERS), "meta", DOMAINS)
-        self.frozen = FrozenTeacher([self.teacher], frozenset(s.feature for s in EVERYTHING))
+        needs = frozenset(s.feature for s in EVERYTHING)
+        self.frozen = FrozenTeacher([self.teacher], needs, attribution=SCORED)
         self.split, self.root = make_split(), folder / ".cache"
         self.weights = folder / "teacher"
         self.weights.mkdir()
@@ -133,6 +137,7 @@ def test_features_are_those_of_the_teacher(scene, marked):
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(seen.embedding[real], expected.embedding[real])
     assert not seen.embedding[~real].any()
+    torch.testing.assert_close(seen.attribution, expected.attribution, rtol=1e-5, atol=1e-6)
     for layer in range(LAYERS):
         torch.testing.assert_close(seen.hidden[layer][real], expected.hidden[layer][real])
         for name in ("query", "key", "value"):
@@ -223,6 +228,17 @@ def test_labels_and_weights_of_examples_do_not_matter(scene):
     scene.split.labels[:] = 0
     scene.split = scene.split.with_column("t", torch.rand(len(scene.split)))
     assert not scene.kept().missing(EVERYTHING)
+
+
+def test_labels_matter_where_a_teacher_is_asked_about_them(scene):
+    by_label = Signal("attribution", how=Attribution())
+    scene.frozen = FrozenTeacher(
+        [scene.teacher], frozenset({"attribution"}), attribution=by_label.how
+    )
+    scene.make(frozenset({by_label}))
+    assert not scene.kept().missing({by_label})
+    scene.split.labels[3] = 1 - scene.split.labels[3]
+    assert scene.kept().missing({by_label}) == {by_label}
 
 
 # Damage
@@ -410,6 +426,7 @@ METHODS = {
     "mtn_kd": ["distill.method=mtn_kd", "teacher.training.num_train_epochs=8"],
     "minilmv2": ["distill.method=minilmv2", "distill.relation_heads=4", "teacher.kind=mix"],
     "two stages": ["distill.schedule=two_stage", "distill.intermediate.num_train_epochs=1"],
+    "ad_kd": ["distill.method=ad_kd", "teacher.kind=mix", "distill.attribution_top=20"],
 }
 
 

@@ -319,6 +319,7 @@ class TermWeights(Block):
     attention: Annotated[float, Field(ge=0.0)] = 1.0
     prediction: Annotated[float, Field(ge=0.0)] = 1.0
     hard_label: Annotated[float, Field(ge=0.0)] = 0.0
+    attribution: Annotated[Annotated[float, Field(ge=0.0)], LATER] = 1.0
 
 
 class TransferWeights(Block):
@@ -367,6 +368,11 @@ class DistillConfig(Block):
     of layers of the teacher, or students as in ``student``, largest first. With ``chain_stop`` the
     chain ends with the first that does not score by this share above who taught it (-0.02: that
     scores 2 % less).
+
+    ``attribution_steps`` is m of the sum that approximates integrated gradients, 1 being gradient
+    times input; ``attribution_top`` how many of a teacher's products a token count, all where it is
+    left out; ``attribution_views`` what is attributed, -log p of the ``label`` or of all
+    ``classes``.
     """
 
     method: MethodName = DEFAULT_METHOD
@@ -380,6 +386,9 @@ class DistillConfig(Block):
     hidden: Annotated[Literal["mse", "cosine"], LATER] = "mse"
     layer_map: Literal["uniform", "last", "copied"] | list[Annotated[int, Field(ge=0)]] = "uniform"
     relation_heads: Count = 12
+    attribution_steps: Annotated[Count, LATER] = 1
+    attribution_top: Annotated[Count | None, LATER] = None
+    attribution_views: Annotated[Literal["label", "classes"], LATER] = "label"
     backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
     teacher_stream: bool = False
     cache_teacher: Literal["none", "logits", "all"] = "none"

@@ -56,6 +56,7 @@ def check_contradictions(config: RunConfig, last: Stage = "students") -> list[st
     found += _transfer(config)
     found += _generations(config)
     found += _soft_labels(config)
+    found += _second_order(config) if last == "students" else []
     found += _task(config)
 
     preset = re.search(r"-(\d+)l-", student.preset or "")
@@ -130,6 +131,35 @@ def _starts(students: dict[str, StudentConfig]) -> list[str]:
                     f"{other} asks for another"
                 )
     return found
+
+
+def _second_order(config: RunConfig) -> list[str]:
+    """What excludes gradients through gradients."""
+    distill, students = config.distill, config.students
+    asked = {"distill": (distill.method, "student")}
+    for number, row in enumerate(config.compare.rows):
+        key = f"compare.rows.{number}"
+        asked[key] = row.method, f"{key}.student" if row.student else "student"
+    found = {}
+    for key, (name, own) in asked.items():
+        if not METHODS[name].second_order(distill):
+            continue
+        chained = tuple(f"{place}.chain." for place in ("distill", key))
+        blocks: dict[str, TeacherConfig | StudentConfig] = {
+            place: student
+            for place, student in students.items()
+            if place == own or place.startswith(chained)
+        }
+        blocks["teacher"] = config.teacher
+        refused = {f"{place}.zero: 3": config.sharding(b).zero == 3 for place, b in blocks.items()}
+        refused["distill.training.gradient_checkpointing"] = distill.training.gradient_checkpointing
+        refused["fp16"] = config.fp16  # below whose range these gradients are lost, unscaled
+        for place in (place for place, is_set in refused.items() if is_set):
+            found[place] = (
+                f"{place}: excluded by {key}.method: {name}, which takes gradients of gradients; "
+                "change it, or set distill.terms.attribution: 0"
+            )
+    return list(found.values())
 
 
 def _transfer(config: RunConfig) -> list[str]:

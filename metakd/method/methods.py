@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
+from metakd.method.attribution import AttributionTerm
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.recipe import PAPER, Recipe
 from metakd.method.tasks import SINGLE_LABEL, Task
@@ -114,6 +115,10 @@ class Method:
         keys = tuple(term.key for term in self.terms if term.key is not None)
         return keys if len(keys) == len(self.terms) else ()
 
+    def second_order(self, config: DistillConfig) -> bool:
+        """Are gradients taken through gradients of the student, under this configuration?"""
+        return any(part.term.second_order and part.weight(config) > 0 for part in self.terms)
+
     @property
     def possible_teachers(self) -> tuple[str, ...]:
         """The kinds of teacher that can teach it."""
@@ -159,6 +164,7 @@ _RELATION = Weighted(RelationTerm, "terms.attention")
 _TRANSFER = Weighted(TransferTerm, "gamma2")
 _PREDICTION = Weighted(PredictionTerm, "terms.prediction")
 _DECOUPLED = Weighted(DecoupledTerm, "terms.prediction")
+_ATTRIBUTION = Weighted(AttributionTerm, "terms.attribution")
 _HARD_LABEL = Weighted(HardLabelTerm, "terms.hard_label")
 
 METHODS = {
@@ -241,6 +247,12 @@ METHODS = {
             (_RELATION, _PREDICTION, _HARD_LABEL),
             "query, key and value relations of the last layer, and predictions",
             "Wang et al. 2021",
+        ),
+        Method(
+            "ad_kd",
+            (_ATTRIBUTION, _PREDICTION, _HARD_LABEL),
+            "which tokens the teacher's answer hangs on, and its predictions",
+            "Wu et al. 2023",
         ),
         Method(
             "meta",

@@ -11,11 +11,13 @@ Source: Meta-KD section 3.3, equations 6-11.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from metakd.method.attribution import Attribution
 from metakd.method.domains import DomainLayer
 from metakd.method.methods import TRAINED
 from metakd.method.recipe import PAPER, Recipe
@@ -95,6 +97,11 @@ class Distillation(nn.Module):
             self.relations.requires_grad_(by_relation == TRAINED)
         self._taps = self._tap()
 
+    @property
+    def attribution(self) -> Attribution | None:
+        """How tokens are scored, if they are."""
+        return next((term.attribution for term in self.terms if term.attribution), None)
+
     def _projection_name(self, term: Term) -> str | None:
         return "shared" if term.projected and self.recipe.shared_projection else term.projected
 
@@ -145,6 +152,9 @@ class Distillation(nn.Module):
         if "domain" in self.needs:
             seen.domain = self.domain_layer(pool(seen, self.recipe.pooling), batch["domain"])
         labels, score = self._known(batch, taught)
+        if self.attribution is not None:
+            show = partial(self._taps, batch)
+            seen.attribution = self.attribution.scores(seen, show, labels, is_student=True)
         expertise = in_sample = None
         if taught is not None and taught.logits is not None and "opinion" in batch:
             if self.weigh_by_expertise:

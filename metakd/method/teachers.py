@@ -9,8 +9,9 @@ Source: Meta-KD section 3.2, equations 3-5.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metakd.errors import CheckpointError, UnsupportedError
+from metakd.method.attribution import Attribution
 from metakd.method.kinds import ASSISTANT, ENCODER, TEACHER_KINDS, TeacherKind
 from metakd.method.recipe import PAPER, Recipe
 from metakd.method.tasks import SINGLE_LABEL, Task
@@ -94,7 +96,9 @@ class Teacher(nn.Module):
         """How many of the domains it sees in training."""
         return len(self.domains) - len(self.withheld)
 
-    def features(self, batch: dict[str, Tensor], taps: Taps | None = None) -> Features:
+    def features(
+        self, batch: dict[str, Tensor], taps: Callable[[dict[str, Tensor]], Features] | None = None
+    ) -> Features:
         """One forward pass: logits [B, M] of each example's own domain, what else its kind shows,
         and what ``taps`` adds."""
         features = (taps or self._taps)(batch)
@@ -226,6 +230,7 @@ class FrozenTeacher:
         own_stream: compute on a CUDA stream of its own, beside the student's forward pass, until
             ``Features.arrive``.
         packed: run the encoders' layers on real tokens only.
+        attribution: how tokens are scored, where ``needs`` has that; batches have labels then.
 
     Raises:
         ValueError: a teacher is asked for what its kind does not show.
@@ -238,6 +243,7 @@ class FrozenTeacher:
         needs: frozenset[str],
         own_stream: bool = False,
         packed: bool = False,
+        attribution: Attribution | None = None,
     ):
         own = needs - TAPPED - {"logits"}
         if lacking := own - teachers[0].kind.shows:
@@ -247,6 +253,7 @@ class FrozenTeacher:
                 f"use one of kind {' or '.join(able)}"
             )
         self.teachers = teachers
+        self._attribution = attribution if "attribution" in needs else None
         for teacher in teachers:
             check_packed(packed, teacher.recipe)
         first = needs & TAPPED | (teachers[0].kind.needs if own else set())
@@ -280,13 +287,25 @@ class FrozenTeacher:
         return features
 
     def _features(self, batch: dict[str, Tensor]) -> Features:
-        seen = [
-            teacher.features(batch, taps)
-            for teacher, taps in zip(self.teachers, self._taps, strict=True)
-        ]
-        first = seen[0]
-        if len(seen) > 1:
-            first.logits = torch.stack([features.logits.float() for features in seen]).mean(0)
+        how = self._attribution
+
+        def show(embedding: Tensor | None = None) -> Features:
+            return self.teachers[0].features(batch, partial(self._taps[0], embedding=embedding))
+
+        with torch.set_grad_enabled(how is not None):
+            first = show()
+        logits = first.logits
+        if len(self.teachers) > 1:
+            others = zip(self.teachers[1:], self._taps[1:], strict=True)
+            seen = [first, *(teacher.features(batch, taps) for teacher, taps in others)]
+            logits = torch.stack([features.logits.float() for features in seen]).mean(0)
+        if how is not None:
+            labels = how.task.presumed(batch["labels"], logits)
+            with torch.enable_grad():
+                first.attribution = how.scores(first, show, labels, is_student=False)
+        first.logits = logits
+        if how is not None:
+            first.detach()
         return first
 
     def __enter__(self) -> FrozenTeacher:

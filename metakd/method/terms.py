@@ -60,11 +60,13 @@ class Term:
     first_layer: ClassVar[int | None] = None  # of the student, 0 its embedding, if split by layer
     intermediate: ClassVar[bool] = True  # trained in the first of two stages
     needs_label: ClassVar[bool] = False  # an example without one adds nothing to it
+    second_order: ClassVar[bool] = False  # are gradients taken through gradients of the student?
     # What both layers of each pair attend to; none: everything.
     spans = ()  # type: Sequence[Span]
     # Of the teacher that it reads; negative: from the top. An annotation would make it a field of
     # every term, and ClassVar would forbid one, which it is in those that are told their layers.
     layers = ()  # type: Sequence[int]
+    attribution = None  # an ``attribution.Attribution`` where tokens are scored
 
     @classmethod
     def configured(cls, weight: float, config: DistillConfig, setup: Setup) -> Self:

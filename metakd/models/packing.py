@@ -173,6 +173,10 @@ class Unpacked(Sequence):
         """The next layer's states."""
         self._packed.append(packed)
 
+    def detach(self) -> None:
+        """Let go of the graph that made them."""
+        self._packed = [states.detach() for states in self._packed]
+
     def held(self) -> list[Tensor]:
         """The tensors behind it."""
         return [*self._packed, self._packing.index]

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AttentionInterface,
     PretrainedConfig,
@@ -35,7 +36,9 @@ _NO_INTERFACE = (
     "read"
 )
 ATTENTION_INPUTS = frozenset({"query", "key", "value"})
-TAPPED = ATTENTION_INPUTS | {"embedding", "hidden", "last_hidden"}
+TAPPED = ATTENTION_INPUTS | {"embedding", "hidden", "last_hidden", "attribution"}
+"""What can be asked for. ``attribution`` is not read but computed by who asks for it, from logits
+and an ``embedding`` that they can be differentiated by."""
 
 # Who records what during the forward pass in hand. A model may carry hooks of several Taps; only
 # the one that called it records, and a recomputed forward (activation checkpointing) records
@@ -76,6 +79,7 @@ class Features:
     embedding: Tensor | None = None  # [B, L, H], the input of the first layer
     hidden: Sequence[Tensor] = field(default_factory=list)  # per layer [B, L, H]
     last_hidden: Tensor | None = None  # [B, L, H], after a final norm where the model has one
+    attribution: Tensor | None = None  # [B, L, V], what V functions of the logits owe each token
     query: Sequence[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
     key: Sequence[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
     value: Sequence[Tensor] = field(default_factory=list)  # per layer [B, A, L, D]
@@ -97,6 +101,16 @@ class Features:
         for name in (ATTENTION_INPUTS | {"hidden"}).intersection(needs) if number else ():
             setattr(part, name, [getattr(self, name)[number - 1]])
         return part
+
+    def detach(self) -> None:
+        """Let go of the graph that made them."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.detach())
+            elif isinstance(value, Unpacked):
+                value.detach()
+            elif isinstance(value, list) and name != "spans":
+                value[:] = [states.detach() for states in value]
 
     def arrive(self) -> None:
         """Makes the current CUDA stream wait for them."""
@@ -177,7 +191,8 @@ class Taps:
         self.needs = frozenset(needs)
         self.packed = packed
         self._handles = []
-        layers = encoder_layers(model) if packed or self.needs & {"embedding", "hidden"} else None
+        shown = self.needs & {"embedding", "hidden", "attribution"}
+        layers = encoder_layers(model) if packed or shown else None
         if packed:
             check_packable(model, layers)
         if packed or self.needs & ATTENTION_INPUTS:
@@ -206,11 +221,18 @@ class Taps:
         if "last_hidden" in self.needs:
             self._handles.append(model.base_model.register_forward_hook(self._note_last_hidden))
 
-    def __call__(self, batch: dict[str, Tensor]) -> Features:
-        """Forward the model's part of ``batch``; logits are kept if the model has any."""
+    def __call__(self, batch: dict[str, Tensor], embedding: Tensor | None = None) -> Features:
+        """Forward the model's part of ``batch``; logits are kept if the model has any.
+
+        Args:
+            batch: its inputs.
+            embedding: [B, L, H] that enters the first layer in place of the model's own, where
+                ``attribution`` is asked for.
+        """
         packing = Packing.of(batch) if self.packed else None
-        features = Features(mask=batch["attention_mask"], packing=packing)
-        with _recorded_by(self, features), self._recomputed_packed(features):
+        features = Features(mask=batch["attention_mask"], packing=packing, embedding=embedding)
+        recording = _recorded_by(self, features)
+        with recording, self._recomputed_packed(features), self._attending():
             output = self.model(**model_inputs(batch, self.model))
         features.logits = getattr(output, "logits", None)
         self._see_that_all_is_there(features)
@@ -221,15 +243,15 @@ class Taps:
         if self.needs & ATTENTION_INPUTS and not features.query:
             raise NotShownError(_NO_INTERFACE.format(name))
         if ("hidden" in self.needs and not features.hidden) or (
-            "embedding" in self.needs and features.embedding is None
+            self.needs & {"embedding", "attribution"} and features.embedding is None
         ):
             raise NotShownError(
                 f"model {name} runs its layers in a way that shows no hidden states"
             )
 
-    @torch.no_grad()
     def check(self) -> Features:
-        """See that a model shows what is asked for, its weights and the text being anything.
+        """See that a model shows what is asked for, its weights and the text being anything; leaves
+        gradients behind.
 
         Raises:
             NotShownError: it does not.
@@ -237,11 +259,35 @@ class Taps:
         """
         device = next(self.model.parameters()).device
         ids = torch.ones(1, 8, dtype=torch.long, device=device)
-        features = Features(mask=ids)
-        with _recorded_by(self, features):
-            self.model(input_ids=ids)  # a mask would be looked into, and may have no values
+        features, twice = Features(mask=ids), "attribution" in self.needs
+        with torch.set_grad_enabled(twice), self._attending(), _recorded_by(self, features):
+            # A mask would be looked into, and may have no values.
+            logits = self.model(input_ids=ids).logits
         self._see_that_all_is_there(features)
+        if twice:
+            self._see_a_second_derivative(logits, features.embedding)
         return features
+
+    @torch.enable_grad()
+    def _see_a_second_derivative(self, logits: Tensor, embedding: Tensor) -> None:
+        try:
+            (slope,) = torch.autograd.grad(logits.sum(), embedding, create_graph=True)
+            # All the way, to weights: what leads to the embedding alone would leave out, without
+            # a word, a function that can be differentiated but once.
+            slope.square().sum().backward()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if "derivative" not in reason and "differentiate" not in reason:
+                raise  # of this device, or this text
+            raise NotShownError(
+                f"model {type(self.model).__name__} has no second derivative: {reason}"
+            ) from error
+
+    def _attending(self) -> AbstractContextManager:
+        """Fused attention has no second derivative, which a model that is trained needs of it."""
+        if "attribution" in self.needs and any(p.requires_grad for p in self.model.parameters()):
+            return sdpa_kernel(SDPBackend.MATH)
+        return nullcontext()
 
     def remove(self) -> None:
         """Take the hooks out; the last Taps to go gives the model its own attention function
@@ -310,8 +356,17 @@ class Taps:
         return packing.unpack(output[0]), *output[1:]
 
     def _note_embedding(self, _module, args, kwargs):
+        states = args[0] if args else kwargs["hidden_states"]
+        if features := self._features("attribution"):
+            if features.embedding is None:
+                learns = states.requires_grad
+                features.embedding = states if learns else states.detach().requires_grad_()
+            if args:
+                return (features.embedding, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": features.embedding}
         if features := self._features("embedding"):
-            features.embedding = args[0] if args else kwargs["hidden_states"]
+            features.embedding = states
+        return None
 
     def _note_hidden(self, _module, _args, output):
         if features := self._features("hidden"):

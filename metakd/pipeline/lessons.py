@@ -337,7 +337,9 @@ class TeacherOutputs:
         kept = self._kept[place]
         if missing := kept.missing(self._asked[place].signals):
             service = self.service(teachers, encoder)
-            with service.showing(frozenset(signal.feature for signal in missing)) as show:
+            needs = frozenset(signal.feature for signal in missing)
+            how = next((signal.how for signal in missing if signal.how), None)  # one a run
+            with service.showing(needs, attribution=how) as show:
                 kept.make(missing, show, run.collate, batch_size)
         return kept
 

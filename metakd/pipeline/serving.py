@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import (
 
 from metakd.config import RunConfig
 from metakd.data.batches import Batch
+from metakd.method.attribution import Attribution
 from metakd.method.recipe import Recipe
 from metakd.method.teachers import FrozenTeacher, Teacher
 from metakd.models.sources import load_config
@@ -106,15 +107,20 @@ class TeacherService:
 
     @contextmanager
     def showing(
-        self, needs: frozenset[str], own_stream: bool = False
+        self,
+        needs: frozenset[str],
+        own_stream: bool = False,
+        attribution: Attribution | None = None,
     ) -> Iterator[Callable[[Batch], Features]]:
         """While it lasts, a function from a batch to the features asked for.
 
         Args:
             needs: see ``FrozenTeacher``.
             own_stream: see ``FrozenTeacher``; not for a sharded teacher.
+            attribution: see ``FrozenTeacher``; not for a sharded teacher.
         """
-        with FrozenTeacher(self.teachers, needs, own_stream, self._packed) as frozen:
+        asked = needs, own_stream, self._packed, attribution
+        with FrozenTeacher(self.teachers, *asked) as frozen:
             if self._engine is None:
                 yield frozen
             else:

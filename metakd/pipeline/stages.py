@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from metakd.data.batches import Collate
 from metakd.data.corpus import Split
 from metakd.errors import ConfigError, DataError
+from metakd.method.attribution import Attribution
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.objective import Distillation
 from metakd.method.teachers import told
@@ -439,7 +440,8 @@ class Run(StartStage):
                 if distill.generations > 1:
                     part = f", generation {lesson.number + 1} of {distill.generations}{part}"
                 answers = kept.teacher(asked[number]) if cached[number] else None
-                with self._listening(lesson, answers, service, needs, heard) as (teacher, pad):
+                asks = needs, module.attribution
+                with self._listening(lesson, answers, service, asks, heard) as (teacher, pad):
                     if distill.balance != "none" and teacher is not None:
                         module.restrict(self.balanced(phase.terms, texts, pad, teacher))
                         scales |= {term.name: list(term.scales) for term in module.terms}
@@ -511,7 +513,7 @@ class Run(StartStage):
         lesson: Lesson,
         answers: CachedTeacher | None,
         service: TeacherService | None,
-        needs: frozenset[str],
+        asks: tuple[frozenset[str], Attribution | None],
         heard: Split,
     ) -> Iterator[tuple[Callable | None, Collate]]:
         """What teaches while it lasts, and how examples become its batches.
@@ -520,7 +522,7 @@ class Run(StartStage):
             lesson: what is learned.
             answers: kept ones, in place of a teacher.
             service: the teachers, if any are asked.
-            needs: the features asked for.
+            asks: for which features, and how tokens are scored.
             heard: the texts as the teacher reads them.
         """
         reader = self.reader_of(lesson.student)
@@ -530,7 +532,8 @@ class Run(StartStage):
         elif service is None:
             yield None if lesson.teacher_kind is None else told, pad
         else:
-            with service.showing(needs, lesson.distill.teacher_stream) as teacher:
+            needs, how = asks
+            with service.showing(needs, lesson.distill.teacher_stream, how) as teacher:
                 if reader.tokenizer is self.tokenizer:
                     yield teacher, pad
                 else:

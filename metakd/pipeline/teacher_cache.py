@@ -13,7 +13,7 @@ verified as a whole before use (``metakd.data.cache``). Slices are taken with th
 the loop, so that they travel to the device as the batch does.
 
 Sizes: N examples, T their real tokens, B and L of a batch, H hidden width, A heads, D head width,
-M classes.
+M classes, V views of ``Attribution``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from metakd.data.batches import Batch, Collate
 from metakd.data.cache import Draft, TensorCache, content_key, private_folder
 from metakd.data.corpus import Split
 from metakd.errors import CheckpointError
+from metakd.method.attribution import Attribution
 from metakd.method.terms import Term
 from metakd.models.adapters import DESCRIBED, base_of
 from metakd.models.packing import Packing, real_tokens
@@ -52,9 +53,11 @@ class Signal(NamedTuple):
 
     feature: str  # of ``Features``
     layer: int | None = None  # 0-based, of a feature that comes per layer
+    how: Attribution | None = None  # of scores of tokens
 
     def __str__(self) -> str:
-        return self.feature if self.layer is None else f"{self.feature}-{self.layer}"
+        told = (self.feature, self.layer, self.how)
+        return "-".join(str(part) for part in told if part is not None)
 
 
 LOGITS = Signal("logits")
@@ -72,7 +75,8 @@ def signals_of(terms: Iterable[Term], by_expertise: bool, depth: int) -> frozens
     for term in terms:
         for feature in term.needs:
             layers = [n % depth for n in term.layers] if feature in _BY_LAYER else [None]
-            found |= {Signal(feature, layer) for layer in layers}
+            how = term.attribution if feature == "attribution" else None
+            found |= {Signal(feature, layer, how) for layer in layers}
     return frozenset(found)
 
 
@@ -85,7 +89,8 @@ def bytes_of(
     signals: Iterable[Signal], split: Split, shape: PretrainedConfig, classes: int, itemsize: int
 ) -> int:
     """Size of these signals: per real token H values of the embedding and of each hidden layer and
-    A D of the queries, keys or values of each; per example M logits and H of h_d.
+    A D of the queries, keys or values of each; per example M logits and H of h_d. Scores of tokens
+    are V numbers a token, in fp32.
 
     Args:
         signals: to keep.
@@ -97,12 +102,14 @@ def bytes_of(
     head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     widths = dict.fromkeys(ATTENTION_INPUTS, shape.num_attention_heads * head) | {"logits": classes}
     tokens = int(split.input_ids.lengths.sum())
-    return sum(
-        (len(split) if signal.feature in _BY_EXAMPLE else tokens)
-        * widths.get(signal.feature, shape.hidden_size)
-        * itemsize
-        for signal in signals
-    )
+
+    def of(signal: Signal) -> int:
+        if signal.how is not None:
+            return tokens * signal.how.count(classes) * max(itemsize, 4)
+        rows = len(split) if signal.feature in _BY_EXAMPLE else tokens
+        return rows * widths.get(signal.feature, shape.hidden_size) * itemsize
+
+    return sum(map(of, signals))
 
 
 class CachedTeacher:
@@ -270,7 +277,9 @@ class KeptOutputs:
         return CachedTeacher(self._split, kept, self._depth)
 
     def _key_of(self, signal: Signal) -> str:
-        return content_key(self._key, str(signal))
+        reads_labels = signal.how is not None and signal.how.reads_labels
+        labels = [self._split.labels.numpy().tobytes()] if reads_labels else []
+        return content_key(self._key, str(signal), *labels)
 
     def _draft(self, signal: Signal, shown: Tensor) -> Draft:
         """Sizes and dtype as the first batch shows them."""
