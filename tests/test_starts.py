@@ -17,7 +17,7 @@ from metakd.deploy.facts import gather
 from metakd.deploy.run_folder import read_run
 from metakd.errors import CheckpointError, ConfigError, DataError, StoppedError
 from metakd.models import student
-from metakd.pipeline import stages
+from metakd.pipeline import students
 from metakd.pipeline.compare import compare
 from metakd.pipeline.labels import compare_labels
 from metakd.pipeline.memory import memory_table
@@ -76,7 +76,7 @@ def test_students_begin_with_these_weights_and_say_so(make, monkeypatch):
         begun.append({name: value.clone() for name, value in module.student.state_dict().items()})
         return engine.fit(module, *arguments, **options)
 
-    monkeypatch.setattr(stages, "fit", watched)
+    monkeypatch.setattr(students, "fit", watched)
     options = [pretrained(), "distill.domains=[hiking,novels]", "distill.method=logits_kd"]
     run = make(*options)
     places = run.distill()

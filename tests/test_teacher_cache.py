@@ -25,7 +25,7 @@ from metakd.method.teachers import FrozenTeacher, Teacher
 from metakd.models.packing import real_tokens
 from metakd.models.taps import Features
 from metakd.pipeline import compare as comparison
-from metakd.pipeline import lessons, stages
+from metakd.pipeline import lessons, students
 from metakd.pipeline.stages import Run
 from metakd.pipeline.teacher_cache import KeptOutputs, Signal, bytes_of, is_kept, signals_of
 from metakd.training.world import World, join_world
@@ -475,7 +475,7 @@ def test_a_teacher_is_asked_once_for_all_students_and_seeds(make, asked, monkeyp
     comparison.compare(run)
     assert sum(asked) == 12  # of 2 x 2 students with 2 epochs each
     # A student to come needs no teacher on the device.
-    for module in (stages, lessons):
+    for module in (students, lessons):
         monkeypatch.setattr(module, "TeacherService", None)
     more = make(*options, "distill.cache_teacher=all", "compare.seeds=[1,2,3]")
     comparison.compare(more)

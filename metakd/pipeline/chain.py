@@ -21,7 +21,7 @@ from metakd.pipeline.lessons import Lesson
 from metakd.pipeline.memory import count_parameters
 
 if TYPE_CHECKING:
-    from metakd.pipeline.stages import Run
+    from metakd.pipeline.students import StudentStage
 
 FOLDER = "assistants"
 """Where they are."""
@@ -71,7 +71,7 @@ def _spread(number: int, kept: Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def steps(run: Run, lesson: Lesson) -> list[Lesson]:
+def steps(run: StudentStage, lesson: Lesson) -> list[Lesson]:
     """All that is to be trained for a student, one after the other: its assistants, and itself."""
     chain = lesson.distill.chain
     if chain is None or lesson.assistant is not None or lesson.tutor is not None:
@@ -101,7 +101,7 @@ def after(lesson: Lesson, tutor: StudentConfig) -> Lesson:
     return lesson._replace(distill=lesson.distill.through(tutor), tutor=tutor)
 
 
-def through(run: Run, lesson: Lesson, seed: int, label: str) -> tuple[Lesson, Path]:
+def through(run: StudentStage, lesson: Lesson, seed: int, label: str) -> tuple[Lesson, Path]:
     """Train the assistants of a student; returns what it learns, and the folder of who teaches it.
 
     With ``distill.chain_stop`` the chain ends with the first assistant whose score on the

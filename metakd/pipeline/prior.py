@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from metakd.data.corpus import Split
-    from metakd.pipeline.stages import Run
+    from metakd.pipeline.students import StudentStage
 
 NEIGHBOURS = 5
 ENOUGH = 5
@@ -62,7 +62,7 @@ _APART = (
 # ---- What a run was ------------------------------------------------------------------------------
 
 
-def features_of(run: Run, lesson: Lesson) -> dict[str, float]:
+def features_of(run: StudentStage, lesson: Lesson) -> dict[str, float]:
     """What a student is trained in, in numbers of at least 0."""
     corpus, config, student = run.corpus, run.config, lesson.student
     own = run.part(corpus.train, lesson.domain)
@@ -153,7 +153,7 @@ def _flat(block: Block) -> Iterator[tuple[str, Any]]:
 
 
 def remember(
-    run: Run,
+    run: StudentStage,
     lesson: Lesson,
     seed: int,
     result: dict,
@@ -323,7 +323,7 @@ def weigh(
     return evidence, sorted(choices, key=lambda choice: (-choice.gain, -choice.runs))
 
 
-def suggest(run: Run) -> Suggestion:
+def suggest(run: StudentStage) -> Suggestion:
     """Settings for the students of a run, from the history; nothing is trained.
 
     Raises:
@@ -393,7 +393,7 @@ def _changes(config: RunConfig, settings: Mapping[str, Any]) -> dict[str, tuple[
     }
 
 
-def _why_not(run: Run, changes: Mapping[str, tuple[Any, Any]]) -> str | None:
+def _why_not(run: StudentStage, changes: Mapping[str, tuple[Any, Any]]) -> str | None:
     """Why a run cannot have these settings; None if it can."""
     try:
         config = load_config(changed(run.config, changes))
