@@ -17,6 +17,7 @@ _HOME = {
         "soft_jsd",
         "sigmoid_kl",
         "linear_soft_kl",
+        "mixture_kl",
         "hidden_mse",
         "masked_mean",
         "attention_score_mse",

@@ -108,6 +108,28 @@ def soft_jsd(
     return _from_logits(divergence, student, teacher, temperature, scale_by_temperature)
 
 
+def mixture_kl(
+    student: Tensor,
+    teachers: Tensor,
+    shares: Tensor,
+    temperature: float = 1.0,
+    scale_by_temperature: bool = True,
+) -> Tensor:
+    """[N, C], [N, M, C], [N, M] -> rows [N]."""
+
+    def divergence(log_s: Tensor, log_t: Tensor) -> Tensor:
+        unheard = share == 0  # has no logarithm with a gradient
+        log_share = share.masked_fill(unheard, 1.0).log().masked_fill(unheard, -math.inf)
+        parts = log_share[:, :, None] + log_t
+        # Nor has logsumexp a gradient where no teacher gives a class any mass.
+        dead = (parts == -math.inf).all(1)
+        log_p = parts.masked_fill(dead[:, None], 0.0).logsumexp(1).masked_fill(dead, -math.inf)
+        return _divergence(log_p, log_s)
+
+    student, teachers, share = _common(student, teachers, shares)
+    return _from_logits(divergence, student, teachers, temperature, scale_by_temperature)
+
+
 def cross_entropy(student: Tensor, label: Tensor) -> Tensor:
     """[N, C], [N] -> rows [N]."""
     (student,) = _common(student)

@@ -74,6 +74,11 @@ def logits(loss, **options):
     )
 
 
+def mixed(rand):
+    options = {"shares": rand("B", 3).softmax(-1), "temperature": 2.0}
+    return 2 * rand("B", 5), 2 * rand("B", 3, 5), options
+
+
 def pair(rand, heads, size):
     return rand("B", heads, "L", size), rand("B", heads, "L", size)
 
@@ -99,6 +104,7 @@ CASES = {
     "soft_jsd": logits("soft_jsd", beta=0.3, temperature=2.0),
     "soft_jsd 0": logits("soft_jsd", beta=0.0),
     "sigmoid_kl": logits("sigmoid_kl", temperature=2.0),
+    "mixture_kl": Case("mixture_kl", mixed, tokens=False),
     "hidden_mse": Case("hidden_mse", hidden),
     "hidden_mse projected": Case("hidden_mse", projected),
     "hidden_mse pooled": Case(

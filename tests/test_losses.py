@@ -41,7 +41,7 @@ def test_gradcheck(case):
     mask = case.mask(rows=2, length=3)
     mask.view(-1)[-1] = False
     inputs = [tensor.requires_grad_() for tensor in leaves(student)]
-    parameters = [name for name in ("projection", "bias") if name in options]
+    parameters = [name for name in ("projection", "bias", "shares") if name in options]
     for name in parameters:
         options[name] = [tensor.requires_grad_() for tensor in leaves(options[name])]
         if len(options[name]) == 1:
@@ -227,7 +227,9 @@ def test_sums_of_uneven_parts_are_the_mean_of_the_whole(case):
     own, sums = with_grad(student), []
     for part in (slice(0, 1), slice(1, 4)):
         sides = [like(side, [x[part] for x in leaves(side)]) for side in (own, teacher)]
-        loss = case.run(*sides, options, mask[part], weight=weight[part], reduction="sum") / count
+        shares = {name: options[name][part] for name in ("shares",) if name in options}
+        given = {"weight": weight[part], "reduction": "sum"}
+        loss = case.run(*sides, options | shares, mask[part], **given) / count
         loss.backward()
         sums.append(loss.detach())
     torch.testing.assert_close(sum(sums), mean.detach(), rtol=1e-6, atol=0.0)
@@ -487,6 +489,79 @@ def test_outliers_stay_finite(loss, options, temperature):
         student, 40 * torch.randn(8, 9), temperature=temperature, **options
     )
     assert value.isfinite() and torch.autograd.grad(value, student)[0].isfinite().all()
+
+
+def shared(teachers, shares, student=((3.0, 1.0),), **options):
+    """Rows and gradients of ``mixture_kl``, of odds."""
+    own, told, heard = (
+        torch.tensor(values, dtype=torch.float64) for values in (student, teachers, shares)
+    )
+    own, heard = own.log().requires_grad_(), heard.requires_grad_()
+    rows = metakd.mixture_kl(own, told.log(), heard, reduction="none", **options)
+    return rows, *torch.autograd.grad(rows.sum(), (own, heard))
+
+
+def test_a_mixture_by_hand():
+    """Teachers (3/4, 1/4) and (1/4, 3/4) of two classes, student (3/4, 1/4)."""
+    teachers = [[[3.0, 1.0], [1.0, 3.0]]]
+    rows, by_student, by_share = shared(teachers, [[0.5, 0.5]])
+    assert rows.item() == pytest.approx(KL_Q_P)  # of (1/2, 1/2)
+    # q - p, and sum_c p_mc (log p_c - log q_c + 1).
+    assert by_student[0].tolist() == pytest.approx([0.25, -0.25])
+    logs = math.log(0.5 / 0.75) + 1, math.log(0.5 / 0.25) + 1
+    each = [0.75 * logs[0] + 0.25 * logs[1], 0.25 * logs[0] + 0.75 * logs[1]]
+    assert by_share[0].tolist() == pytest.approx(each)
+    # Odds to the power of 4, softened by 4, are these again.
+    hot = [[[81.0, 1.0], [1.0, 81.0]]]
+    scaled = shared(hot, [[0.5, 0.5]], [[81.0, 1.0]], temperature=4.0)
+    assert scaled[0].item() == pytest.approx(16 * KL_Q_P)
+    assert scaled[1][0].tolist() == pytest.approx([1.0, -1.0])
+
+
+def test_a_mixture_is_not_the_mean_of_logits():
+    """Of teachers that are sure of different classes it has two, and that mean a third."""
+    teachers = torch.tensor([[[9.0, 0.0, 8.0], [0.0, 9.0, 8.0]]])
+    shares = torch.tensor([[0.5, 0.5]])
+    mixed = teachers.softmax(-1).mean(1).log()
+    assert metakd.mixture_kl(mixed, teachers, shares).item() == pytest.approx(0.0, abs=1e-6)
+    assert mixed.argmax() != 2 and teachers.mean(1).argmax() == 2
+    one = torch.tensor([[0.0, 1.0]])
+    student = torch.randn(1, 3)
+    alone = metakd.mixture_kl(student, teachers, one)
+    torch.testing.assert_close(alone, metakd.soft_kl(student, teachers[:, 1]))
+
+
+def test_who_is_not_heard_in_a_mixture_and_classes_that_nobody_has():
+    """A share of 0 and classes without mass, on one side and on both: finite, gradients too."""
+    for share in (0.0, 1e-40):
+        rows, *gradients = shared([[[3.0, 1.0, 0.0], [0.0, 4.0, 0.0]]], [[1 - share, share]],
+                                  [[2.0, 2.0, 0.0]])  # fmt: skip
+        assert rows.item() == pytest.approx(KL_P_Q)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+    rows, *_ = shared([[[3.0, 1.0], [1.0, 1.0]]], [[0.5, 0.5]], [[1.0, 0.0]])
+    assert rows.isinf().all()
+
+
+def test_masked_shares_have_no_effect():
+    shares = torch.tensor([[0.5, 0.5], [math.nan, math.inf]], requires_grad=True)
+    student, teachers = torch.randn(2, 3), torch.randn(2, 2, 3)
+    loss = metakd.mixture_kl(student, teachers, shares, mask=torch.tensor([True, False]))
+    torch.testing.assert_close(loss, metakd.mixture_kl(student[:1], teachers[:1], shares[:1]))
+    assert torch.autograd.grad(loss, shares)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "shares", "message"),
+    [
+        ((2, 4), (2, 1), r"teacher must have shape \[2, M, 3\]"),
+        ((2, 2, 4), (2, 2), r"teacher must have shape \[2, M, 3\]"),
+        ((2, 0, 3), (2, 0), "teacher must have M >= 1"),
+        ((2, 2, 3), (2, 3), r"shares must have shape \[2, 2\], got \[2, 3\]"),
+    ],
+)
+def test_mixture_refusals(teacher, shares, message):
+    with pytest.raises(ValueError, match=message):
+        metakd.mixture_kl(torch.zeros(2, 3), torch.zeros(teacher), torch.zeros(shares))
 
 
 def test_jsd_limits():

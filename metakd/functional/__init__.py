@@ -37,6 +37,7 @@ from metakd.functional.attention import (
 from metakd.functional.hidden import hidden_mse, masked_mean
 from metakd.functional.logits import (
     linear_soft_kl,
+    mixture_kl,
     sigmoid_kl,
     soft_jsd,
     soft_kl,
@@ -54,6 +55,7 @@ __all__ = [
     "hidden_mse",
     "linear_soft_kl",
     "masked_mean",
+    "mixture_kl",
     "prototype_score",
     "relation_kl",
     "sigmoid_kl",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metakd import ops
+from metakd import ops, reference
 from metakd.functional import soft
 from metakd.functional.checks import (
     REDUCTIONS,
@@ -26,6 +26,7 @@ from metakd.functional.checks import (
     leave_out_weightless,
     reduce_rows,
     require,
+    widest,
     without_autocast,
 )
 
@@ -222,6 +223,71 @@ def sigmoid_kl(
         backend=backend,
     )
     return reduce_rows(by_class.mean(-1), weight, mask, reduction)
+
+
+def mixture_kl(
+    student: Tensor,
+    teacher: Tensor,
+    shares: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale_by_temperature: bool = True,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Forward KL divergence of the student from a mixture of teachers, from logits.
+
+    ``rows = T^2 * sum_c p_c * (log p_c - log q_c)``, with ``p = sum_m a_m softmax(teacher_m / T)``
+    and ``q = softmax(student / T)``. Its probabilities are mixed, not its logits: the mean of
+    teachers that are sure of different things is unsure, that of their logits may be sure of a
+    third. Computed in logarithms. A teacher whose share is 0 is left out, gradient included.
+
+    Args:
+        student: logits, [..., C].
+        teacher: logits, [..., M, C], without grad.
+        shares: a, [..., M], at least 0 and with the sum 1, which nobody checks; their gradient is
+            that of free numbers.
+        temperature, scale_by_temperature, mask, weight, reduction: as for ``soft_kl``.
+        backend: ``auto`` or ``reference``; no other has it yet.
+
+    Returns:
+        The reduced loss, or rows [...], float32 (float64 for doubles).
+
+    Raises:
+        ValueError: as for ``soft_kl``.
+        UnsupportedError: the backend asked for cannot run here.
+
+    Source: Haase, da Silva, *HPM-KD* (arXiv 2512.09886), whose draft weights teachers by example.
+    """
+    _check_student(student)
+    rows, classes, device = student.shape[:-1], student.shape[-1], student.device
+    check_positive("temperature", temperature)
+    check_teacher("teacher", teacher, (*rows, "M", classes), device)
+    teachers = teacher.shape[-2]
+    require(teachers >= 1, lambda: f"teacher must have M >= 1, got {list(teacher.shape)}")
+    check_tensor("shares", shares, (*rows, teachers), device)
+    mask = as_mask("mask", mask, rows, device)
+    heard = leave_out_weightless(mask, weight, rows, rows, device)
+    ops.select("mixture_kl", backend, device, widest(student, teacher, shares))
+    if heard is not None:
+        # The fill cuts all gradients, so what is masked may hold anything.
+        student = student.masked_fill(~heard[..., None], 0.0)
+        teacher = teacher.masked_fill(~heard[..., None, None], 0.0)
+        shares = shares.masked_fill(~heard[..., None], 1 / teachers)
+    found = without_autocast(
+        device,
+        reference.mixture_kl,
+        student.flatten(0, -2),
+        teacher.flatten(0, -3),
+        shares.flatten(0, -2),
+        temperature,
+        scale_by_temperature,
+    )
+    if len(rows) > 1:
+        found = found.unflatten(0, rows)
+    return reduce_rows(found, weight, mask, reduction)
 
 
 def soft_reverse_kl(
