@@ -395,6 +395,27 @@ CONTRADICTIONS = {
         "compare: {seeds: [1], teacher_seeds: 2}",
         "compare.teacher_seeds: 2 is more than the 1 of compare.seeds",
     ),
+    "a range of a temperature that stays": (
+        "distill: {temperature_range: [1, 2]}",
+        "distill.temperature_range: needs a distill.temperature_schedule other than constant",
+    ),
+    "a range that falls": (
+        "distill: {temperature_schedule: loss, temperature_range: [6, 2]}",
+        "distill.temperature_range: [6, 2] must rise, give the lower end first",
+    ),
+    "one temperature and many": (
+        "distill: {temperature_schedule: loss, temperature: 4}",
+        "distill.temperature: excluded by distill.temperature_schedule: loss, leave it out or set "
+        "distill.temperature_range",
+    ),
+    "an anchor at many temperatures": (
+        "distill: {temperature_schedule: loss, generations: 2}",
+        "distill.temperature_schedule: excluded by distill.generations and distill.anchors",
+    ),
+    "a temperature that the release has not": (
+        "{compat: easytransfer, distill: {schedule: two_stage, temperature_schedule: loss}}",
+        "distill.temperature_schedule: excluded by compat: easytransfer",
+    ),
     "negative seed": ("seed: -1", "seed: must be from 0 to 2^32 - 1 (got -1)"),
 }
 
@@ -472,6 +493,7 @@ def test_valid_file(write):
         "{compat: easytransfer, distill: {schedule: two_stage}}",
         "{teacher: {model: m, kind: single}, distill: {method: mtn_kd}}",
         "distill: {method: mtn_kd}",
+        "distill: {temperature_schedule: loss, generations: 2, anchor_by: geometric}",
         "teacher: {model: m, training: {learning_rate: 2e-5, max_steps: 10, warmup_steps: 10}}",
         "data: {train: a, text: 'no'}",
     ],

@@ -1,5 +1,5 @@
 """A checkpoint of two processes taken up by one, and of one by two, at every ZeRO stage: the same
-master weights and moments, bit for bit."""
+master weights, moments and temperature, bit for bit."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ from metakd.config import RunConfig, Sharding, TrainingConfig
 from metakd.data.corpus import Split, Tokens
 from metakd.errors import CheckpointError
 from metakd.method.teachers import StepOutput
+from metakd.method.temperature import Temperature
 from metakd.training import engine
 from metakd.training import saves as saving
 from metakd.training.checkpoint import Checkpoints
@@ -84,7 +85,16 @@ def train(world, folder: Path, zero: int, precision: str, max_steps: int, reshar
         title="test",
         seed=3,
         saves=saves,
+        temperature=Temperature("loss", 2.0, 6.0),
     )
+
+
+def heard(keeper) -> str:
+    """The state of the temperature, and what all processes have heard since it was set."""
+    parts = keeper.world.gather(keeper.heard.state())
+    losses = [part["sums"]["loss"] for part in parts if part["sums"]]
+    told = [keeper.temperature.state(), sum(losses).item(), sum(p["examples"] for p in parts)]
+    return json.dumps(told)
 
 
 def states(ds_engine) -> dict[str, str]:
@@ -113,6 +123,7 @@ def states(ds_engine) -> dict[str, str]:
 def worker(folder: Path, reading: str) -> None:
     """Take up the checkpoints under ``folder/reading``, if any, and write those of this world."""
     world = join_world()
+    engine.UPDATES = 2  # the third of four steps is heard and not yet told
     keep = saving.Keeper.restore
     seen = {}
     for zero, precision in CELLS:
@@ -121,7 +132,7 @@ def worker(folder: Path, reading: str) -> None:
         def restore(keeper, *arguments, cell=cell):
             keep(keeper, *arguments)
             if keeper.saves.start is not None:
-                seen[cell] = states(keeper.engine)
+                seen[cell] = states(keeper.engine) | {"heard": heard(keeper)}
 
         saving.Keeper.restore = restore
         if reading:
@@ -134,7 +145,7 @@ def worker(folder: Path, reading: str) -> None:
 
         def note(keeper, cell=cell, save=save):
             save(keeper)
-            seen[cell] = states(keeper.engine)
+            seen[cell] = states(keeper.engine) | {"heard": heard(keeper)}
 
         saving.Keeper.save = note
         train(world, folder / str(world.size) / cell, zero, precision, STEPS + 1)

@@ -234,6 +234,7 @@ def test_without_a_task_the_way_out_is_named(file, way_out):
         {"data.label_separator": ""},
         {"data.soft_labels": "s", "data.task": "regression"},
         {"distill.temperature": 2.0, "data.task": "regression"},
+        {"distill.temperature_schedule": "loss", "data.task": "regression"},
         {"compat": "easytransfer", "distill.schedule": "two_stage", "data.task": "regression"},
         {"compat": "easytransfer", "distill.schedule": "two_stage", "data.task": "multi_label"},
     ],

@@ -52,6 +52,7 @@ SoftLabels = (
 )
 LabelColumns = Annotated[list[ColumnName], Field(min_length=2), AfterValidator(_each_once)]
 LabelCounts = Annotated[list[Count | Literal["all"]], Field(min_length=1)]
+TemperatureRange = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 ZeroStage = Literal[0, 1, 2, 3]
 Texts = Literal["own", "unlabelled", "others", "others_unlabelled"]
 Transfer = (
@@ -335,6 +336,10 @@ class DistillConfig(Block):
     """How a student is taught. ``gamma2`` weights the transferable-knowledge term L_TKD,
     ``non_target`` what ``decoupled_kd`` compares within the classes that are not the target's.
 
+    ``temperature_schedule`` lets the temperature move within ``temperature_range``, by default
+    [2, 6], in place of ``temperature``: down along a ``cosine`` over the run, down with the
+    ``loss``, or low while the loss moves fast (``gradient``) or slowly (``gradient_inverse``).
+
     ``schedule: joint`` trains all terms at once (the paper's equation); ``two_stage`` trains the
     intermediate terms first (``intermediate``), then the prediction terms (``training``).
     ``backend`` computes the losses; ``teacher_stream`` runs the teacher on a CUDA stream of its
@@ -378,6 +383,10 @@ class DistillConfig(Block):
     method: MethodName = DEFAULT_METHOD
     schedule: Literal["joint", "two_stage"] = "joint"
     temperature: Positive = 1.0
+    temperature_schedule: Annotated[
+        Literal["constant", "cosine", "loss", "gradient", "gradient_inverse"], LATER
+    ] = "constant"
+    temperature_range: Annotated[TemperatureRange | None, LATER] = None
     scale_by_temperature: bool = True
     non_target: Annotated[float, Field(ge=0.0), LATER] = 8.0
     gamma2: Annotated[float, Field(ge=0.0)] = 0.2

@@ -53,6 +53,7 @@ def check_contradictions(config: RunConfig, last: Stage = "students") -> list[st
             "would learn nothing"
         )
 
+    found += _temperature(config)
     found += _transfer(config)
     found += _generations(config)
     found += _soft_labels(config)
@@ -162,6 +163,30 @@ def _second_order(config: RunConfig) -> list[str]:
     return list(found.values())
 
 
+def _temperature(config: RunConfig) -> list[str]:
+    """A temperature that moves has a range, one that is constant a value."""
+    distill = config.distill
+    key, rule = "distill.temperature_schedule", distill.temperature_schedule
+    ends = distill.temperature_range
+    if rule == "constant":
+        said = f"distill.temperature_range: needs a {key} other than constant"
+        return [] if ends is None else [said]
+    found = []
+    if distill.temperature != 1.0:
+        found.append(
+            f"distill.temperature: excluded by {key}: {rule}, leave it out or set "
+            "distill.temperature_range"
+        )
+    if ends is not None and ends[0] >= ends[1]:
+        found.append(
+            f"distill.temperature_range: [{ends[0]:g}, {ends[1]:g}] must rise, give the lower end "
+            "first"
+        )
+    if config.compat == "easytransfer":
+        found.append(f"{key}: excluded by compat: easytransfer, which has no temperature")
+    return found
+
+
 def _transfer(config: RunConfig) -> list[str]:
     """What of ``distill.transfer`` the data have not got."""
     if config.data.unlabelled or config.data.labels or config.compare.labels:
@@ -213,6 +238,20 @@ def _generations(config: RunConfig) -> list[str]:
             found.append(f"distill.anchors: {name} is the teacher, whose share is distill.anchor")
         elif TEACHER_KINDS[name].in_data:
             found.append(f"distill.anchors: {name} is no model, which could be asked")
+    learned = {"distill": (distill.method, distill.generations)} | {
+        f"compare.rows.{number}": (row.method, row.generations or distill.generations)
+        for number, row in enumerate(config.compare.rows)
+    }
+    anchored = {
+        key: METHODS[name]
+        for key, (name, generations) in learned.items()
+        if generations > 1 or distill.anchors
+    }
+    if anchored and distill.temperature_schedule != "constant" and distill.anchor_by == "mixture":
+        found.append(
+            "distill.temperature_schedule: excluded by distill.generations and distill.anchors, as "
+            "a mixture is made at one temperature; set distill.anchor_by: geometric"
+        )
     return found
 
 
@@ -229,11 +268,16 @@ def _task(config: RunConfig) -> list[str]:
             f"data.soft_labels: excluded by data.task: {task.name}; what a teacher elsewhere says "
             "is a label like others, in data.label"
         )
-    if not task.softens and config.distill.temperature != 1.0:
-        found.append(
-            f"distill.temperature: excluded by data.task: {task.name}, whose answers are "
-            "numbers and no probabilities"
-        )
+    softened = {
+        "temperature": config.distill.temperature != 1.0,
+        "temperature_schedule": config.distill.temperature_schedule != "constant",
+    }
+    found += [
+        f"distill.{name}: excluded by data.task: {task.name}, whose answers are numbers and no "
+        "probabilities"
+        for name, is_set in softened.items()
+        if is_set and not task.softens
+    ]
     return found
 
 

@@ -24,6 +24,7 @@ from metakd.method.recipe import PAPER, Recipe
 from metakd.method.relations import Relations
 from metakd.method.tasks import SINGLE_LABEL, Task
 from metakd.method.teachers import StepOutput, check_packed
+from metakd.method.temperature import Temperature
 from metakd.method.terms import Term
 from metakd.models.taps import Features, Taps, pool
 
@@ -46,6 +47,7 @@ class Distillation(nn.Module):
         packed: run the student's layers on real tokens only.
         task: what labels mean.
         anchored: logits to learn from, of the teacher's [B, M] and of others' in the batch.
+        temperature: takes the place of that of the terms; who trains the module moves it.
 
     Raises:
         ValueError: a width does not split into the relation heads.
@@ -65,9 +67,11 @@ class Distillation(nn.Module):
         packed: bool = False,
         task: Task = SINGLE_LABEL,
         anchored: Callable[[Tensor, Tensor], Tensor] | None = None,
+        temperature: Temperature | None = None,
     ):
         super().__init__()
         check_packed(packed, recipe)
+        self.temperature = temperature
         self.packed = packed
         self.task = task
         self.anchored = anchored
@@ -175,6 +179,9 @@ class Distillation(nn.Module):
             logged["relations"] = by_domain.detach()
             logged["relations_std"] = relations.detach().std(correction=0)
         for term in self.terms:
+            if self.temperature is not None and "temperature" in term.listens_to:
+                term = term.softened(self.temperature.value)
+                logged["temperature"] = total.new_full((), self.temperature.value)
             asked = taught, batch, self.projections.get(self._projection_name(term))
             if relations is None or (first := term.first_layer) is None:
                 rows = related = term.rows(seen, *asked)

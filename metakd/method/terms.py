@@ -98,6 +98,10 @@ class Term:
             ValueError: it cannot.
         """
 
+    def softened(self, temperature: float) -> Self:
+        """The same at this temperature, where it listens to one."""
+        return self
+
     def rows(
         self, student: Features, teacher: Features, batch: Batch, projection: Tensor | None
     ) -> Tensor:
@@ -349,6 +353,9 @@ class PredictionTerm(Term):
             scale_by_temperature=config.scale_by_temperature,
             divide_by_classes=not recipe.classical_prediction,
         )
+
+    def softened(self, temperature):
+        return replace(self, temperature=temperature)
 
     def rows(self, student, teacher, batch, projection):
         rows = self.task.divergence(

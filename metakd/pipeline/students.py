@@ -26,6 +26,7 @@ from metakd.errors import ConfigError, DataError
 from metakd.method.attribution import Attribution
 from metakd.method.objective import Distillation
 from metakd.method.teachers import told
+from metakd.method.temperature import Temperature
 from metakd.models.student import build_student
 from metakd.models.taps import model_inputs
 from metakd.pipeline import chain
@@ -314,6 +315,7 @@ class StudentStage(StartStage):
                 packed=self.config.packed,
                 task=corpus.task,
                 anchored=generation.anchored if generation else None,
+                temperature=Temperature.configured(distill),
             )
 
         classify, scales = classifier(student), {}
@@ -379,6 +381,7 @@ class StudentStage(StartStage):
                         saves=replace(saves, phase=number, last_phase=is_last),
                         seed=seed,
                         title=f"{label} {domain}{part}",
+                        temperature=module.temperature,
                     )
         if lesson.tutor is not None:
             result["tutor"] = lesson.tutor.shape

@@ -30,6 +30,7 @@ from metakd.data.batches import Batch, Collate, StepSampler
 from metakd.data.corpus import Split
 from metakd.errors import CheckpointError, DivergedError, StoppedError
 from metakd.method.teachers import StepOutput
+from metakd.method.temperature import UPDATES, Temperature
 from metakd.models.taps import Features
 from metakd.training.faults import SkippingAdamW, StopRequest, Watchdog
 from metakd.training.log import Meter, RunLog
@@ -73,6 +74,7 @@ def fit(
     conclude: Callable[[], None] | None = None,
     settle: Callable[[], None] | None = None,
     saves: Saves | None = None,
+    temperature: Temperature | None = None,
 ) -> dict[str, float]:
     """Train ``module`` and leave it with the weights that ``training.selection`` says, whole, on
     ``world.device`` (in host memory after ZeRO-3, where one device may not hold them).
@@ -97,6 +99,7 @@ def fit(
         settle: called at the end of each step, for what does not change within one.
         saves: checkpoints; None saves nothing. A phase that the checkpoint to start from has
             behind it is not run at all.
+        temperature: of the module, which is moved as it goes.
 
     Returns:
         The score of these weights with the ``epoch``; empty without ``score``.
@@ -127,7 +130,9 @@ def fit(
     torch.manual_seed(seed * world.size + world.rank)  # dropout differs between ranks
 
     meter, position = Meter(), Position()
-    keeper = Keeper(engine, saves, world, log, meter, position)
+    if temperature is not None:
+        temperature.begin()
+    keeper = Keeper(engine, saves, world, log, meter, position, temperature)
     keeper.restore(
         {"zero": sharding.zero, "precision": config.precision, "step_size": shares.step_size},
         {
@@ -278,6 +283,7 @@ class _Loop:
     def __post_init__(self):
         self.world, self.log = self.keeper.world, self.keeper.log
         self.meter, self.position = self.keeper.meter, self.keeper.position
+        self._held = max(self.total_steps // UPDATES, 1)  # steps that a temperature is held for
         self._averaged_steps: set[int] = set()
         if self.selection == "average":
             spacing = self.total_steps * AVERAGED_SHARE / AVERAGED_TIMES
@@ -304,6 +310,8 @@ class _Loop:
             if position.step % config.logging_steps == 0 or position.step == self.total_steps:
                 rate = {"learning_rate": self.scheduler.get_last_lr()[0]}
                 self.log.write(position.step, self.meter.read(self.world) | rate)
+            if position.step % self._held == 0:
+                self.keeper.move_temperature(position.step / self.total_steps)
             if position.step in self._averaged_steps:
                 with self.log.pausing():
                     self._average()
@@ -336,7 +344,10 @@ class _Loop:
         if engine.was_step_applied():
             position.skipped_in_a_row = 0
             for output, index in seen:
-                self.meter.add({"loss": output.rows.mean(), **output.terms}, len(index))
+                loss = {"loss": output.rows.mean()}
+                self.meter.add(loss | output.terms, len(index))
+                if self.keeper.temperature is not None:
+                    self.keeper.heard.add(loss, len(index))
         else:
             self._note_skipped(seen)
 

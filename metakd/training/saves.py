@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metakd import __version__
 from metakd.errors import CheckpointError, DivergedError, StoppedError
+from metakd.method.temperature import Temperature
 from metakd.training.checkpoint import (
     Checkpoints,
     HashedFiles,
@@ -72,11 +73,22 @@ class Keeper:
     log: RunLog
     meter: Meter
     position: Position
+    temperature: Temperature | None = None
+    heard: Meter = field(default_factory=Meter)  # losses since the temperature was set
     _saved_step: int | None = None
 
     def __post_init__(self):
         # DeepSpeed would put a script beside the tags, unhashed and outside of them.
         self.engine._copy_recovery_script = lambda folder: None
+
+    def move_temperature(self, progress: float) -> None:
+        """Set the temperature, if there is one that moves, by what all ranks have heard.
+
+        Args:
+            progress: share of the run that is done.
+        """
+        if self.temperature is not None:
+            self.temperature.update(progress, self.heard.read(self.world).get("loss"))
 
     def save(self) -> None:
         """Publish a checkpoint of the last finished step."""
@@ -94,6 +106,8 @@ class Keeper:
             "best": position.best,
             "averaged": position.averaged,
         }
+        if self.temperature is not None:
+            own |= {"temperature": self.temperature.state(), "heard": self.heard.state()}
 
         def write(files: HashedFiles) -> None:
             self.engine.checkpoint_engine = files
@@ -169,13 +183,15 @@ class Keeper:
         if self.world.is_main and best.exists():
             position.best_weights = safetensors.torch.load_file(best)
         self.log.rewind(own["log"], position.step)
+        if self.temperature is not None:
+            self.temperature.restore(own["temperature"])
+        for other in told if self.world.is_main or not changed else ():
+            self.meter.include(other["meter"], self.world.device)
+            if self.temperature is not None:
+                self.heard.include(other["heard"], self.world.device)
         if not changed:
-            self.meter.include(own["meter"], self.world.device)
             restore_random_state(own["random"], self.world.device)
             return
-        if self.world.is_main:
-            for other in told:
-                self.meter.include(other["meter"], self.world.device)
         torch.manual_seed((seed + position.step) * self.world.size + self.world.rank)
 
     def _refuse_non_finite(self) -> None:
