@@ -412,6 +412,10 @@ CONTRADICTIONS = {
         "distill: {temperature_schedule: loss, generations: 2}",
         "distill.temperature_schedule: excluded by distill.generations and distill.anchors",
     ),
+    "an anchor of many targets": (
+        "{teacher: {model: m}, distill: {method: gated_kd, generations: 2}}",
+        "distill.method: gated_kd has a target of each teacher and no one to anchor",
+    ),
     "a temperature that the release has not": (
         "{compat: easytransfer, distill: {schedule: two_stage, temperature_schedule: loss}}",
         "distill.temperature_schedule: excluded by compat: easytransfer",

@@ -397,6 +397,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn(scene):
         ("finetune", ["hard_label"]),
         ("logits_kd", ["prediction"]),
         ("mtn_kd", ["prediction"]),
+        ("gated_kd", ["gated"]),
         ("tinybert_kd", ["embedding", "hidden", "attention", "prediction"]),
         ("minilmv2", ["relation", "prediction"]),
         ("meta", ["embedding", "hidden", "attention", "transfer", "prediction"]),

@@ -65,6 +65,7 @@ def test_places_of_outputs_tell_one_teacher_from_the_mean_of_several():
 
     assert place("logits_kd", "single") == "teachers/single-s3/books"
     assert place("mtn_kd", "single") == "teachers/single-s3-mean/books"
+    assert place("gated_kd", "single") == "teachers/single-s3-gate/books"
     assert place("logits_kd", "mix") == "teachers/mix-s3/books"
 
 

@@ -118,7 +118,7 @@ def test_what_no_teacher_has_seen_is_the_teachers_own_opinion(make_batch, tiny_b
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["distill.method=mtn_kd", "teacher.kind=single"], "mean of several teachers"),
+        (["distill.method=mtn_kd", "teacher.kind=single"], "from several teachers"),
         (
             ["data.data_fraction=0.05", "teacher.kind=single", "distill.method=logits_kd"],
             "too many",

@@ -376,16 +376,17 @@ def test_only_matched_layers_are_kept():
     assert signals("tinybert_kd") == matched | {"embedding", "logits"}
     assert signals("minilmv2") == {"query-5", "key-5", "value-5", "logits"}
     assert signals("logits_kd") == signals("mtn_kd") == {"logits"}
+    assert signals("gated_kd") == {"votes"}
     off = {"embedding": 0, "attention": 0, "prediction": 0}
     assert signals("meta", terms=off, gamma2=0.0) == {"hidden-2", "hidden-5", "logits"}
 
 
 def test_what_each_mode_keeps():
-    logits, more = frozenset({Signal("logits")}), EVERYTHING
-    assert [is_kept(s, mode) for mode in ("none", "logits", "all") for s in (logits, more)] == [
-        *(False, False),
-        *(True, False),
-        *(True, True),
+    answers, more = [frozenset({Signal(name)}) for name in ("logits", "votes")], EVERYTHING
+    assert [is_kept(s, mode) for mode in ("none", "logits", "all") for s in (*answers, more)] == [
+        *(False, False, False),
+        *(True, True, False),
+        *(True, True, True),
     ]
 
 
@@ -424,6 +425,7 @@ METHODS = {
     "tinybert_kd, single": ["distill.method=tinybert_kd", "teacher.kind=single"],
     "logits_kd": ["distill.method=logits_kd", "teacher.kind=mix"],
     "mtn_kd": ["distill.method=mtn_kd", "teacher.training.num_train_epochs=8"],
+    "gated_kd": ["distill.method=gated_kd", "teacher.training.num_train_epochs=8"],
     "minilmv2": ["distill.method=minilmv2", "distill.relation_heads=4", "teacher.kind=mix"],
     "two stages": ["distill.schedule=two_stage", "distill.intermediate.num_train_epochs=1"],
     "ad_kd": ["distill.method=ad_kd", "teacher.kind=mix", "distill.attribution_top=20"],
@@ -559,8 +561,10 @@ def test_what_pads_on_the_left_is_not_kept(make):
     assert not (run.folder / "teachers").exists()
 
 
-def test_the_estimate_is_the_size(make):
+@pytest.mark.parametrize("method", ["meta", "gated_kd"])
+def test_the_estimate_is_the_size(make, method):
     options = ["distill.cache_teacher=all", "distill.domains=[hiking,novels]"]
+    options += [f"distill.method={method}", "teacher.ensemble=2"]
     places = make(*options).cache()
     values = [
         load_file(file)["values"].nbytes for place in places for file in place.glob("*.safetensors")

@@ -334,7 +334,9 @@ class TransferWeights(Block):
 
 class DistillConfig(Block):
     """How a student is taught. ``gamma2`` weights the transferable-knowledge term L_TKD,
-    ``non_target`` what ``decoupled_kd`` compares within the classes that are not the target's.
+    ``non_target`` what ``decoupled_kd`` compares within the classes that are not the target's;
+    ``gate_entropy`` is the bonus of ``gated_kd`` for listening to several teachers, and
+    ``gate_dropout`` the dropout of what decides to whom.
 
     ``temperature_schedule`` lets the temperature move within ``temperature_range``, by default
     [2, 6], in place of ``temperature``: down along a ``cosine`` over the run, down with the
@@ -389,6 +391,8 @@ class DistillConfig(Block):
     temperature_range: Annotated[TemperatureRange | None, LATER] = None
     scale_by_temperature: bool = True
     non_target: Annotated[float, Field(ge=0.0), LATER] = 8.0
+    gate_entropy: Annotated[float, Field(ge=0.0), LATER] = 0.1
+    gate_dropout: Annotated[float, Field(ge=0.0, lt=1.0), LATER] = 0.2
     gamma2: Annotated[float, Field(ge=0.0)] = 0.2
     terms: TermWeights = TermWeights()
     attention: Literal["scores", "probabilities", "kl"] = "scores"

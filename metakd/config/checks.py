@@ -247,6 +247,12 @@ def _generations(config: RunConfig) -> list[str]:
         for key, (name, generations) in learned.items()
         if generations > 1 or distill.anchors
     }
+    found += [
+        f"{key}.method: {method.name} has a target of each teacher and no one to anchor, leave out "
+        "distill.generations and distill.anchors"
+        for key, method in anchored.items()
+        if method.asks_each
+    ]
     if anchored and distill.temperature_schedule != "constant" and distill.anchor_by == "mixture":
         found.append(
             "distill.temperature_schedule: excluded by distill.generations and distill.anchors, as "

@@ -19,9 +19,11 @@ from metakd.method.kinds import TEACHER_KINDS
 from metakd.method.recipe import PAPER, Recipe
 from metakd.method.tasks import SINGLE_LABEL, Task
 from metakd.method.terms import (
+    ANSWERS,
     AttentionTerm,
     DecoupledTerm,
     EmbeddingTerm,
+    GatedTerm,
     HardLabelTerm,
     HiddenTerm,
     PredictionTerm,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 OWN = "own"
 MEAN = "mean"
+GATE = "gate"
 TRAINED = "trained"
 FIXED = "fixed"
 
@@ -76,7 +79,7 @@ class Method:
         source: where it comes from.
         teachers: kinds that can teach it; None: every kind; empty: it has no teacher.
         combine: of teachers that know one domain each, ``own`` asks that of the student's domain,
-            ``mean`` all of them, for the mean of their logits.
+            ``mean`` all of them, for the mean of their logits, ``gate`` all, each for itself.
         by_expertise: are terms multiplied by lambda, per example?
         by_relation: what multiplies terms of layers, per domain: a network of ``relations`` that
             is ``trained`` with the student, or stays ``fixed`` as it was drawn; None: nothing.
@@ -96,12 +99,17 @@ class Method:
     then_own: bool = False
 
     def __post_init__(self):
-        if self.combine != OWN and not self._asks_for_logits_alone:
+        if self.combine != OWN and not all(part.term.needs <= ANSWERS for part in self.terms):
             raise ValueError(f"method {self.name}: of several teachers only logits have a mean")
 
     @property
     def _asks_for_logits_alone(self) -> bool:
         return all(part.term.needs <= {"logits"} for part in self.terms)
+
+    @property
+    def asks_each(self) -> bool:
+        """Does it learn from each of several teachers, and not from their mean?"""
+        return any("votes" in part.term.needs for part in self.terms)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -165,6 +173,7 @@ _TRANSFER = Weighted(TransferTerm, "gamma2")
 _PREDICTION = Weighted(PredictionTerm, "terms.prediction")
 _DECOUPLED = Weighted(DecoupledTerm, "terms.prediction")
 _ATTRIBUTION = Weighted(AttributionTerm, "terms.attribution")
+_GATED = Weighted(GatedTerm, "terms.prediction")
 _HARD_LABEL = Weighted(HardLabelTerm, "terms.hard_label")
 
 METHODS = {
@@ -241,6 +250,14 @@ METHODS = {
             "You et al. 2017",
             teachers=("single",),
             combine=MEAN,
+        ),
+        Method(
+            "gated_kd",
+            (_GATED, _HARD_LABEL),
+            "every domain's teacher, each as much as a small network says of the text",
+            "Haase, da Silva 2025",
+            teachers=("single",),
+            combine=GATE,
         ),
         Method(
             "minilmv2",

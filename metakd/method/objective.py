@@ -19,27 +19,30 @@ from transformers import PreTrainedModel
 
 from metakd.method.attribution import Attribution
 from metakd.method.domains import DomainLayer
+from metakd.method.gate import Gate, entropy
 from metakd.method.methods import TRAINED
 from metakd.method.recipe import PAPER, Recipe
 from metakd.method.relations import Relations
 from metakd.method.tasks import SINGLE_LABEL, Task
 from metakd.method.teachers import StepOutput, check_packed
 from metakd.method.temperature import Temperature
-from metakd.method.terms import Term
+from metakd.method.terms import ANSWERS, Term
 from metakd.models.taps import Features, Taps, pool
 
 Batch = dict[str, Tensor]
 
 
 class Distillation(nn.Module):
-    """A student under training, with the projections, domain layer and relations that only training
-    needs.
+    """A student under training, with the projections, domain layer, relations and gate that only
+    training needs.
 
     Args:
         student: sequence classifier; the only part that is saved.
         terms: what to minimise.
         teacher_hidden: H of the teacher; projections exist only where the student's differs.
         num_domains: K.
+        num_teachers: T, whose votes a gate weights, where a term asks for them.
+        gate_dropout: of the gate.
         weigh_by_expertise: multiply terms by lambda_i (meta-distillation); otherwise lambda is 1.
         by_relation: multiply the layers of terms by the weights of a network that is ``trained`` or
             ``fixed``, see ``methods.Method``.
@@ -61,6 +64,8 @@ class Distillation(nn.Module):
         *,
         teacher_hidden: int | None = None,
         num_domains: int = 1,
+        num_teachers: int = 1,
+        gate_dropout: float = 0.0,
         weigh_by_expertise: bool = False,
         by_relation: str | None = None,
         recipe: Recipe = PAPER,
@@ -90,6 +95,10 @@ class Distillation(nn.Module):
                 nn.init.normal_(self.projections[name], std=hidden**-0.5)
         if "domain" in self.needs:
             self.domain_layer = DomainLayer(hidden, num_domains, recipe.tanh_on_transfer)
+        if "votes" in self.needs:
+            self.num_domains = num_domains
+            outputs = student.config.num_labels
+            self.gate = Gate(hidden, num_teachers, outputs, task, gate_dropout)
         self.relations = None
         if by_relation is not None:
             self.relations = Relations(
@@ -110,9 +119,8 @@ class Distillation(nn.Module):
         return "shared" if term.projected and self.recipe.shared_projection else term.projected
 
     def _tap(self) -> Taps:
-        needs = self.needs - {"logits", "domain"} | (
-            {"last_hidden"} if "domain" in self.needs else set()
-        )
+        pooled = {"last_hidden"} if self.needs & {"domain", "votes"} else set()
+        needs = self.needs - ANSWERS - {"domain"} | pooled
         self._relating = self.relations is not None and any(
             term.first_layer is not None for term in self.terms
         )
@@ -170,7 +178,7 @@ class Distillation(nn.Module):
         if taught is not None and taught.logits is not None and self.anchored is not None:
             taught.logits = self.anchored(taught.logits, batch["elder"].to(taught.logits))
         total = torch.zeros(len(seen.mask), device=seen.mask.device)
-        logged = {}
+        logged = self._listen(seen, taught, batch) if "votes" in self.needs else {}
         relations = None
         if self._relating:
             self.relations.note(seen, batch["domain"])
@@ -210,6 +218,18 @@ class Distillation(nn.Module):
             logged["expertise_in_sample"] = in_sample.mean()
             logged["expertise_in_sample_std"] = in_sample.std(correction=0)
         return StepOutput(total, logged)
+
+    def _listen(self, seen: Features, taught: Features, batch: Batch) -> dict[str, Tensor]:
+        """Let the gate say how much the student listens to each teacher. For the log: the share of
+        each teacher in all that was heard of each domain [K, T], and the mean entropy."""
+        seen.gate = self.gate(pool(seen, self.recipe.pooling), taught.votes)
+        shares = seen.gate.detach()
+        domains = torch.arange(self.num_domains, device=shares.device)
+        of_domain = (batch["domain"] == domains[:, None]).to(shares)  # [K, B]
+        return {
+            "gate_shares": of_domain @ shares / max(len(shares), 1),
+            "gate_entropy": entropy(shares).mean(),
+        }
 
     def _known(self, batch: Batch, taught: Features | None) -> tuple[Tensor, Tensor | None]:
         """Labels, the teacher's choice where there is none, and the scores t [B] with these labels,

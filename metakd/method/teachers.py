@@ -26,6 +26,7 @@ from metakd.method.attribution import Attribution
 from metakd.method.kinds import ASSISTANT, ENCODER, TEACHER_KINDS, TeacherKind
 from metakd.method.recipe import PAPER, Recipe
 from metakd.method.tasks import SINGLE_LABEL, Task
+from metakd.method.terms import ANSWERS
 from metakd.models.sources import check_finite, damaged, load_encoder, load_trained_classifier
 from metakd.models.taps import TAPPED, Features, Taps
 
@@ -224,8 +225,8 @@ class FrozenTeacher:
     for.
 
     Args:
-        teachers: one teacher, or several whose logits are averaged; what else is asked for is that
-            of the first.
+        teachers: one teacher, or several whose logits are averaged; ``votes`` are those of each,
+            what else is asked for is that of the first.
         needs: the ``Features`` to collect.
         own_stream: compute on a CUDA stream of its own, beside the student's forward pass, until
             ``Features.arrive``.
@@ -245,7 +246,7 @@ class FrozenTeacher:
         packed: bool = False,
         attribution: Attribution | None = None,
     ):
-        own = needs - TAPPED - {"logits"}
+        own = needs - TAPPED - ANSWERS
         if lacking := own - teachers[0].kind.shows:
             able = [name for name, kind in TEACHER_KINDS.items() if lacking <= kind.shows]
             raise ValueError(
@@ -254,6 +255,7 @@ class FrozenTeacher:
             )
         self.teachers = teachers
         self._attribution = attribution if "attribution" in needs else None
+        self._votes = "votes" in needs
         for teacher in teachers:
             check_packed(packed, teacher.recipe)
         first = needs & TAPPED | (teachers[0].kind.needs if own else set())
@@ -277,7 +279,7 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> Features:
-        """Features of one batch, the logits averaged over all teachers."""
+        """Features of one batch."""
         if self._stream is None:
             return self._features(batch)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))  # for the batch
@@ -294,11 +296,13 @@ class FrozenTeacher:
 
         with torch.set_grad_enabled(how is not None):
             first = show()
+        others = zip(self.teachers[1:], self._taps[1:], strict=True)
+        seen = [first, *(teacher.features(batch, taps) for teacher, taps in others)]
         logits = first.logits
-        if len(self.teachers) > 1:
-            others = zip(self.teachers[1:], self._taps[1:], strict=True)
-            seen = [first, *(teacher.features(batch, taps) for teacher, taps in others)]
+        if len(seen) > 1:
             logits = torch.stack([features.logits.float() for features in seen]).mean(0)
+        if self._votes:
+            first.votes = torch.stack([features.logits for features in seen], 1)
         if how is not None:
             labels = how.task.presumed(batch["labels"], logits)
             with torch.enable_grad():

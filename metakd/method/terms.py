@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     Batch = dict[str, Tensor]
 
 
+ANSWERS = frozenset({"logits", "votes"})
+"""Features that say what a text is, by the mean of all teachers and by each of them."""
+
+
 class Setup(NamedTuple):
     """What a term is told of the models, of the form of the method and of the labels."""
 
@@ -80,7 +84,7 @@ class Term:
     @property
     def compares_tokens(self) -> bool:
         """Must student and teacher read the same tokens?"""
-        return bool(self.needs - {"logits", "domain"})
+        return bool(self.needs - ANSWERS - {"domain"})
 
     def by_layer(self) -> list[Self]:
         """Terms of one layer each whose sum it is."""
@@ -358,14 +362,17 @@ class PredictionTerm(Term):
         return replace(self, temperature=temperature)
 
     def rows(self, student, teacher, batch, projection):
-        rows = self.task.divergence(
-            student.logits,
-            teacher.logits,
+        rows = self._divergence(
+            student,
+            teacher,
             temperature=self.temperature,
             scale_by_temperature=self.scale_by_temperature,
-            backend=self.backend,
         )
         return rows / student.logits.shape[-1] if self.divide_by_classes else rows
+
+    def _divergence(self, student, teacher, **options):
+        given = student.logits, teacher.logits
+        return self.task.divergence(*given, backend=self.backend, **options)
 
 
 @dataclass(frozen=True)
@@ -405,6 +412,42 @@ class DecoupledTerm(PredictionTerm):
             within = metakd.soft_kl(others, taught_others, reduction="none", backend=self.backend)
             rows = rows + self.non_target * within
         return rows * self.temperature**2 if self.scale_by_temperature else rows
+
+
+@dataclass(frozen=True)
+class GatedTerm(PredictionTerm):
+    """``KL(sum_m a_m p_m || p_S) - beta H(a)``, the first times T^2: the student follows a mixture
+    of its teachers' softened predictions, of which a gate gives each its share a_m by the text
+    (``gate.Gate``). It is trained by this loss, and so listens to whom the student can follow; the
+    entropy keeps it from listening to one alone. Source: Haase, da Silva, *HPM-KD* (arXiv
+    2512.09886)."""
+
+    entropy: float = 0.1
+
+    name = "gated"
+    needs = frozenset({"votes"})
+    listens_to = ("gate_entropy", "gate_dropout", "temperature", "scale_by_temperature")
+
+    @classmethod
+    def configured(cls, weight, config, setup):
+        if not setup.task.softens:
+            raise ValueError(
+                f"gated: {setup.task.name} has no probabilities to mix; a method that takes the "
+                "mean of several teachers takes numbers too"
+            )
+        return replace(super().configured(weight, config, setup), entropy=config.gate_entropy)
+
+    def rows(self, student, teacher, batch, projection):
+        from metakd.method.gate import entropy
+
+        rows = super().rows(student, teacher, batch, projection)
+        return rows - self.entropy * entropy(student.gate)
+
+    def _divergence(self, student, teacher, **options):
+        from metakd.method.gate import mixture_divergence
+
+        given = student.logits, teacher.votes, student.gate
+        return mixture_divergence(self.task, *given, **options)
 
 
 @dataclass(frozen=True)

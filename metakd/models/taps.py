@@ -71,11 +71,13 @@ def model_inputs(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, 
 class Features:
     """What one forward pass of an encoder showed; only what was asked for is filled in.
 
-    B batch, L length, H hidden width, A heads, D head width, M classes.
+    B batch, L length, H hidden width, A heads, D head width, M classes, T teachers.
     """
 
     mask: Tensor  # [B, L], 1 for real tokens
     logits: Tensor | None = None  # [B, M]
+    votes: Tensor | None = None  # [B, T, M], the logits of each of T teachers
+    gate: Tensor | None = None  # [B, T], how much each of them is listened to
     embedding: Tensor | None = None  # [B, L, H], the input of the first layer
     hidden: Sequence[Tensor] = field(default_factory=list)  # per layer [B, L, H]
     last_hidden: Tensor | None = None  # [B, L, H], after a final norm where the model has one

@@ -140,6 +140,7 @@ class Asked(NamedTuple):
     place: str
     texts: Callable[[], Split]
     signals: frozenset[Signal]
+    teachers: int = 1
 
 
 def attention_inputs(terms: Iterable[Term]) -> dict:
@@ -182,7 +183,7 @@ class TeacherOutputs:
         """
         grown = False
         asked = [
-            Asked(lesson.place, partial(self._run.texts, lesson), signals)
+            Asked(lesson.place, partial(self._run.texts, lesson), signals, self._count(lesson))
             for lesson in lessons
             for signals, cached in zip(self.asked_of(lesson), self.cached_phases(lesson))
             if cached
@@ -210,6 +211,7 @@ class TeacherOutputs:
                 self.taught,
                 len(run.corpus.label2id),
                 BYTES[config.precision],
+                asked.teachers,
             )
             for asked in self._asked.values()
         )
@@ -221,6 +223,14 @@ class TeacherOutputs:
                 "raise the limit, or keep less: cache_teacher: logits or none, bf16: true, fewer "
                 "matched layers",
             )
+
+    def _count(self, lesson: Lesson) -> int:
+        """How many teachers are asked."""
+        config, domains = self._run.config, self._run.corpus.domains
+        alike = config.teacher.ensemble
+        if not lesson.method.mixes(lesson.teacher_kind):
+            return alike
+        return alike * len(set(domains) - set(config.data.withhold))
 
     @cached_property
     def taught(self) -> PretrainedConfig:

@@ -7,7 +7,7 @@
                                      what those say who have not seen an example
 <output_dir>/starts/<preset>-s<seed>/
                                      what students of a preset begin as (``student.pretrain``)
-<output_dir>/.cache/teachers/<kind>-s<seed>[-mean]/<domain>[-on-<texts>]/
+<output_dir>/.cache/teachers/<kind>-s<seed>[-mean|-gate]/<domain>[-on-<texts>]/
                                      what teachers say of training examples, see ``teacher_cache``
 """
 

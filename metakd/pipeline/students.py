@@ -127,8 +127,8 @@ class StudentStage(StartStage):
             self.texts(lesson)  # raises where there are none
         if self.config.teacher.folds and lesson.method.mixes(lesson.teacher_kind):
             raise ConfigError(
-                f"teacher.folds: {lesson.distill.method} learns from the mean of several teachers, "
-                "which have each seen other examples",
+                f"teacher.folds: {lesson.distill.method} learns from several teachers, which have "
+                "each seen other examples",
                 "leave out teacher.folds, or this method",
             )
 
@@ -309,6 +309,8 @@ class StudentStage(StartStage):
                 terms,
                 teacher_hidden=taught.hidden_size,
                 num_domains=len(corpus.domains),
+                num_teachers=len(teacher_folders),
+                gate_dropout=distill.gate_dropout,
                 weigh_by_expertise=lesson.method.by_expertise,
                 by_relation=lesson.method.by_relation,
                 recipe=self.recipe,

@@ -35,7 +35,7 @@ from metakd.data.cache import Draft, TensorCache, content_key, private_folder
 from metakd.data.corpus import Split
 from metakd.errors import CheckpointError
 from metakd.method.attribution import Attribution
-from metakd.method.terms import Term
+from metakd.method.terms import ANSWERS, Term
 from metakd.models.adapters import DESCRIBED, base_of
 from metakd.models.packing import Packing, real_tokens
 from metakd.models.taps import ATTENTION_INPUTS, Features
@@ -45,7 +45,7 @@ from metakd.training.world import World
 FORMAT = 1  # of the files: a change makes all of them anew
 GIB = 2**30
 _BY_LAYER = ATTENTION_INPUTS | {"hidden"}
-_BY_EXAMPLE = {"logits", "domain"}
+_BY_EXAMPLE = ANSWERS | {"domain"}
 
 
 class Signal(NamedTuple):
@@ -82,15 +82,20 @@ def signals_of(terms: Iterable[Term], by_expertise: bool, depth: int) -> frozens
 
 def is_kept(signals: frozenset[Signal], mode: str) -> bool:
     """Are all of them kept under this ``distill.cache_teacher``?"""
-    return mode == "all" or (mode == "logits" and signals <= {LOGITS})
+    return mode == "all" or (mode == "logits" and all(s.feature in ANSWERS for s in signals))
 
 
 def bytes_of(
-    signals: Iterable[Signal], split: Split, shape: PretrainedConfig, classes: int, itemsize: int
+    signals: Iterable[Signal],
+    split: Split,
+    shape: PretrainedConfig,
+    classes: int,
+    itemsize: int,
+    teachers: int = 1,
 ) -> int:
     """Size of these signals: per real token H values of the embedding and of each hidden layer and
-    A D of the queries, keys or values of each; per example M logits and H of h_d. Scores of tokens
-    are V numbers a token, in fp32.
+    A D of the queries, keys or values of each; per example M logits, of each teacher where they are
+    votes, and H of h_d. Scores of tokens are V numbers a token, in fp32.
 
     Args:
         signals: to keep.
@@ -98,9 +103,11 @@ def bytes_of(
         shape: of the teacher.
         classes: M.
         itemsize: bytes of a value.
+        teachers: how many they are.
     """
     head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    widths = dict.fromkeys(ATTENTION_INPUTS, shape.num_attention_heads * head) | {"logits": classes}
+    widths = dict.fromkeys(ATTENTION_INPUTS, shape.num_attention_heads * head)
+    widths |= {"logits": classes, "votes": teachers * classes}
     tokens = int(split.input_ids.lengths.sum())
 
     def of(signal: Signal) -> int:
@@ -179,7 +186,7 @@ def _packed(batch: Batch, signal: Signal) -> Tensor | None:
 
 
 class KeptOutputs:
-    """What one teacher, or the mean of several, says of one set of examples.
+    """What one teacher, or several together, say of one set of examples.
 
     Args:
         root: folder of the caches, for its owner alone.
