@@ -102,6 +102,7 @@ def train(group: Group, runs: Path, encoder: Path) -> dict:
         if group.labels == ALL
         else group.labels,
         "cells": cells,
+        "each": {row: round(mean) for row, mean in result.details["seconds"].items()},
     }
 
 
@@ -144,7 +145,7 @@ def measure(encoder: Path) -> None:
 def main() -> None:
     """Train, measure or report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["train", "latency", "report", "list"])
+    parser.add_argument("action", choices=["corpus", "train", "latency", "report", "list"])
     parser.add_argument("--part", choices=PARTS, action="append", help="only these")
     parser.add_argument("--block", action="append", help="only these")
     parser.add_argument("--domain", action="append", help="only these")
@@ -154,6 +155,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study")
     parser.add_argument("--encoder", type=Path, default=ROOT / "models" / "minilm")
     options = parser.parse_args()
+    if options.action == "corpus":
+        _rated(options.runs)
+        return
     if options.action == "latency":
         measure(options.encoder)
         return

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "docs" / "results" / "study" / "cells.json"
 SHORT_SIZES = {"train": 3000, "validation": 200, "test": 800, "unlabelled": 2000}
@@ -69,6 +71,12 @@ def _kd(method: str, transfer: str, teacher: str = "meta") -> dict:
     return {"method": method, "teacher": teacher, "transfer": transfer}
 
 
+def _field() -> tuple[dict, ...]:
+    """The rows of ``configs/methods.yaml``."""
+    rows = yaml.safe_load((ROOT / "configs" / "methods.yaml").read_text())["compare"]["rows"]
+    return tuple({"transfer": "unlabelled", **row} for row in rows)
+
+
 REST_OF_CURVE = (ALL, 300, 32)
 BASELINES = {"distill": {"training": {"learning_rate": 1e-4}}}
 TAUGHT = {"distill": {"layer_map": "copied"}}
@@ -88,12 +96,17 @@ BLOCKS = (
     Block("labelled", (_kd("tinybert_kd", "all"), _kd("meta", "all"))),
     Block("single", (_kd("tinybert_kd", "unlabelled", "single"),)),
 )
+FIELD = _field()
+_TRAINED = [row for block in BLOCKS for row in block.rows]
+BLOCKS += (Block("methods", tuple(row for row in FIELD if row not in _TRAINED)),)
 VARIANTS = {
     "layer_map uniform": {"distill": {"layer_map": "uniform"}},
     "embeddings trained": {"student": {"freeze_embeddings": False}},
     "layers 1, 3, 5": {"student": {"layers": [1, 3, 5]}},
     "balance": {"distill": {"balance": "variance", "terms": {"attention": 1.0}}},
     "gamma2=0": {"distill": {"gamma2": 0.0}},
+    "attention=1": {"distill": {"terms": {"attention": 1.0}}},
+    "learning_rate=5e-5": {"distill": {"training": {"learning_rate": 5e-5}}},
     "steps=600": {"distill": {"training": {"max_steps": 600}}},
     "selection=best": {"distill": {"training": {"selection": "best"}}},
     "selection=average": {"distill": {"training": {"selection": "average"}}},

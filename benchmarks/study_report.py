@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import chdir
 from dataclasses import replace
+from statistics import fmean
 
 from benchmarks.study_plan import (
     ALL,
+    FIELD,
     KEPT,
     OTHERS_LABELS,
     PARTS,
@@ -26,6 +28,7 @@ from benchmarks.study_plan import (
     Results,
     groups,
 )
+from metakd.config import CompareRow
 from metakd.deploy.facts import pareto
 from metakd.deploy.report import write_report
 from metakd.deploy.speedup import LATENCY_AT, fastest, model_of, times
@@ -49,7 +52,7 @@ TINYBERT = "tinybert_kd-from-meta-on-unlabelled"
 ITS_TEACHER = "teacher: meta"
 CURVE_ROWS = (ITS_TEACHER, "finetune", "finetune_all", TINYBERT, META)
 MAIN = ("baselines", "students", "today", "pseudo", "foreign", "mix", "then_own", "logits")
-MAIN += ("labelled", "single")
+MAIN += ("labelled", "single", "methods")
 APART = (*MAIN, "shapes")
 CURVE_OF = "short"
 SETS = ("own", "unlabelled", "all", "all+unlabelled")
@@ -149,6 +152,8 @@ def _part(part: str, wanted: Sequence[Group], done: dict[Group, dict]) -> list[s
         sets = _sets(at[labels], domains)
         if sets:
             paragraphs += [f"### With {labels} labels", sets, _claims(at[labels], domains)]
+    if field := _field(at[few], domains, done):
+        paragraphs += ["### Every method", field]
     if variants := _variants(_cells(done, few), done, at[few]):
         paragraphs += ["### One change at a time", variants]
     latency = ROOT / FOLDER / "latency.json"
@@ -228,6 +233,30 @@ def _claims(cells: Sequence[Cell], domains: Sequence[str]) -> str:
             rows.append([text, show_interval(found[0]), _verdict(found[0]), str(found[1])])
     header = ["difference in accuracy", "points (95 %)", "", "seeds"]
     return markdown_table(header, rows) if rows else ""
+
+
+def _field(cells: Sequence[Cell], domains: Sequence[str], done: dict[Group, dict]) -> str:
+    """Rows of ``configs/methods.yaml`` against TinyBERT-KD on the same texts."""
+    rows = []
+    for row in FIELD:
+        name = CompareRow(**row).label
+        whole = _whole(cells, [name], domains)
+        if not whole:
+            continue
+        score = summarise(whole)[name][AVERAGE]
+        other = f"tinybert_kd-from-meta-on-{row['transfer']}"
+        found = None if name == other else _difference(cells, name, other, domains)
+        said = [show_interval(found[0]), _verdict(found[0]), str(found[1])] if found else ["-"] * 3
+        took = [group["each"][name] for group in done.values() if name in group.get("each", ())]
+        seconds = f"{fmean(took):.0f}" if took else "-"
+        rows.append([name, f"{show(score)} ({score['n']})", *said, seconds])
+    header = ["row", "accuracy (seeds)", "over TinyBERT-KD", "", "seeds", "seconds a student"]
+    about = (
+        "Rows of `configs/methods.yaml`, against TinyBERT-KD from the meta-teacher on the same "
+        "texts, points between what 95 of 100 paired draws lie. Seconds are those of training on "
+        "one busy core, teachers apart: an order of magnitude."
+    )
+    return f"{about}\n\n{markdown_table(header, rows)}" if rows else ""
 
 
 def _verdict(found: Interval) -> str:

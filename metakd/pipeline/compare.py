@@ -6,6 +6,7 @@ Every cell is a student stage, so an interrupted comparison goes on where it sto
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from metakd.pipeline.table import (
     Cell,
     csv_table,
     markdown,
+    markdown_table,
     summarise,
     term_values,
     terms_markdown,
@@ -42,6 +44,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
     split = "validation" if run.corpus.test is None else "test"
     cells: list[Cell] = []
     places: dict[str, list[Path]] = {}
+    seconds: dict[str, list[float]] = {}
 
     planned = list(_students(run, gamma2, teacher_seeds))
     run.foresee(lesson for lesson, _ in planned)
@@ -58,6 +61,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
         label, seed = options["label"], options["seed"]
         place, result = run.student(lesson, **options)
         places.setdefault(label, []).append(place)
+        seconds.setdefault(label, []).append(run.store.seconds(place))
         scored = run.corpus.domains if lesson.domain == ALL_DOMAINS else [lesson.domain]
         cells += Cell.all_of(label, scored, seed, result[split])
 
@@ -68,6 +72,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
         "seeds": config.seeds,
         "teacher_seeds": teacher_seeds,
         "summary": summarise(cells),
+        "seconds": {row: statistics.fmean(each) for row, each in seconds.items()},
         "terms": {row: term_values(students) for row, students in places.items()},
         "students": {
             row: [str(place.relative_to(run.folder)) for place in students]
@@ -121,7 +126,11 @@ def _write(folder: Path, result: dict) -> None:
         "Weighted value of each term (mean over the second half of training), and lambda "
         f"(`expertise`) with its standard deviation within a batch:\n\n{terms_markdown(result)}\n"
     )
-    page = f"{markdown(result)}\n\n{note}\n{terms}"
+    listed = markdown_table(
+        ["", "seconds"], [[row, f"{mean:.0f}"] for row, mean in result["seconds"].items()], 1
+    )
+    times = f"Training of a student, mean over domains and seeds, its teachers there:\n\n{listed}\n"
+    page = f"{markdown(result)}\n\n{note}\n{times}\n{terms}"
     (folder / "compare.md").write_text(page, encoding="utf-8")
     (folder / "compare.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     table = csv_table(["row", "domain", "seed", result["metric"]], result["cells"])

@@ -70,6 +70,7 @@ class StageStore:
     disk: Disk = field(default_factory=Disk)
     look_ahead: Callable[[], dict] = dict
     _finished: dict[Path, dict] = field(default_factory=dict, repr=False)
+    _took: dict[Path, float] = field(default_factory=dict, repr=False)
     _asked: dict[Path, tuple[str, bool]] = field(default_factory=dict, repr=False)
     _whole: set[Path] = field(default_factory=set, repr=False)
 
@@ -77,9 +78,14 @@ class StageStore:
         """The result of a stage that this process has asked for."""
         return self._finished[place]
 
+    def seconds(self, place: Path) -> float:
+        """That its building took, whenever that was, from its last start on."""
+        return self._took[place]
+
     def forget(self) -> None:
         """Look everything up again: processes that meet must have asked for the same stages."""
         self._finished.clear()
+        self._took.clear()
         self._asked.clear()
         self._whole.clear()
 
@@ -131,7 +137,7 @@ class StageStore:
         return hashlib.sha256(described.encode()).hexdigest()
 
     def _stored(self, place: Path) -> dict:
-        needed = "inputs", "kept", "result"
+        needed = "inputs", "kept", "seconds", "result"
         return self.world.agree(self.world.on_first(lambda: read_record(place, *needed)))
 
     def _look_up_or_build(self, place, digest, build, keep) -> dict:
@@ -142,6 +148,7 @@ class StageStore:
                 self._on_first(lambda: check_files(place, stored, contents=False))
             self._on_first(lambda: self._tidy(place))
             self.say(f"{name}: inputs unchanged, skipped")
+            self._took[place] = stored["seconds"]
             return stored["result"]
         if not self.may_build:
             state = "was built from other inputs" if stored else "is missing"
@@ -153,11 +160,12 @@ class StageStore:
         saves = self._open_saves(building, digest)
         since = time.perf_counter()
         result = self.world.agree(build(building, saves))
+        self._took[place] = round(time.perf_counter() - since, 1)
         done = {
             "inputs": digest,
             "kept": keep,
             "command": self.command,
-            "seconds": round(time.perf_counter() - since, 1),
+            "seconds": self._took[place],
             "world_size": self.world.size,
             **noted,
             "result": result,
