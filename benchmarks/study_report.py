@@ -237,7 +237,8 @@ def _claims(cells: Sequence[Cell], domains: Sequence[str]) -> str:
 
 def _field(cells: Sequence[Cell], domains: Sequence[str], done: dict[Group, dict]) -> str:
     """Rows of ``configs/methods.yaml`` against TinyBERT-KD on the same texts."""
-    rows = []
+    rows, few = [], PARTS[CURVE_OF].few
+    own = [f for g, f in done.items() if g.labels == few and g.block.name in MAIN]
     for row in FIELD:
         name = CompareRow(**row).label
         whole = _whole(cells, [name], domains)
@@ -247,7 +248,7 @@ def _field(cells: Sequence[Cell], domains: Sequence[str], done: dict[Group, dict
         other = f"tinybert_kd-from-meta-on-{row['transfer']}"
         found = None if name == other else _difference(cells, name, other, domains)
         said = [show_interval(found[0]), _verdict(found[0]), str(found[1])] if found else ["-"] * 3
-        took = [group["each"][name] for group in done.values() if name in group.get("each", ())]
+        took = [found["each"][name] for found in own if name in found.get("each", ())]
         seconds = f"{fmean(took):.0f}" if took else "-"
         rows.append([name, f"{show(score)} ({score['n']})", *said, seconds])
     header = ["row", "accuracy (seeds)", "over TinyBERT-KD", "", "seeds", "seconds a student"]

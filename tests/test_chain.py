@@ -124,6 +124,50 @@ def test_a_chain_ends_where_too_little_is_gained(make):
         assert (run.folder / "assistants/layers-0").exists() == (limit < 0)
 
 
+def test_who_comes_later_decides_nothing_for_an_assistant(make):
+    run = make(LISTED, *ONE)
+    run.distill()
+    for options in (
+        ['distill.chain=[{"layers": [0, 1]}, {"layers": [0]}]', "distill.chain_stop=-0.5"],
+        ['distill.chain=[{"preset": "tiny-2l-128"}, {"layers": [0, 1]}]'],
+    ):
+        again = make(*options, *ONE)
+        again.distill()
+        anew = [line for line in again.said if line.startswith("assistants/layers-0-1")]
+        # The same after nobody, and another after a preset.
+        ends = "skipped" if "chain_stop" in options[-1] else "running"
+        assert anew[0].endswith(ends)
+
+
+def test_a_chain_is_judged_by_scores_of_its_domain(make):
+    """Each single teacher knows its own; the mean of all of them teaches."""
+    chained = ['distill.chain=[{"layers": [0, 1]}, {"layers": [0]}]', "distill.chain_stop=5.0"]
+    run = make(*chained, "distill.domains=[novels]", "distill.method=mtn_kd", "teacher.kind=single")
+    [place] = run.distill()
+    teachers = {p.name: stage(p)["validation"] for p in run.teach("single")}
+    best = teachers["novels"]["accuracy/novels"]
+    own = stage(next(run.folder.glob("assistants/layers-0-1/*/novels")))["validation"]
+    [said] = [line for line in run.said if "the chain ends" in line]
+    assert f"{100 * (own['accuracy/novels'] - best) / best:+.1f} %" in said
+    assert stage(place)["seconds_before"] > 0
+
+
+def test_rows_without_a_teacher_have_no_assistants(make):
+    rows = [{"method": "finetune"}, {"method": "tinybert_kd", "teacher": "mix"}]
+    run = make(f"compare.rows={json.dumps(rows)}", LISTED, "compare.seeds=[1]", *ONE)
+    found = compare(run)
+    assert set(found["seconds"]) == {"finetune", "tinybert_kd-from-mix"}
+    assert not list(run.folder.glob("assistants/*/finetune*"))
+    with pytest.raises(ConfigError, match=r"distill\.chain: .*names a layer outside"):
+        make('distill.chain=[{"layers": [0, 7]}]', *ONE).distill()
+
+
+def test_a_cache_is_kept_for_the_first_assistant(make):
+    run = make(LISTED, "distill.cache_teacher=all", *ONE)
+    [folder] = run.cache()
+    assert folder.is_dir() and not (run.folder / "assistants").exists()
+
+
 def test_a_number_of_assistants_is_of_the_teachers_layers(make, source, tmp_path):
     with pytest.raises(ConfigError, match="no number of the teacher's layers lies between"):
         make("distill.chain=1", *ONE).distill()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_runs import assert_same_bits, config_refusal, distil_until_stopped, losses
 
+from metakd.config import DistillConfig
 from metakd.deploy.report import write_report
 from metakd.errors import ConfigError
 from metakd.functional import soft_kl
@@ -204,7 +205,7 @@ def test_the_report_draws_distances_beside_their_bound(make):
     [found] = json.loads(facts.read_text())["generations"].values()
     first = found["generations"][0]["anchor_kl"]
     assert found["bound"] == pytest.approx([first, 0.6 * first, 0.36 * first])
-    assert 'aria-label="logits_kd-from-mix: KL to the teachers' in page.read_text()
+    assert 'aria-label="logits_kd-from-mix: distance to the teachers' in page.read_text()
     assert "| logits_kd-from-mix | 3 |" in text.read_text()
     assert "it drifts" not in text.read_text()
 
@@ -232,6 +233,21 @@ def test_a_comparison_has_rows_of_generations(make):
         ({}, {"anchors": {"mixx": 0.2}}, "mixx"),
         ({}, {"anchors": {"file": 0.2}}, "no model"),
         ({}, {"generations": 2, "anchor_by": "mean"}, "anchor_by"),
+        (
+            {"compare.rows": [{"method": "logits_kd", "teacher": "single", "anchor": 0.9}]},
+            {"anchors": {"single": 0.1}},
+            "compare.rows.0.anchors: single is the teacher",
+        ),
+        (
+            {"compare.rows": [{"method": "logits_kd", "teacher": "mix", "anchor": 0.9}]},
+            {"anchors": {"single": 0.2}},
+            "compare.rows.0.anchors: the shares of all teachers sum to 1.1",
+        ),
+        (
+            {"compare.rows": [{"method": "logits_kd", "teacher": "mix", "anchor": 0.9}]},
+            {},
+            "compare.rows.0.anchor: needs generations",
+        ),
         ({}, {"generation": 2}, "did you mean generations"),
         ({}, {"generations": 2, "method": "finetune"}, "no teacher"),
         (
@@ -243,6 +259,31 @@ def test_a_comparison_has_rows_of_generations(make):
 )
 def test_generations_that_cannot_be_are_refused(changes, distill, said):
     assert said in str(config_refusal(changes, **distill))
+
+
+def test_shares_of_one_are_not_more_than_one():
+    shares = {"single": 0.05, "mix": 0.55, "mtl": 0.3}
+    assert DistillConfig(anchor=0.1, anchors=shares).held == 1.0
+
+
+def test_the_mixture_is_softened_as_the_loss_is(make):
+    release = ["compat=easytransfer", "distill.schedule=two_stage", "distill.temperature=4.0"]
+    run = make("distill.generations=2", *release, *ONE)
+    lesson = run.lesson_of("hiking")
+    [place] = run.distill()
+    generation = run._generation(lesson, place)
+    assert generation.temperature == 1.0
+    heard = run.texts(lesson, lesson.texts)
+    said = [generation._said_by(run.teach("mix"), heard) for _ in range(2)]
+    assert torch.equal(*said), "the release's dropout is for its students alone"
+    assert (
+        make("distill.temperature=4.0", "distill.generations=2", *ONE)
+        ._generation(
+            lesson._replace(distill=lesson.distill.model_copy(update={"temperature": 4.0})), None
+        )
+        .temperature
+        == 4.0
+    )
 
 
 def test_generations_without_predictions_are_refused(make):

@@ -425,9 +425,14 @@ class DistillConfig(Block):
     )
 
     @property
+    def anchored(self) -> bool:
+        """Is there more to learn than what the teacher says?"""
+        return self.generations > 1 or bool(self.anchors)
+
+    @property
     def held(self) -> float:
         """The share of all teachers in what a generation learns: 1 less that of the one before."""
-        return self.anchor + sum(self.anchors.values())
+        return round(self.anchor + sum(self.anchors.values()), 9)  # 0.1 + 0.6 + 0.3 are 1
 
     def towards(self, student: StudentConfig) -> DistillConfig:
         """This, with the layers that the student copies in place of ``copied``."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from metakd.config.blocks import StudentConfig, TeacherConfig, TrainingConfig
+from metakd.config.blocks import DistillConfig, StudentConfig, TeacherConfig, TrainingConfig
 from metakd.config.deepspeed import check_deepspeed, contradictions
 from metakd.config.run import RunConfig
 from metakd.method.kinds import TEACHER_KINDS
@@ -204,61 +204,60 @@ def _transfer(config: RunConfig) -> list[str]:
 
 
 def _generations(config: RunConfig) -> list[str]:
-    """What of one generation after the other cannot be."""
-    distill, found = config.distill, []
-    kind = METHODS[distill.method].teacher(config.teacher.kind)
-    if distill.held > 1:
-        found.append(
-            f"distill.anchors: the shares of all teachers sum to {distill.held:g}, with "
-            f"distill.anchor {distill.anchor:g}, and may sum to 1"
-        )
-    if (distill.generations > 1 or distill.anchors) and kind is None:
-        found.append(f"distill.generations: {distill.method} has no teacher to hold them to")
-    rows = [row.generations or distill.generations for row in config.compare.rows]
-    alone = max([distill.generations, *rows]) == 1 and not distill.anchors
-    if alone and "anchor" in distill.inputs():
-        found.append("distill.anchor: needs distill.generations of 2 or more")
-    chains = {"distill.chain": (distill.chain, distill.generations)} | {
-        f"compare.rows.{number}.chain": (
-            row.chain or distill.chain,
-            row.generations or distill.generations,
-        )
-        for number, row in enumerate(config.compare.rows)
-        if row.teacher
+    """What of one generation after the other, and of assistants, cannot be."""
+    distill = config.distill
+    given = config.compare.rows if "rows" in config.compare.model_fields_set else []
+    rows = {
+        f"compare.rows.{number}": (row.teacher, row.taught(distill))
+        for number, row in enumerate(given)
     }
-    for key, (chain, generations) in chains.items():
-        if chain and (generations > 1 or distill.anchors):
-            found.append(f"{key}: excluded by distill.generations and distill.anchors, give one")
+    found: dict[str, str] = {}  # by what is said, the block that it is said of first
+    kind = METHODS[distill.method].teacher(config.teacher.kind)
+    for block, (teacher, taught) in {"distill": (kind, distill), **rows}.items():
+        for said in _beside_the_teacher(teacher, taught):
+            found.setdefault(said, block)
+    everybody = [distill, *(taught for _, taught in rows.values())]
+    if "anchor" in distill.inputs() and not any(taught.anchored for taught in everybody):
+        found["anchor: needs distill.generations of 2 or more"] = "distill"
+    if distill.chain_stop is not None and not any(taught.chain for taught in everybody):
+        found["chain_stop: needs distill.chain"] = "distill"
+    for number, row in enumerate(given):
+        if row.anchor is not None and not row.taught(distill).anchored:
+            found["anchor: needs generations of 2 or more"] = f"compare.rows.{number}"
+    return [f"{block}.{said}" for said, block in found.items()]
+
+
+def _beside_the_teacher(kind: str | None, distill: DistillConfig) -> Iterator[str]:
+    """Of one block, ``key: reason``."""
+    method = METHODS[distill.method]
+    if distill.held > 1:
+        yield (
+            f"anchors: the shares of all teachers sum to {distill.held:g}, with anchor "
+            f"{distill.anchor:g}, and may sum to 1"
+        )
+    if distill.anchored and kind is None:
+        yield f"generations: {method.name} has no teacher to hold them to"
     if distill.chain and kind is None:
-        found.append(f"distill.chain: {distill.method} has no teacher, which assistants could help")
-    if distill.chain_stop is not None and not any(chain for chain, _ in chains.values()):
-        found.append("distill.chain_stop: needs distill.chain")
+        yield f"chain: {method.name} has no teacher, which assistants could help"
+    if distill.chain and distill.anchored:
+        yield "chain: excluded by distill.generations and distill.anchors, give one"
     for name in distill.anchors:
         if name == kind:
-            found.append(f"distill.anchors: {name} is the teacher, whose share is distill.anchor")
+            yield f"anchors: {name} is the teacher, whose share is anchor"
         elif TEACHER_KINDS[name].in_data:
-            found.append(f"distill.anchors: {name} is no model, which could be asked")
-    learned = {"distill": (distill.method, distill.generations)} | {
-        f"compare.rows.{number}": (row.method, row.generations or distill.generations)
-        for number, row in enumerate(config.compare.rows)
-    }
-    anchored = {
-        key: METHODS[name]
-        for key, (name, generations) in learned.items()
-        if generations > 1 or distill.anchors
-    }
-    found += [
-        f"{key}.method: {method.name} has a target of each teacher and no one to anchor, leave out "
-        "distill.generations and distill.anchors"
-        for key, method in anchored.items()
-        if method.asks_each
-    ]
-    if anchored and distill.temperature_schedule != "constant" and distill.anchor_by == "mixture":
-        found.append(
-            "distill.temperature_schedule: excluded by distill.generations and distill.anchors, as "
-            "a mixture is made at one temperature; set distill.anchor_by: geometric"
+            yield f"anchors: {name} is no model, which could be asked"
+    if not distill.anchored:
+        return
+    if method.asks_each:
+        yield (
+            f"method: {method.name} has a target of each teacher and no one to anchor, leave out "
+            "distill.generations and distill.anchors"
         )
-    return found
+    if distill.temperature_schedule != "constant" and distill.anchor_by == "mixture":
+        yield (
+            "temperature_schedule: excluded by distill.generations and distill.anchors, as a "
+            "mixture is made at one temperature; set distill.anchor_by: geometric"
+        )
 
 
 def _task(config: RunConfig) -> list[str]:

@@ -94,6 +94,9 @@ class CompareRow(Block):
         said = self.model_dump(exclude={"teacher", "student", "chain"}, exclude_none=True)
         if self.chain is not None:
             said["chain"] = self.chain
+        if self.teacher is None:  # nobody whom generations or assistants could stand beside
+            names = ("generations", "anchor", "anchors", "chain", "chain_stop")
+            said |= {name: DistillConfig.model_fields[name].get_default() for name in names}
         of_training = said.keys() & TrainingConfig.model_fields.keys()
         training = {name: said.pop(name) for name in of_training}
         return distill.model_copy(

@@ -43,9 +43,10 @@ def section(facts: dict[str, dict]) -> Section:
     """Distances beside the bound, and scores."""
     found = Section("generations", "Generations")
     found.notes.append(
-        "How far the predictions of each generation are from the teachers', KL on the validation "
-        "split, the mean over students. A generation that learned its target exactly would lie "
-        "under the bound (1 - anchor)^n times the first; what lies above it was not learned."
+        "How far the predictions of each generation are from the teachers' on the validation "
+        "split: KL, of numbers the squared error; the mean over students. A generation that "
+        "learned its target exactly would lie under the bound (1 - anchor)^n times the first; what "
+        "lies above it was not learned."
     )
     if any(one["held"] == 0 for one in facts.values()):
         found.notes.append(
@@ -57,8 +58,8 @@ def section(facts: dict[str, dict]) -> Section:
     ]
     found.tables.append(
         Table(
-            "KL to the teachers' predictions, its bound, and the score in percent.",
-            ["", "generation", "KL", "bound", "score", "students"],
+            "Distance to the teachers' predictions, its bound, and the score in percent.",
+            ["", "generation", "distance", "bound", "score", "students"],
             [
                 [
                     *(row, str(number + 1), f"{one['anchor_kl']:.4f}", f"{bound:.4f}"),

@@ -201,9 +201,9 @@ def by_labels(points: Sequence[tuple[str, float, dict[str, dict]]], metric: str)
 
 
 def generations(name: str, row: str, facts: dict) -> str:
-    """KL of each generation to its teachers, and its bound."""
+    """Distance of each generation to its teachers, and its bound."""
     numbers = range(1, len(facts["bound"]) + 1)
-    with _Plot(name, row, "generation", "KL to the teachers' predictions") as plot:
+    with _Plot(name, row, "generation", "distance to the teachers") as plot:
         lines = {
             "measured": [one["anchor_kl"] for one in facts["generations"]],
             f"bound, anchor {facts['held']:g}": facts["bound"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
@@ -17,8 +18,10 @@ from transformers import PretrainedConfig
 from metakd.config import StudentConfig
 from metakd.errors import ConfigError
 from metakd.models.student import student_shape
-from metakd.pipeline.lessons import Lesson
+from metakd.pipeline.context import configured
+from metakd.pipeline.lessons import CHAIN, Lesson
 from metakd.pipeline.memory import count_parameters
+from metakd.pipeline.table import ALL_DOMAINS
 
 if TYPE_CHECKING:
     from metakd.pipeline.students import StudentStage
@@ -74,54 +77,67 @@ def _spread(number: int, kept: Sequence[int], depth: int) -> tuple[int, ...]:
 def steps(run: StudentStage, lesson: Lesson) -> list[Lesson]:
     """All that is to be trained for a student, one after the other: its assistants, and itself."""
     chain = lesson.distill.chain
-    if chain is None or lesson.assistant is not None or lesson.tutor is not None:
+    if chain is None or lesson.assistants:
         return [lesson]
     shapes: Sequence[StudentConfig]
     if isinstance(chain, int):
-        shapes = between(chain, lesson.student, run.outputs.taught, run.outputs.shape_of(lesson))
+        with configured(CHAIN):
+            learning = run.outputs.shape_of(lesson)
+            shapes = between(chain, lesson.student, run.outputs.taught, learning)
         if not shapes:
             raise ConfigError(
-                f"distill.chain: no number of the teacher's layers lies between it and "
+                f"{CHAIN}: no number of the teacher's layers lies between it and "
                 f"{lesson.student.shape}",
                 "leave it out, or list the assistants",
             )
     else:
         shapes = chain
-    found: list[Lesson] = []
-    for shape in shapes:
+    found = []
+    for number, shape in enumerate(shapes):
+        # Who comes later decides nothing for it.
+        alone = {"chain": None, "chain_stop": None}
         step = lesson._replace(
-            student=shape, distill=lesson.distill.taking(shape), assistant=len(found)
+            student=shape,
+            distill=lesson.distill.taking(shape).model_copy(update=alone),
+            assistant=True,
         )
-        found.append(after(step, found[-1].student) if found else step)
-    return [*found, after(lesson, shapes[-1])]
+        found.append(_after(step, shapes[:number]))
+    return [*found, _after(lesson, shapes)]
 
 
-def after(lesson: Lesson, tutor: StudentConfig) -> Lesson:
-    """The lesson with this assistant in the teacher's place."""
-    return lesson._replace(distill=lesson.distill.through(tutor), tutor=tutor)
+def _after(lesson: Lesson, assistants: Sequence[StudentConfig]) -> Lesson:
+    """The lesson with the last of these in the teacher's place, if there is one."""
+    if not assistants:
+        return lesson
+    distill = lesson.distill.through(assistants[-1])
+    return lesson._replace(distill=distill, assistants=tuple(assistants))
 
 
-def through(run: StudentStage, lesson: Lesson, seed: int, label: str) -> tuple[Lesson, Path]:
-    """Train the assistants of a student; returns what it learns, and the folder of who teaches it.
+def through(run: StudentStage, lesson: Lesson, seed: int, label: str) -> tuple[Lesson, list[Path]]:
+    """Train the assistants of a student; returns what it learns, and their folders, of which the
+    last is who teaches it.
 
     With ``distill.chain_stop`` the chain ends with the first assistant whose score on the
-    validation split is not at least by this share above that of its teacher.
+    validation split of the domain is not at least by this share above that of who taught it; of one
+    whose teachers have no score there nothing is said.
     """
     metric, limit = run.corpus.task.metric, lesson.distill.chain_stop
+    of_domain = metric if lesson.domain == ALL_DOMAINS else f"{metric}/{lesson.domain}"
 
-    def score(place: Path) -> float:
-        scores = run.store.result(place)["validation"]
-        return scores.get(f"{metric}/{lesson.domain}", scores[metric])
+    def score(*folders: Path) -> float | None:
+        known = [run.store.result(place)["validation"].get(of_domain) for place in folders]
+        known = [value for value in known if value is not None]
+        return fmean(known) if known else None
 
-    teachers = run.teachers(lesson)
-    best = score(teachers[0]) if teachers else None
+    best = score(*run.teachers(lesson))
     *assistants, _ = steps(run, lesson)
-    place = None
-    for number, step in enumerate(assistants):
-        place, _ = run.student(step, seed, label=label, tutor=place)
+    places: list[Path] = []
+    for step in assistants:
+        place, _ = run.student(step, seed, label=label, tutor=places[-1] if places else None)
+        places.append(place)
         own = score(place)
-        gain = (own - best) / best if best else None
-        left = number + 1 < len(assistants)
+        gain = (own - best) / abs(best) if own is not None and best else None
+        left = len(places) < len(assistants)
         if left and limit is not None and gain is not None and gain < limit:
             run.say(
                 f"{label} {lesson.domain}: the chain ends with {step.student.shape}: its {metric} "
@@ -129,5 +145,4 @@ def through(run: StudentStage, lesson: Lesson, seed: int, label: str) -> tuple[L
             )
             break
         best = own
-    assert place is not None, "a chain has an assistant"
-    return after(lesson, step.student), place
+    return _after(lesson, [step.student for step in assistants[: len(places)]]), places

@@ -33,12 +33,14 @@ class Generation:
         lesson: what it learns.
         anchors: folders of the teachers of each kind that holds it, its own first.
         elder: folder of the generation before; None for the first.
+        temperature: that its loss softens predictions by.
     """
 
     run: Context
     lesson: Lesson
     anchors: dict[str, Sequence[Path]]
     elder: Path | None
+    temperature: float
 
     @property
     def anchored(self) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -85,12 +87,12 @@ class Generation:
         """Of its teacher, of the other kinds, of the generation before."""
         shares = list(self.lesson.anchors.values())
         if self.elder is not None:
-            return [*shares, 1.0 - self.lesson.distill.held]
+            return [*shares, max(0.0, 1.0 - self.lesson.distill.held)]
         return shares if sum(shares) else [1.0, *shares[1:]]
 
     def _mixed(self, parts: Sequence[Tensor], shares: Sequence[float], **options) -> Tensor:
         distill = self.lesson.distill
-        settled = {"operator": distill.anchor_by, "temperature": distill.temperature}
+        settled = {"operator": distill.anchor_by, "temperature": self.temperature}
         return mixed(parts, shares, task=self.run.corpus.task, **(settled | options))
 
     def _said_by(self, folders: Sequence[Path], heard: Split) -> Tensor:
@@ -98,6 +100,8 @@ class Generation:
         checked = list(map(run.store.checked, folders))
         service = TeacherService(checked, run.config, run.recipe, run.world)
         with service.showing(frozenset({"logits"})) as show:
+            for teacher in service.teachers:
+                teacher.eval()  # the release teaches with dropout
             return self._logits(lambda batch: show(batch).logits, heard, run.reader)
 
     def _logits(self, classify: Callable, split: Split, reader: Reader) -> Tensor:

@@ -31,9 +31,9 @@ class Lesson(NamedTuple):
     """Who teaches which student what.
 
     ``domain`` is the student's, or ``all``; ``teacher_kind`` None for fine-tuning alone;
-    ``generation`` counts from 0, None is the last, which is the one that is wanted; so does
-    ``assistant``, of a chain. ``tutor`` is the shape of the assistant that teaches it in the
-    teacher's place, once that is known.
+    ``generation`` counts from 0, None is the last, which is the one that is wanted. ``assistant``
+    is one of a chain; ``assistants`` are those before it, once they are known, the last of which
+    teaches it in the teacher's place.
     """
 
     domain: str
@@ -42,8 +42,8 @@ class Lesson(NamedTuple):
     teacher_kind: str | None
     teacher_seed: int
     generation: int | None = None
-    assistant: int | None = None
-    tutor: StudentConfig | None = None
+    assistant: bool = False
+    assistants: tuple[StudentConfig, ...] = ()
 
     @property
     def number(self) -> int:
@@ -61,7 +61,8 @@ class Lesson(NamedTuple):
         distill = self.distill
         if self.teacher_kind is None:
             return {}
-        return {self.teacher_kind: distill.anchor} | distill.anchors
+        others = {k: share for k, share in distill.anchors.items() if k != self.teacher_kind}
+        return {self.teacher_kind: distill.anchor} | others
 
     @property
     def method(self) -> Method:
@@ -100,7 +101,12 @@ class Lesson(NamedTuple):
     @property
     def has_tutor(self) -> bool:
         """Does an assistant teach it?"""
-        return bool(self.distill.chain) and self.assistant != 0
+        return bool(self.distill.chain or self.assistants)
+
+    @property
+    def tutor(self) -> StudentConfig | None:
+        """The shape of that, once it is known."""
+        return self.assistants[-1] if self.assistants else None
 
     def load_teacher(self, folder: Path, recipe: Recipe) -> Teacher:
         """Who teaches it, from one of the folders."""
@@ -110,6 +116,9 @@ class Lesson(NamedTuple):
         """Does the teacher of its domain teach it, and no other?"""
         kind = self.teacher_kind
         return kind is not None and TEACHER_KINDS[kind].per_domain and not self.method.mixes(kind)
+
+
+CHAIN = "distill.chain"
 
 
 class Phase(NamedTuple):
@@ -240,17 +249,17 @@ class TeacherOutputs:
 
     def taught_of(self, lesson: Lesson) -> PretrainedConfig:
         """The configuration of who teaches it: the teacher, or an assistant in its place."""
-        return self.taught if lesson.tutor is None else self._learning(lesson.tutor)
+        return self.taught if lesson.tutor is None else self._learning(lesson.tutor, CHAIN)
 
     def shape_of(self, lesson: Lesson) -> PretrainedConfig:
         """The configuration of its student."""
-        return self._learning(lesson.student)
+        return self._learning(lesson.student, CHAIN if lesson.assistant else "student")
 
-    def _learning(self, student: StudentConfig) -> PretrainedConfig:
+    def _learning(self, student: StudentConfig, named: str = "student") -> PretrainedConfig:
         """The student's configuration, read once."""
         key = student.model_dump_json()
         if key not in self._shapes:
-            with configured("student"):
+            with configured(named):
                 self._shapes[key] = student_shape(
                     student, self.taught, self._run.config.data.max_length
                 )
@@ -292,9 +301,9 @@ class TeacherOutputs:
         Raises:
             ConfigError: they do not.
         """
-        shapes = {"student": self._learning(lesson.student)}
+        shapes = {"student": self.shape_of(lesson)}
         if lesson.tutor is not None:
-            shapes["distill.chain"] = self.taught_of(lesson)
+            shapes[CHAIN] = self.taught_of(lesson)
         elif lesson.asks_a_model():
             shapes["teacher.model"] = self.taught
         terms, model = self.terms(lesson), lesson.student.model

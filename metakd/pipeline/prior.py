@@ -124,7 +124,7 @@ def settings_of(
         unheard.add("transfer")
     if distill.schedule == "joint":
         unheard.add("intermediate")
-    if distill.generations == 1 and not distill.anchors:  # nothing is anchored
+    if not distill.anchored:
         defaults = DistillConfig()
         inert = {key: getattr(defaults, key) for key in ("anchor", "anchor_by")}
         distill = distill.model_copy(update=inert)
@@ -171,7 +171,7 @@ def remember(
         teachers: results of its teachers' stages.
         seconds: that it took.
     """
-    on_the_way = lesson.generation is not None or lesson.assistant is not None
+    on_the_way = lesson.generation is not None or lesson.assistant
     if not run.world.is_main or run.history.path is None or on_the_way:
         return
     try:
@@ -384,8 +384,10 @@ def _completed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changes(config: RunConfig, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    known = {f"distill.{key}": value for key, value in _flat(config.distill)}
-    known[_KIND] = config.teacher.kind
+    distill = config.distill.towards(config.student)
+    kind = METHODS[distill.method].teacher(config.teacher.kind)
+    known = {f"distill.{key}": value for key, value in _flat(distill)}
+    known |= {_KIND: config.teacher.kind, **settings_of(distill, kind, config.student.layers)}
     return {
         key: (known.get(key), value)
         for key, value in settings.items()

@@ -110,7 +110,8 @@ class Run(StudentStage):
         Raises:
             ConfigError: nothing is to be kept.
         """
-        lessons = list(map(self.lesson_of, self.student_domains))
+        asked = map(self.lesson_of, self.student_domains)
+        lessons = [step for lesson in asked for step in chain.steps(self, lesson)]
         self.foresee(lessons)
         if not any(any(self.outputs.cached_phases(lesson)) for lesson in lessons):
             some = any(lesson.asks_a_model() for lesson in lessons)
@@ -119,7 +120,11 @@ class Run(StudentStage):
                 f"{self.config.distill.method} asks a teacher for",
                 "set distill.cache_teacher: all" if some else "no model is asked: leave this out",
             )
-        return [self.outputs.keep(lesson.place, self.teachers(lesson)).folder for lesson in lessons]
+        return [
+            self.outputs.keep(lesson.place, self.teachers(lesson)).folder
+            for lesson in lessons
+            if any(self.outputs.cached_phases(lesson))
+        ]
 
     # Evaluation
 

@@ -118,10 +118,15 @@ class StudentStage(StartStage):
                 )
         self.outputs.check(lesson)
         terms = self.outputs.terms(lesson)
-        if lesson.elder and all(term.intermediate or term.needs_label for term in terms):
+        if lesson.distill.anchored and all(term.intermediate or term.needs_label for term in terms):
             raise ConfigError(
                 f"distill.generations: {lesson.label} learns no predictions of its teacher",
-                "give terms.prediction a weight, or leave out generations",
+                "give terms.prediction a weight, or leave out generations and anchors",
+            )
+        if lesson.distill.anchors and self.config.teacher.folds:
+            raise ConfigError(
+                "distill.anchors: excluded by teacher.folds, whose opinions are those of one kind",
+                "leave out one of them",
             )
         if "own" not in lesson.texts:
             self.texts(lesson)  # raises where there are none
@@ -177,12 +182,15 @@ class StudentStage(StartStage):
         teachers, elder = self.teachers(lesson), None
         is_new = not self.store.has(place, inputs, keep)
         wanted, known = lesson, teachers
+        made: list[Path] = []  # on the way to it
         if is_new:
             self._before(lesson)
             if lesson.elder is not None:
                 elder, _ = self.student(lesson.elder, seed, label=label)
+                made.append(elder)
             if lesson.has_tutor and tutor is None:
-                lesson, tutor = chain.through(self, lesson, seed, label)
+                lesson, made = chain.through(self, lesson, seed, label)
+                tutor = made[-1]
                 self.foresee([lesson])
             if tutor is not None:
                 teachers = [tutor]
@@ -190,8 +198,9 @@ class StudentStage(StartStage):
         result = self.store.get(
             place,
             inputs,
-            lambda folder, saves: self._build_student(
-                folder, saves, lesson, teachers, elder, seed, label
+            lambda folder, saves: (
+                self._build_student(folder, saves, lesson, teachers, elder, seed, label)
+                | self._seconds_before(made)
             ),
             keep,
         )
@@ -199,6 +208,14 @@ class StudentStage(StartStage):
             scored = [self.store.result(teacher) for teacher in known]
             remember(self, wanted, seed, result, scored, time.perf_counter() - since)
         return place, result
+
+    def _seconds_before(self, made: Sequence[Path]) -> dict[str, float]:
+        """What training took of those that were made on the way to a student, and to them."""
+        took = [
+            self.store.seconds(place) + self.store.result(place).get("seconds_before", 0.0)
+            for place in made
+        ]
+        return {"seconds_before": round(sum(took), 1)} if took else {}
 
     def _before(self, lesson: Lesson) -> None:
         """Make what its texts carry and what it begins as, beside its teachers."""
@@ -221,7 +238,7 @@ class StudentStage(StartStage):
         where = Path("students")
         if lesson.generation is not None:
             where = Path(FOLDER, str(lesson.generation))
-        if lesson.assistant is not None:
+        if lesson.assistant:
             where = Path(chain.FOLDER, student.shape)
         place = self.folder / where / f"{label}-{lineage}" / domain
         inputs = {
@@ -242,8 +259,8 @@ class StudentStage(StartStage):
         }
         if distill.generations > 1:
             inputs["generation"] = lesson.number
-        if lesson.assistant is not None:
-            inputs["assistant"] = lesson.assistant
+        if lesson.assistant:
+            inputs["assistants"] = [shape.inputs() for shape in lesson.assistants]
         inputs |= self.padding_inputs(student) | attention_inputs(self.outputs.terms(lesson))
         if teacher_kind and (taught := self.padding_inputs()):
             inputs["teacher_padding"] = taught
@@ -352,11 +369,12 @@ class StudentStage(StartStage):
                 heard = texts = self.texts(lesson, phase.texts)
                 if apart:
                     texts = reread(heard, corpus)
-                if generation and (beside := generation.beside(heard, texts, reader)) is not None:
-                    texts = texts.with_column("elder", beside)
                 recompute_activations(student, [done.training for done in phases[: number + 1]])
                 is_last = number == len(phases) - 1
                 module.restrict(phase.terms)
+                if generation and "logits" in module.needs:
+                    beside = generation.beside(heard, texts, reader)
+                    texts = texts if beside is None else texts.with_column("elder", beside)
                 needs = module.needs | ({"logits"} if lesson.reads_scores else set())
                 part = f", stage {number + 1} of {len(phases)}" if len(phases) > 1 else ""
                 if distill.generations > 1:
@@ -407,10 +425,12 @@ class StudentStage(StartStage):
 
     def _generation(self, lesson: Lesson, elder: Path | None) -> Generation | None:
         """What to know of it where there are several, or several kinds of teacher hold it."""
-        if lesson.distill.generations == 1 and not lesson.distill.anchors:
+        if not lesson.distill.anchored:
             return None
         anchors = {k: self.teachers(lesson._replace(teacher_kind=k)) for k in lesson.anchors}
-        return Generation(self, lesson, anchors, elder and self.store.checked(elder))
+        softened = [getattr(term, "temperature", 1.0) for term in self.outputs.terms(lesson)]
+        temperature = max(softened)  # 1, and that of the term which has one
+        return Generation(self, lesson, anchors, elder and self.store.checked(elder), temperature)
 
     def _begun(self, lesson: Lesson, start: Path | None) -> PreTrainedModel:
         """The student before its first step."""
