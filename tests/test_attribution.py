@@ -1,7 +1,6 @@
 """Attribution distillation: the equation by hand, steps against a loop, second derivatives against
 differences, what excludes it, and runs that learn by it."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tiny_runs import (
     assert_same_bits,
     config_refusal,
     distil_until_stopped,
-    losses,
+    rows_of,
     write_config,
 )
 from torch.autograd import Function
@@ -37,7 +36,7 @@ NEEDS = frozenset({"attribution", "logits"})
 DOMAINS = ["a", "b", "c"]
 
 
-def rows_of(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def term_rows(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """The term of scores [B, L, V]."""
     seen, taught = (
         Features(mask=torch.ones(x.shape[:2]), attribution=x) for x in (student, teacher)
@@ -75,21 +74,21 @@ def test_by_hand():
     torch.testing.assert_close(own[0, :, 0], missed * torch.tensor([3.0, 4.0]))
     torch.testing.assert_close(taught[0, 0] / taught[0, 1], torch.tensor([4 / 3]))
     # (0.6, 0.8) and (0.8, 0.6)
-    torch.testing.assert_close(rows_of(own, taught), torch.tensor([0.08]))
+    torch.testing.assert_close(term_rows(own, taught), torch.tensor([0.08]))
     # Of the second token the teacher's products are (1, 2, 2), of which one counts.
     taught = teacher.scores(is_student=False, top=1)
     torch.testing.assert_close(taught[0, 0] / taught[0, 1], torch.tensor([2.0]))
     gaps = torch.tensor([0.6 - 2 / 5**0.5, 0.8 - 1 / 5**0.5])
-    torch.testing.assert_close(rows_of(own, taught)[0], gaps.square().sum())
+    torch.testing.assert_close(term_rows(own, taught)[0], gaps.square().sum())
     # Both classes of two have one view between them, and the sum is over views.
     own, taught = student.scores(views="classes"), teacher.scores(False, views="classes")
     assert own.shape == (1, 2, 2)
-    torch.testing.assert_close(rows_of(own, taught), torch.tensor([0.16]))
+    torch.testing.assert_close(term_rows(own, taught), torch.tensor([0.16]))
 
 
 def test_a_teacher_that_is_certain_says_nothing_and_breaks_nothing():
     own = torch.rand(2, 3, 1, requires_grad=True)
-    rows = rows_of(own, torch.stack([torch.zeros(3, 1), torch.rand(3, 1)]))
+    rows = term_rows(own, torch.stack([torch.zeros(3, 1), torch.rand(3, 1)]))
     assert rows[0] == 0 < rows[1]
     rows.sum().backward()
     assert own.grad.isfinite().all() and not own.grad[0].any() and own.grad[1].any()
@@ -412,8 +411,7 @@ def test_the_term_falls(make, source, options):
     alone = "distill.terms={attribution: 1000, prediction: 0}"
     run = make(*LEARNS[:-1], student, alone, "distill.training.num_train_epochs=12", *options)
     [place] = run.distill()
-    lines = [json.loads(line) for line in (place / "log.jsonl").read_text().splitlines()]
-    term = [line["attribution"] for line in lines if line["split"] == "train"]
+    term = [r["attribution"] for r in rows_of(place / "log.jsonl") if r["split"] == "train"]
     assert all(0 < value < 2 for value in term)
     assert sum(term[-6:]) < 0.9 * sum(term[:6])
 
@@ -430,7 +428,13 @@ def test_a_stopped_run_ends_with_the_same_bits(make, monkeypatch):
     assert_same_bits(whole, place)
 
 
-STAGES = (0, 1, 2)
+STAGES = (0, 2)
+
+
+def learns_that_alone(source: Path) -> list[str]:
+    """Options of a student of another width whose loss is the attribution's, but for a little."""
+    terms = "distill.terms={attribution: 1000, prediction: 0, hard_label: 0.5}"
+    return [*LEARNS[:-1], f"student={{model: {source / 'small'}}}", terms]
 
 
 def worker(source: Path, folder: Path) -> None:
@@ -441,7 +445,7 @@ def worker(source: Path, folder: Path) -> None:
     world.barrier()
     halves = [f"{name}.training.per_device_train_batch_size=2" for name in ("teacher", "distill")]
     for stage in STAGES:
-        options = [*LEARNS, *halves, f"student.zero={stage}"]
+        options = [*learns_that_alone(source), *halves, f"student.zero={stage}"]
         config = load_config(str(folder / "two.yaml"), options)
         [place] = Run(config, world, Console(quiet=True)).distill()
         if world.is_main:
@@ -450,12 +454,18 @@ def worker(source: Path, folder: Path) -> None:
 
 
 def test_two_processes_learn_as_one_does(make, source, tmp_path):
-    [place] = make(*LEARNS).distill()
-    alone = losses(place)
+    [place] = make(*learns_that_alone(source)).distill()
     run_ranks(2, worker, source, tmp_path)
-    for stage in STAGES:
-        together = losses(tmp_path / "students" / str(stage))
-        for name, values in alone.items():
-            torch.testing.assert_close(
-                torch.tensor(together[name]), torch.tensor(values), rtol=1e-5, atol=1e-6
-            )
+    seen = [
+        [
+            [row["loss"], row["attribution"]]
+            for row in rows_of(folder / "log.jsonl")
+            if row["split"] == "train"
+        ]
+        for folder in (place, *(tmp_path / "students" / str(stage) for stage in STAGES))
+    ]
+    for together in seen[1:]:
+        # Without the second derivative the losses move by 7e-4 and more.
+        torch.testing.assert_close(
+            torch.tensor(together), torch.tensor(seen[0]), rtol=1e-5, atol=1e-6
+        )

@@ -196,7 +196,7 @@ def test_a_run_says_who_was_listened_to(make):
 def test_a_stopped_run_ends_with_the_same_bits(make, monkeypatch):
     """Its gate, with dropout, is in the checkpoint."""
     options = [*RUN, *HIKING, "distill.training.num_train_epochs=2",
-               "distill.temperature_schedule=loss"]  # fmt: skip
+               "distill.temperature_schedule=gradient"]  # fmt: skip
     [whole] = make(*options, output="whole").distill()
     run = make(*options, output="stopped")
     run.teach()
@@ -214,7 +214,7 @@ def test_at_every_zero_stage(make):
     every_weight = "deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}}"
     options = [*RUN, *HIKING, "distill.training.gradient_accumulation_steps=2", every_weight]
     seen = []
-    for zero in range(4):
+    for zero in (0, 2, 3):
         [place] = make(*options, f"student.zero={zero}").distill()
         seen.append(torch.tensor(losses(place)["."]))
         torch.testing.assert_close(seen[-1], seen[0], rtol=0, atol=1e-5)

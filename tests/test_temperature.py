@@ -108,7 +108,7 @@ def logged(place) -> list[dict]:
     return [row for row in rows_of(place / "log.jsonl") if row["split"] == "train"]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["cosine", "gradient"])
 def test_it_moves_with_the_run_and_is_held_between(make, rule):
     run = make(*RUN, f"distill.temperature_schedule={rule}", "distill.temperature_range=[1, 3]",
                "distill.training.num_train_epochs=4")  # fmt: skip

@@ -184,6 +184,12 @@ def _temperature(config: RunConfig) -> list[str]:
         )
     if config.compat == "easytransfer":
         found.append(f"{key}: excluded by compat: easytransfer, which has no temperature")
+    methods = [distill.method, *(row.method for row in config.compare.rows)]
+    if rule == "loss" and distill.gate_entropy and any(METHODS[m].asks_each for m in methods):
+        found.append(
+            f"{key}: loss is excluded by distill.gate_entropy, with which losses are negative; set "
+            "that to 0, or choose another"
+        )
     return found
 
 

@@ -77,7 +77,7 @@ class Temperature:
         self.progress = progress
         if loss is None or not math.isfinite(loss):
             return
-        if self.first is None or self.last is None:
+        if self.last is None:
             self.first = loss
         else:
             moved = abs(loss - self.last) / max(abs(self.first), _TINY)

@@ -64,6 +64,7 @@ class Term:
     first_layer: ClassVar[int | None] = None  # of the student, 0 its embedding, if split by layer
     intermediate: ClassVar[bool] = True  # trained in the first of two stages
     needs_label: ClassVar[bool] = False  # an example without one adds nothing to it
+    of_predictions: ClassVar[bool] = False  # learns what its teacher's logits are in the end
     second_order: ClassVar[bool] = False  # are gradients taken through gradients of the student?
     # What both layers of each pair attend to; none: everything.
     spans = ()  # type: Sequence[Span]
@@ -344,6 +345,7 @@ class PredictionTerm(Term):
     needs = frozenset({"logits"})
     listens_to: ClassVar[tuple[str, ...]] = ("temperature", "scale_by_temperature")
     intermediate = False
+    of_predictions = True
 
     @classmethod
     def configured(cls, weight, config, setup):
@@ -502,6 +504,7 @@ class PseudoLabelTerm(HardLabelTerm):
 
     name = "pseudo_label"
     needs_label = False
+    of_predictions = True
 
     def rows(self, student, teacher, batch, projection):
         labels = self.task.presumed(batch["labels"], teacher.logits)

@@ -314,6 +314,11 @@ class TeacherOutputs:
         if apart and any(term.compares_tokens for term in terms):
             reason = why_not_alike(str(model), self._run.tokenizer) or "their tokenizers differ"
             problems += not_alike(lesson.method, terms, reason)
+        if lesson.tutor is not None:
+            widths = self.shape_of(lesson).hidden_size, self.taught_of(lesson).hidden_size
+            with configured(CHAIN):
+                for term in terms:
+                    term.check_widths(*widths)
         if problems:
             raise ConfigError(f"{lesson.label}: {'; '.join(problems)}", "nothing was trained")
 

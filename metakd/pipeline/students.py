@@ -118,7 +118,7 @@ class StudentStage(StartStage):
                 )
         self.outputs.check(lesson)
         terms = self.outputs.terms(lesson)
-        if lesson.distill.anchored and all(term.intermediate or term.needs_label for term in terms):
+        if lesson.distill.anchored and not any(term.of_predictions for term in terms):
             raise ConfigError(
                 f"distill.generations: {lesson.label} learns no predictions of its teacher",
                 "give terms.prediction a weight, or leave out generations and anchors",
@@ -320,6 +320,7 @@ class StudentStage(StartStage):
                 f"{label} {domain}: its texts are of one domain, which has no relations to weigh "
                 "losses by; distill.transfer: all or one_student_for_all shows it others"
             )
+        softens = any("temperature" in term.listens_to for term in terms)
         with configured("distill"):
             module = Distillation(
                 student,
@@ -334,7 +335,7 @@ class StudentStage(StartStage):
                 packed=self.config.packed,
                 task=corpus.task,
                 anchored=generation.anchored if generation else None,
-                temperature=Temperature.configured(distill),
+                temperature=Temperature.configured(distill) if softens else None,
             )
 
         classify, scales = classifier(student), {}
