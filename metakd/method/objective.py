@@ -161,45 +161,16 @@ class Distillation(nn.Module):
         seen = self._taps(batch)
         if taught is not None:
             taught.arrive()
-        if "domain" in self.needs:
-            seen.domain = self.domain_layer(pool(seen, self.recipe.pooling), batch["domain"])
         labels, score = self._known(batch, taught)
-        if self.attribution is not None:
-            show = partial(self._taps, batch)
-            seen.attribution = self.attribution.scores(seen, show, labels, is_student=True)
-        expertise = in_sample = None
-        if taught is not None and taught.logits is not None and "opinion" in batch:
-            if self.weigh_by_expertise:
-                in_sample = self.task.expertise(taught.logits, labels, score)
-            opinion = batch["opinion"].to(taught.logits)
-            taught.logits = taught.logits.where(opinion.isnan(), opinion)
-        if self.weigh_by_expertise:
-            expertise = self.task.expertise(taught.logits, labels, score)
-        if taught is not None and taught.logits is not None and self.anchored is not None:
-            taught.logits = self.anchored(taught.logits, batch["elder"].to(taught.logits))
+        logged = self._complete(seen, taught, batch, labels)
+        expertise = self._settle_logits(taught, batch, labels, score, logged)
+        relations = self._relate(seen, batch, logged)
         total = torch.zeros(len(seen.mask), device=seen.mask.device)
-        logged = self._listen(seen, taught, batch) if "votes" in self.needs else {}
-        relations = None
-        if self._relating:
-            self.relations.note(seen, batch["domain"])
-            by_domain = self.relations()  # [N, K]
-            relations = by_domain[:, batch["domain"]]  # [N, B]
-            logged["relations"] = by_domain.detach()
-            logged["relations_std"] = relations.detach().std(correction=0)
         for term in self.terms:
             if self.temperature is not None and "temperature" in term.listens_to:
                 term = term.softened(self.temperature.value)
                 logged["temperature"] = total.new_full((), self.temperature.value)
-            asked = taught, batch, self.projections.get(self._projection_name(term))
-            if relations is None or (first := term.first_layer) is None:
-                rows = related = term.rows(seen, *asked)
-            else:
-                parts = enumerate(term.by_layer(), first)
-                by_layer = torch.stack(
-                    [part.rows(seen.of_layer(number, part.needs), *asked) for number, part in parts]
-                )  # [layers of the term, B]
-                rows = by_layer.sum(0)
-                related = (relations[first : first + len(by_layer)] * by_layer).sum(0)
+            rows, related = self._rows(term, seen, taught, batch, relations)
             weighted = term.weight * related
             if expertise is not None and term.by_expertise:
                 weighted = expertise.to(rows.dtype) * weighted
@@ -210,14 +181,79 @@ class Distillation(nn.Module):
             total = batch["weight"] * total
         if "foreign" in batch:
             total = score.clamp(min=0.0).where(batch["foreign"], 1.0) * total
-        if expertise is not None:
+        return StepOutput(total, logged)
+
+    def _complete(
+        self, seen: Features, taught: Features | None, batch: Batch, labels: Tensor
+    ) -> dict[str, Tensor]:
+        """Add what the modules beside the student make of its features; returns what is logged."""
+        if "domain" in self.needs:
+            seen.domain = self.domain_layer(pool(seen, self.recipe.pooling), batch["domain"])
+        if self.attribution is not None:
+            show = partial(self._taps, batch)
+            seen.attribution = self.attribution.scores(seen, show, labels, is_student=True)
+        return self._listen(seen, taught, batch) if "votes" in self.needs else {}
+
+    def _settle_logits(
+        self,
+        taught: Features | None,
+        batch: Batch,
+        labels: Tensor,
+        score: Tensor | None,
+        logged: dict[str, Tensor],
+    ) -> Tensor | None:
+        """Make the teacher's logits those to learn from; returns lambda [B], if terms are weighted
+        by it."""
+        if taught is None or taught.logits is None:
+            return None
+        expertise = None
+        if "opinion" in batch:
+            if self.weigh_by_expertise:
+                in_sample = self.task.expertise(taught.logits, labels, score)
+                logged["expertise_in_sample"] = in_sample.mean()
+                logged["expertise_in_sample_std"] = in_sample.std(correction=0)
+            opinion = batch["opinion"].to(taught.logits)
+            taught.logits = taught.logits.where(opinion.isnan(), opinion)
+        if self.weigh_by_expertise:
+            expertise = self.task.expertise(taught.logits, labels, score)
             logged["expertise"] = expertise.mean()
             logged["expertise_std"] = expertise.std(correction=0)
             logged["expertise_histogram"] = _histogram(expertise)
-        if in_sample is not None:
-            logged["expertise_in_sample"] = in_sample.mean()
-            logged["expertise_in_sample_std"] = in_sample.std(correction=0)
-        return StepOutput(total, logged)
+        if self.anchored is not None:
+            taught.logits = self.anchored(taught.logits, batch["elder"].to(taught.logits))
+        return expertise
+
+    def _relate(self, seen: Features, batch: Batch, logged: dict[str, Tensor]) -> Tensor | None:
+        """The weights of each layer and example [N, B], if there are any; notes what they are made
+        of next time."""
+        if not self._relating:
+            return None
+        self.relations.note(seen, batch["domain"])
+        by_domain = self.relations()  # [N, K]
+        relations = by_domain[:, batch["domain"]]
+        logged["relations"] = by_domain.detach()
+        logged["relations_std"] = relations.detach().std(correction=0)
+        return relations
+
+    def _rows(
+        self,
+        term: Term,
+        seen: Features,
+        taught: Features | None,
+        batch: Batch,
+        relations: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """A term's losses [B], and the same with each layer weighted by its relations."""
+        asked = taught, batch, self.projections.get(self._projection_name(term))
+        first = term.first_layer
+        if relations is None or first is None:
+            rows = term.rows(seen, *asked)
+            return rows, rows
+        parts = enumerate(term.by_layer(), first)
+        by_layer = torch.stack(
+            [part.rows(seen.of_layer(number, part.needs), *asked) for number, part in parts]
+        )  # [layers of the term, B]
+        return by_layer.sum(0), (relations[first : first + len(by_layer)] * by_layer).sum(0)
 
     def _listen(self, seen: Features, taught: Features, batch: Batch) -> dict[str, Tensor]:
         """Let the gate say how much the student listens to each teacher. For the log: the share of
