@@ -14,6 +14,7 @@ from tiny_runs import (
     config_refusal,
     distil_until_stopped,
     rows_of,
+    small_settings,
     write_config,
 )
 from torch.autograd import Function
@@ -329,21 +330,7 @@ def test_what_has_no_second_derivative_is_refused_with_its_key(changes, key):
             said = str(config_refusal(changes, **asked))
             assert f"{key}: excluded by distill.method: ad_kd" in said
         else:
-            load_config(_settings(changes, asked))
-
-
-def _settings(changes: dict, distill: dict) -> dict:
-    settings = {
-        "output_dir": "x",
-        "data": {"train": "x.csv"},
-        "teacher": {"model": "m"},
-        "student": {"layers": [0]},
-        "distill": distill,
-    }
-    for name, value in changes.items():
-        *blocks, key = name.split(".")
-        (settings[blocks[0]] if blocks else settings)[key] = value
-    return settings
+            load_config(small_settings(changes, **asked))
 
 
 def test_rows_and_chains_are_refused_by_their_own_students():

@@ -62,9 +62,8 @@ def refusal(**keys) -> DataError:
     return caught.value
 
 
-def config_refusal(changes: dict, **distill) -> ConfigError:
-    """What is said of a small configuration with these keys, as in ``data.task``, that must be
-    refused."""
+def small_settings(changes: dict, **distill) -> dict:
+    """A small configuration with these keys, as in ``data.task``."""
     settings: dict = {
         "output_dir": "x",
         "data": {"train": "x.csv"},
@@ -76,8 +75,13 @@ def config_refusal(changes: dict, **distill) -> ConfigError:
         *blocks, key = name.split(".")
         block = settings.setdefault(blocks[0], {}) if blocks else settings
         block[key] = value
+    return settings
+
+
+def config_refusal(changes: dict, **distill) -> ConfigError:
+    """What is said of ``small_settings`` that must be refused."""
     with pytest.raises(ConfigError) as caught:
-        load_config(settings)
+        load_config(small_settings(changes, **distill))
     return caught.value
 
 
