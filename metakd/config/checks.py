@@ -227,9 +227,9 @@ def _generations(config: RunConfig) -> list[str]:
         found["anchor: needs distill.generations of 2 or more"] = "distill"
     if distill.chain_stop is not None and not any(taught.chain for taught in everybody):
         found["chain_stop: needs distill.chain"] = "distill"
-    for number, row in enumerate(given):
-        if row.anchor is not None and not row.taught(distill).anchored:
-            found["anchor: needs generations of 2 or more"] = f"compare.rows.{number}"
+    for row, (block, (_, taught)) in zip(given, rows.items(), strict=True):
+        if row.anchor is not None and not taught.anchored:
+            found["anchor: needs generations of 2 or more"] = block
     return [f"{block}.{said}" for said, block in found.items()]
 
 

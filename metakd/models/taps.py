@@ -67,6 +67,11 @@ def model_inputs(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, 
     return {name: batch[name] for name in input_names(model.config) if name in batch}
 
 
+def classifier(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor]:
+    """From a batch to the logits [B, M] of a model."""
+    return lambda batch: model(**model_inputs(batch, model)).logits
+
+
 @dataclass
 class Features:
     """What one forward pass of an encoder showed; only what was asked for is filled in.

@@ -43,6 +43,19 @@ def between(
         taught: the teacher's shape.
         learning: the student's.
     """
+    shapes = (taught.to_json_string(), learning.to_json_string())
+    key = str((count, student.model_dump_json(), *shapes))
+    if key not in _found:
+        _found[key] = _between(count, student, taught, learning)
+    return _found[key]
+
+
+_found: dict[str, list[StudentConfig]] = {}  # each costs a model of every depth
+
+
+def _between(
+    count: int, student: StudentConfig, taught: PretrainedConfig, learning: PretrainedConfig
+) -> list[StudentConfig]:
     kept = student.layers or []
     sizes = {
         number: count_parameters(student_shape(StudentConfig(layers=list(range(number))), taught))

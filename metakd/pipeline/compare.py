@@ -61,8 +61,7 @@ def compare(run: Run, gamma2: Sequence[float] = ()) -> dict:
         label, seed = options["label"], options["seed"]
         place, result = run.student(lesson, **options)
         places.setdefault(label, []).append(place)
-        took = run.store.seconds(place) + result.get("seconds_before", 0.0)
-        seconds.setdefault(label, []).append(took)
+        seconds.setdefault(label, []).append(run.seconds(place))
         scored = run.corpus.domains if lesson.domain == ALL_DOMAINS else [lesson.domain]
         cells += Cell.all_of(label, scored, seed, result[split])
 

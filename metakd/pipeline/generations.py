@@ -7,18 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from metakd.data.corpus import Split
 from metakd.method.anchoring import mixed
 from metakd.models.reader import Reader
 from metakd.models.sources import load_trained_classifier
-from metakd.models.taps import model_inputs
-from metakd.pipeline.context import Context
+from metakd.models.taps import classifier
 from metakd.pipeline.lessons import Lesson
 from metakd.pipeline.serving import TeacherService
-from metakd.training.scoring import logits_of
+from metakd.pipeline.teaching import TeacherStage
 
 FOLDER = "generations"
 """Where students are that were trained on the way to others."""
@@ -36,7 +34,7 @@ class Generation:
         temperature: that its loss softens predictions by.
     """
 
-    run: Context
+    run: TeacherStage
     lesson: Lesson
     anchors: dict[str, Sequence[Path]]
     elder: Path | None
@@ -66,21 +64,16 @@ class Generation:
         found = [self._said_by(folders, heard) for folders in list(self.anchors.values())[1:]]
         if self.elder is not None:
             model = load_trained_classifier(self.elder).to(self.run.world.device).eval()
-            found.append(
-                self._logits(lambda b: model(**model_inputs(b, model)).logits, texts, reader)
-            )
+            training = self.lesson.distill.training
+            found.append(self.run.logits(classifier(model), texts, training, reader))
         return self._mixed(found, shares)
 
     def distance(self, logits: Tensor, heard: Split) -> float:
         """Mean KL between the predictions of its teachers, by their shares, and its own [N, M]."""
-        shares = list(self.lesson.anchors.values())
-        if not sum(shares):
-            shares[0] = 1.0
-        found = [
-            self._said_by(folders, heard) if share else torch.zeros_like(logits)
-            for folders, share in zip(self.anchors.values(), shares, strict=True)
-        ]
-        anchor = self._mixed(found, shares, temperature=1.0)
+        shares = {kind: share for kind, share in self.lesson.anchors.items() if share}
+        shares = shares or {next(iter(self.anchors)): 1.0}
+        found = [self._said_by(self.anchors[kind], heard) for kind in shares]
+        anchor = self._mixed(found, list(shares.values()), temperature=1.0)
         return self.run.corpus.task.divergence(logits, anchor).mean().item()
 
     def _shares(self) -> list[float]:
@@ -102,15 +95,5 @@ class Generation:
         with service.showing(frozenset({"logits"})) as show:
             for teacher in service.teachers:
                 teacher.eval()  # the release teaches with dropout
-            return self._logits(lambda batch: show(batch).logits, heard, run.reader)
-
-    def _logits(self, classify: Callable, split: Split, reader: Reader) -> Tensor:
-        run = self.run
-        return logits_of(
-            classify,
-            split,
-            run.collate_of(reader),
-            num_classes=len(run.corpus.label2id),
-            batch_size=self.lesson.distill.training.per_device_eval_batch_size,
-            world=run.world,
-        )
+            training = self.lesson.distill.training
+            return run.logits(lambda batch: show(batch).logits, heard, training)

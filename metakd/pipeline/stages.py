@@ -21,10 +21,11 @@ from pathlib import Path
 from metakd.errors import ConfigError
 from metakd.method.kinds import TEACHER_KINDS
 from metakd.models.sources import load_trained_classifier
+from metakd.models.taps import classifier
 from metakd.pipeline import chain
 from metakd.pipeline.lessons import Lesson
 from metakd.pipeline.serving import TeacherService
-from metakd.pipeline.students import StudentStage, classifier
+from metakd.pipeline.students import StudentStage
 from metakd.pipeline.table import ALL_DOMAINS
 from metakd.training.world import in_groups, join_world
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from metakd.method.objective import Distillation
 from metakd.method.teachers import told
 from metakd.method.temperature import Temperature
 from metakd.models.student import build_student
-from metakd.models.taps import model_inputs
+from metakd.models.taps import classifier
 from metakd.pipeline import chain
 from metakd.pipeline.card import origin, write_card
 from metakd.pipeline.context import configured
@@ -53,10 +52,6 @@ NOT_OF_A_STUDENT = (
     *("domains", "processes_per_student", "cache_teacher", "cache_limit_gib"),
     "generations",
 )
-
-
-def classifier(model: PreTrainedModel) -> Callable[[dict[str, Tensor]], Tensor]:
-    return lambda batch: model(**model_inputs(batch, model)).logits
 
 
 @dataclass
@@ -194,7 +189,6 @@ class StudentStage(StartStage):
                 self.foresee([lesson])
             if tutor is not None:
                 teachers = [tutor]
-        since = time.perf_counter()
         result = self.store.get(
             place,
             inputs,
@@ -206,16 +200,15 @@ class StudentStage(StartStage):
         )
         if is_new:
             scored = [self.store.result(teacher) for teacher in known]
-            remember(self, wanted, seed, result, scored, time.perf_counter() - since)
+            remember(self, wanted, seed, result, scored, self.seconds(place))
         return place, result
 
+    def seconds(self, place: Path) -> float:
+        """What the training of a student took, with those that were made on the way to it."""
+        return self.store.seconds(place) + self.store.result(place).get("seconds_before", 0.0)
+
     def _seconds_before(self, made: Sequence[Path]) -> dict[str, float]:
-        """What training took of those that were made on the way to a student, and to them."""
-        took = [
-            self.store.seconds(place) + self.store.result(place).get("seconds_before", 0.0)
-            for place in made
-        ]
-        return {"seconds_before": round(sum(took), 1)} if took else {}
+        return {"seconds_before": round(sum(map(self.seconds, made)), 1)} if made else {}
 
     def _before(self, lesson: Lesson) -> None:
         """Make what its texts carry and what it begins as, beside its teachers."""
