@@ -10,9 +10,8 @@ from encoders import BUILDERS, SHAPE
 from processes import run_ranks
 from rich.console import Console
 from tiny_runs import (
-    assert_same_bits,
+    assert_goes_on_to_the_same_bits,
     config_refusal,
-    distil_until_stopped,
     rows_of,
     small_settings,
     write_config,
@@ -405,14 +404,7 @@ def test_the_term_falls(make, source, options):
 
 def test_a_stopped_run_ends_with_the_same_bits(make, monkeypatch):
     options = [*LEARNS, "distill.attribution_steps=2"]
-    [whole] = make(*options, output="whole").distill()
-    run = make(*options, output="stopped")
-    run.teach()
-    distil_until_stopped(run, monkeypatch)
-    resumed = make(*options, output="stopped")
-    [place] = resumed.distill()
-    assert any("going on from checkpoint" in line for line in resumed.said)
-    assert_same_bits(whole, place)
+    assert_goes_on_to_the_same_bits(make, monkeypatch, options)
 
 
 STAGES = (0, 2)

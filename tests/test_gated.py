@@ -7,7 +7,12 @@ import pytest
 import torch
 from processes import run_command, run_ranks
 from safetensors.torch import load_file
-from tiny_runs import assert_same_bits, distil_until_stopped, losses, rows_of, write_config
+from tiny_runs import (
+    assert_goes_on_to_the_same_bits,
+    losses,
+    rows_of,
+    write_config,
+)
 from torch.nn.functional import one_hot
 
 from metakd.config import DistillConfig
@@ -197,12 +202,7 @@ def test_a_stopped_run_ends_with_the_same_bits(make, monkeypatch):
     """Its gate, with dropout, is in the checkpoint."""
     options = [*RUN, *HIKING, "distill.training.num_train_epochs=2",
                "distill.temperature_schedule=gradient"]  # fmt: skip
-    [whole] = make(*options, output="whole").distill()
-    run = make(*options, output="stopped")
-    run.teach()
-    distil_until_stopped(run, monkeypatch)
-    [again] = make(*options, output="stopped").distill()
-    assert_same_bits(whole, again)
+    whole, again = assert_goes_on_to_the_same_bits(make, monkeypatch, options)
     told = ("loss", "gate_shares", "temperature")
     seen = [[[row[n] for n in told] for row in rows_of(p / "log.jsonl") if "loss" in row]
             for p in (whole, again)]  # fmt: skip

@@ -9,7 +9,12 @@ import torch
 from processes import run_ranks
 from rich.console import Console
 from test_method_objective import Scene
-from tiny_runs import assert_same_bits, distil_until_stopped, losses, rows_of, write_config
+from tiny_runs import (
+    assert_goes_on_to_the_same_bits,
+    losses,
+    rows_of,
+    write_config,
+)
 
 from metakd.config import DistillConfig, load_config
 from metakd.method.methods import FIXED, METHODS, TRAINED, build_terms
@@ -383,12 +388,7 @@ def test_of_one_domain_nothing_is_weighted(make, alive):
 def test_a_stopped_student_ends_with_the_same_bits(make, monkeypatch, alive, options):
     options = ["distill.method=hrkd", "teacher.kind=mix", ALL, *options]
     options += ["distill.training.per_device_train_batch_size=4"]
-    [whole] = make(*options, output="whole").distill()
-    stopped = make(*options, output="stopped")
-    stopped.teach()
-    distil_until_stopped(stopped, monkeypatch, looks=3)
-    [again] = make(*options, output="stopped").distill()
-    assert_same_bits(whole, again)
+    whole, again = assert_goes_on_to_the_same_bits(make, monkeypatch, options, looks=3)
     assert losses(whole) == losses(again)
 
 

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_command, run_ranks
-from tiny_runs import assert_same_bits, distil_until_stopped, losses, rows_of, write_config
+from tiny_runs import (
+    assert_goes_on_to_the_same_bits,
+    losses,
+    rows_of,
+    write_config,
+)
 
 from metakd import demo
 from metakd.config import DataConfig, DistillConfig, RunConfig, StudentConfig, load_config
@@ -322,12 +327,7 @@ def test_kept_outputs_teach_as_a_live_teacher_does(make, unlabelled):
 def test_a_stopped_student_ends_with_the_same_bits(make, unlabelled, monkeypatch):
     options = [*SCARCE, f"data.unlabelled={unlabelled}", "distill.training.num_train_epochs=2"]
     options += ["distill.training.per_device_train_batch_size=8"]
-    [whole] = make(*options, output="whole").distill()
-    run = make(*options, output="stopped")
-    run.teach()
-    distil_until_stopped(run, monkeypatch)
-    [place] = make(*options, output="stopped").distill()
-    assert_same_bits(whole, place)
+    assert_goes_on_to_the_same_bits(make, monkeypatch, options)
 
 
 def test_two_processes_equal_one(source, tmp_path, unlabelled):

@@ -146,6 +146,22 @@ def distil_until_stopped(run: Run, monkeypatch, looks: int = 4) -> None:
             run.distill()
 
 
+def assert_goes_on_to_the_same_bits(
+    make, monkeypatch, options: list[str], looks: int = 4
+) -> tuple[Path, Path]:
+    """A student that is trained at a stretch, and one that is stopped and goes on, whose teacher was
+    there before; returns both folders."""
+    [whole] = make(*options, output="whole").distill()
+    stopped = make(*options, output="stopped")
+    stopped.teach()
+    distil_until_stopped(stopped, monkeypatch, looks)
+    resumed = make(*options, output="stopped")
+    [again] = resumed.distill()
+    assert any("going on from checkpoint" in line for line in resumed.said)
+    assert_same_bits(whole, again)
+    return whole, again
+
+
 def assert_same_bits(first: Path, second: Path) -> None:
     """The models of both folders have the same weights, to the bit."""
     expected, seen = (load_file(folder / "model.safetensors") for folder in (first, second))
