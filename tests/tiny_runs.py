@@ -149,8 +149,8 @@ def distil_until_stopped(run: Run, monkeypatch, looks: int = 4) -> None:
 def assert_goes_on_to_the_same_bits(
     make, monkeypatch, options: list[str], looks: int = 4
 ) -> tuple[Path, Path]:
-    """A student that is trained at a stretch, and one that is stopped and goes on, whose teacher was
-    there before; returns both folders."""
+    """A student that is trained at a stretch, and one that is stopped and goes on, whose teacher
+    was there before; returns both folders."""
     [whole] = make(*options, output="whole").distill()
     stopped = make(*options, output="stopped")
     stopped.teach()
