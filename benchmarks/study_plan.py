@@ -107,6 +107,7 @@ VARIANTS = {
     "gamma2=0": {"distill": {"gamma2": 0.0}},
     "attention=1": {"distill": {"terms": {"attention": 1.0}}},
     "learning_rate=5e-5": {"distill": {"training": {"learning_rate": 5e-5}}},
+    "learning_rate=8e-4": {"distill": {"training": {"learning_rate": 8e-4}}},
     "steps=600": {"distill": {"training": {"max_steps": 600}}},
     "selection=best": {"distill": {"training": {"selection": "best"}}},
     "selection=average": {"distill": {"training": {"selection": "average"}}},
@@ -116,6 +117,7 @@ VARIANTS = {
     "ensemble=3": {"teacher": {"ensemble": 3}},
     "teacher average": {"teacher": {"training": {"selection": "average"}}},
     "teacher best": {"teacher": {"training": {"selection": "best"}}},
+    "fp32": {"bf16": False},
 }
 BLOCKS += tuple(
     Block(
@@ -185,6 +187,7 @@ class Group:
                 "training": dict(STUDENT),
             },
             "compare": {"rows": list(self.block.rows), "seeds": [self.seed]},
+            "bf16": True,
             "seed": 41 + self.seed,  # each seed draws other labels
             "logging_steps": 50,
             "save_steps": 100000,
@@ -241,6 +244,7 @@ class Results:
         path.write_text(json.dumps({group.key: found}))
 
     def keep(self) -> None:
-        """Write all that is known to be committed."""
-        lines = [f"{json.dumps(key)}: {json.dumps(self.known[key])}" for key in sorted(self.known)]
+        """Write what is known of the present plan, to be committed."""
+        known = {group.key: found for group in groups() if (found := self.of(group))}
+        lines = [f"{json.dumps(key)}: {json.dumps(known[key])}" for key in sorted(known)]
         KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -90,7 +90,7 @@ def _about() -> str:
         "What students are worth with few labels, and which parts of the method help. Made by "
         "`python -m benchmarks.study train` and `report`; every cell, with its commit, is in "
         "[cells.json](cells.json), the curve over labels also in [a report](report.md). "
-        "CPU, fp32; MiniLM (6 layers of 384), students of its layers 0, 2 and 5, word embeddings "
+        "CPU, bf16; MiniLM (6 layers of 384), students of its layers 0, 2 and 5, word embeddings "
         f"frozen. Teachers: {_said(TEACHER)}. Students: {_said(STUDENT)}, batches of 32, the "
         "attention term weighted 0.1. Short texts: at most "
         f"{_said(SHORT_SIZES)} a domain (Hutto, Gilbert 2014, as `metakd quickstart` fetches "
