@@ -83,5 +83,5 @@ gpu-check: $(READY)
 	$(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks metakd/_C*.so
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks metakd/libmetakd_*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

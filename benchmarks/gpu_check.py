@@ -54,8 +54,7 @@ def steps(out: Path, *, sanitize: bool = True) -> dict[str, Task]:
     spread = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
     found = {
         "build": Task(
-            [PYTHON, "setup.py", "build_ext", "--inplace"],
-            {"METAKD_CUDA": "1", "MAX_JOBS": str(os.cpu_count())},
+            [PYTHON, "-m", "metakd", "build", "--cuda"], {"MAX_JOBS": str(os.cpu_count())}
         ),
         "kernel tests": Task(
             [*pytest, *spread, "-m", "not gpu", *KERNEL_TESTS, f"--junitxml={out}/kernels.xml"]

@@ -505,6 +505,22 @@ def verify(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
 
 
 @app.command()
+def build(
+    cuda: Annotated[bool, typer.Option("--cuda", help="the kernels for CUDA devices too")] = False,
+):
+    """Compile the kernels now, if none are there; otherwise the first call of a loss does."""
+    from metakd import extension
+
+    for kind in ("cpu", *(["cuda"] if cuda else [])):
+        if reason := extension.load(kind, compiling=True):
+            raise UnsupportedError(
+                f"no kernels for {kind}: {reason}",
+                "`metakd doctor` says what computes; without them PyTorch's own operations do",
+            )
+        console.print(f"{kind}: {extension.describe(kind)}", soft_wrap=True)
+
+
+@app.command()
 def doctor(
     config: Annotated[
         str | None, typer.Argument(metavar="[CONFIG]", help="YAML file: estimate its memory")

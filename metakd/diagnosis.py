@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import get_default_build_root
 
-from metakd import ops
+from metakd import extension, ops
 from metakd.environment import processor, versions
 from metakd.errors import UnsupportedError
 
 
 def diagnose() -> dict[str, dict[str, str]]:
-    """Versions, devices, the extension, each backend with what it lacks, whether training is
+    """Versions, devices, the compiled kernels, each backend with what it lacks, whether training is
     possible, and locks that are in the way."""
     devices = {"cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
@@ -26,12 +26,6 @@ def diagnose() -> dict[str, dict[str, str]]:
         devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
     if not torch.cuda.is_available():
         devices["cuda"] = "none"
-    try:
-        from metakd import _C
-
-        extension = _C.build_info()
-    except ImportError as error:
-        extension = {"metakd._C": f"not built ({error})"}
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     backends = {}
     for backend in ops.IMPLEMENTS:
@@ -45,7 +39,7 @@ def diagnose() -> dict[str, dict[str, str]]:
     report = {
         "versions": {name: version or "not installed" for name, version in versions().items()},
         "devices": devices,
-        "extension": extension,
+        "compiled kernels": {kind: extension.describe(kind) for kind in kinds},
         "backends": backends,
         "training": {"DeepSpeed": _training()},
     }

@@ -1,18 +1,18 @@
 """The contracts: which backend computes which operation, where, and why not; and the schemas,
 shapes and gradients of the compiled operators.
 
-Three backends. ``reference`` (eager PyTorch) implements every operation. ``cpp`` is the extension
-``metakd._C``: C++ on the CPU and, where it was built with CUDA, CUDA C++. ``triton`` is
-``metakd.kernels``: on CUDA devices, and on the CPU under Triton's interpreter.
+Three backends. ``reference`` (eager PyTorch) implements every operation. ``cpp`` are the libraries
+of ``metakd.extension``: C++ on the CPU, CUDA C++. ``triton`` is ``metakd.kernels``: on CUDA devices,
+and on the CPU under Triton's interpreter.
 
 One schema per compiled operator is stamped into one operator namespace per compiled backend:
-``torch.ops.metakd.soft_kl_fwd`` is C++ (registered by the extension when it is imported),
+``torch.ops.metakd.soft_kl_fwd`` is C++ (registered by a library when it is loaded),
 ``torch.ops.metakd_triton.soft_kl_fwd`` launches Triton (imported on the first call). A gradient is
 computed by the backend that computed the value. So everything here can be traced, and the reference
 tested, where nothing was built.
 
 A new operator is a schema, a fake and a gradient below; a backend that gains an operation gets a
-line in ``IMPLEMENTS``. Imports torch and ``metakd.errors``; kernels are imported at run time only.
+line in ``IMPLEMENTS``. Kernels are imported, and libraries compiled, at run time only.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import importlib.util
 import math
 import os
 import re
+import warnings
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from metakd import extension
 from metakd.errors import UnsupportedError
 
 OPS = (
@@ -86,17 +88,9 @@ WIDEST_HEAD = {("triton", "cpu"): 128, ("triton", "cuda"): 128, ("cpp", "cuda"):
 def _missing() -> dict[tuple[str, str], str]:
     """Why a backend cannot run on a kind of device at all, found once, so that a traced function
     sees constants."""
-    reasons = {}
-    try:
-        from metakd import _C
-    except ImportError as error:
-        for kind in ("cpu", "cuda"):
-            reasons["cpp", kind] = (
-                f"the extension metakd._C is not built or does not load ({error})"
-            )
-    else:
-        if _C.build_info()["cuda"] is None:
-            reasons["cpp", "cuda"] = "the extension metakd._C was built without CUDA"
+    reasons = {
+        ("cpp", kind): reason for kind in ("cpu", "cuda") if (reason := extension.load(kind))
+    }
     if importlib.util.find_spec("triton") is None:
         for kind in ("cpu", "cuda"):
             reasons["triton", kind] = "triton is not installed"
@@ -108,6 +102,30 @@ def _missing() -> dict[tuple[str, str], str]:
 
 
 _MISSING = _missing()
+_compiled_for: set[str] = set()  # kinds of devices for which that was tried
+
+
+def _compile_for(kind: str, loudly: bool) -> None:
+    """Compile and load the C++ library for ``kind``, once a process, and not within a trace or the
+    capture of a CUDA graph."""
+    if torch.compiler.is_compiling() or kind in _compiled_for:
+        return
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
+    _compiled_for.add(kind)
+    if os.environ.get("METAKD_JIT") == "0" or os.environ.get("METAKD_NO_EXT") == "1":
+        return
+    reason = extension.load(kind, compiling=True)
+    if reason is None:
+        del _MISSING["cpp", kind]
+        return
+    _MISSING["cpp", kind] = reason
+    if loudly:
+        warnings.warn(
+            f"metakd's kernels are not compiled: {reason}. Its losses run on PyTorch's own "
+            "operations, several times slower (METAKD_JIT=0 says that this is meant)",
+            stacklevel=2,
+        )
 
 
 def why_not(
@@ -172,8 +190,12 @@ def select(
         ValueError: unknown ``op`` or ``backend``.
         UnsupportedError: the named backend cannot compute ``op`` here; the message says why.
     """
+    kind = torch.device(device).type
+    # A GPU has Triton; CUDA C++, which takes minutes to compile, is for those who name it.
+    if ("cpp", kind) in _MISSING and backend in ("cpp", *(["auto"] if kind == "cpu" else [])):
+        _compile_for(kind, loudly=backend == "auto")
     if backend == "auto":
-        order = AUTO_ORDER.get(torch.device(device).type, ("reference",))
+        order = AUTO_ORDER.get(kind, ("reference",))
         return next(name for name in order if why_not(op, name, device, dtype, head) is None)
     reason = why_not(op, backend, device, dtype, head)
     if reason is not None:

@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from metakd import extension
+
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHITECTURES = ("80", "90a", "100")
 
@@ -47,7 +49,7 @@ def why_not() -> str | None:
 
 
 def compile_file(source: Path, architectures=ARCHITECTURES, whole: bool = True) -> list[dict]:
-    """Compiles a file as ``setup.py`` would; one entry per kernel and architecture.
+    """Compiles a file as ``metakd build`` would; one entry per kernel and architecture.
 
     Args:
         source: the file.
@@ -58,18 +60,11 @@ def compile_file(source: Path, architectures=ARCHITECTURES, whole: bool = True) 
     Raises:
         RuntimeError: it does not compile; the message is what nvcc said.
     """
-    from torch.utils import cpp_extension
-
+    recipe = extension.Recipe.here("cuda", architectures)
     with tempfile.TemporaryDirectory() as folder:
-        header = Path(folder, "c10/cuda/impl/cuda_cmake_macros.h")
-        header.parent.mkdir(parents=True)
-        header.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
-        # The generated header last: a torch with CUDA has its own.
-        includes = [CSRC / "include", *cpp_extension.include_paths(), folder]
         command = [
-            *(nvcc(), "-std=c++20", "-O3", "-Xptxas", "-v", "-c" if whole else "-ptx", source),
-            *cpp_extension.COMMON_NVCC_FLAGS,
-            *(f"-I{path}" for path in includes),
+            *(nvcc(), "-Xptxas", "-v", "-c" if whole else "-ptx", source),
+            *(flag for flag in recipe.flags if "gencode" not in flag),
             *(
                 f"-gencode=arch=compute_{arch},code={'sm' if whole else 'compute'}_{arch}"
                 for arch in architectures

@@ -505,7 +505,11 @@ def copy_tree(target: Path) -> None:
 
 
 def run(tree: Path, command: list[str], log: Path) -> int:
-    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "XDG_CACHE_HOME": str(tree.parent / "cache"),  # of libraries that are wrong on purpose
+    }
     with log.open("w") as stream:
         return subprocess.run(
             command, cwd=tree, env=environment, stdout=stream, stderr=subprocess.STDOUT
@@ -513,10 +517,8 @@ def run(tree: Path, command: list[str], log: Path) -> int:
 
 
 def build(tree: Path, log: Path) -> None:
-    if run(tree, [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], log):
-        raise SystemExit(f"the extension does not build:\n{log.read_text()[-3000:]}")
-    if "installs without" in log.read_text():
-        raise SystemExit(f"the extension does not compile:\n{log.read_text()[-3000:]}")
+    if run(tree, [sys.executable, "-m", "metakd", "build"], log):
+        raise SystemExit(f"the kernels do not compile:\n{log.read_text()[-3000:]}")
 
 
 def tests(tree: Path, log: Path, family: str, only: str = "") -> int:

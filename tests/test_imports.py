@@ -19,11 +19,12 @@ ARROWS = {
     "environment": {"__init__"},
     "reference": set(),
     "kernels": {"errors"},
-    "ops": {"errors", "kernels", "_C"},
+    "extension": set(),
+    "ops": {"errors", "extension", "kernels"},
     "functional": {"errors", "ops", "reference"},
     "verify": {"functional", "ops"},
     "table": {"__init__"},
-    "diagnosis": {"environment", "errors", "ops", "training", "_C"},
+    "diagnosis": {"environment", "errors", "extension", "ops", "training"},
     "config": {"errors", "table"},
     "data": {"errors", "config", "table", "__init__"},
     "models": {"errors", "config", "functional"},
@@ -51,12 +52,12 @@ ARROWS = {
         "deploy",
         "diagnosis",
         "environment",
+        "extension",
         "front",
         "ops",
         "pipeline",
         "printed",
         "verify",
-        "_C",
         "__init__",
     },
     "__main__": {"cli"},
@@ -72,6 +73,7 @@ TABLE = {
 # What of the world each may know. Below the door nothing knows of teachers, tasks or DeepSpeed.
 LOW = {
     "reference": {"torch"},
+    "extension": {"torch"},
     "ops": {"torch"},
     "functional": {"torch"},
     "verify": {"torch"},
@@ -122,7 +124,7 @@ class Imports(NamedTuple):
             if top != "metakd":
                 (self.late_foreign if late else self.foreign).add(top)
                 continue
-            while rest and rest not in known and rest != "_C":
+            while rest and rest not in known:
                 rest = (
                     f"{rest}.__init__" if f"{rest}.__init__" in known else rest.rpartition(".")[0]
                 )
@@ -202,7 +204,7 @@ for name in {names!r}:
 
 def test_reference_runs_without_triton_and_extension():
     code = (
-        BLOCK.format(names=["triton", "metakd._C"])
+        BLOCK.format(names=["triton"])
         + """
 import torch
 from metakd import reference
@@ -212,7 +214,7 @@ assert student.grad.isfinite().all()
 pair = lambda d: (torch.randn(2, 3, 7, d), torch.randn(2, 3, 7, d))
 assert reference.attention_score_mse(pair(4), pair(8)).shape == (2,)
 loaded = {name for name in sys.modules if name.startswith("metakd.")}
-assert loaded == {"metakd.reference", "metakd._C"}, loaded
+assert loaded == {"metakd.reference"}, loaded
 """
     )
     run_python(code)
@@ -221,7 +223,6 @@ assert loaded == {"metakd.reference", "metakd._C"}, loaded
 def test_package_needs_torch_only_and_only_when_used():
     names = [
         "triton",
-        "metakd._C",
         "transformers",
         "datasets",
         "deepspeed",
@@ -233,6 +234,8 @@ def test_package_needs_torch_only_and_only_when_used():
     code = (
         BLOCK.format(names=names)
         + """
+import os
+os.environ["METAKD_NO_EXT"] = "1"
 import metakd
 assert "torch" not in sys.modules and metakd.__version__
 import torch
@@ -246,14 +249,13 @@ metakd.soft_kl(torch.randn(3, 5), torch.randn(3, 5))
 
 
 def test_losses_hold_without_the_extension():
-    code = (
-        BLOCK.format(names=["metakd._C"])
-        + """
+    code = """
+import os, sys
+os.environ["METAKD_NO_EXT"] = "1"
 import pytest
 from metakd import ops
 assert ops.why_not("soft_kl", "cpp", "cpu") is not None
 chosen = "hand or table or silently or pytorchs or masked_is_zero"
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "tests/test_losses.py", "-k", chosen]))
 """
-    )
     run_python(code)

@@ -28,29 +28,29 @@ int64_t work(const AttentionCall& call, bool tiled) {
   return call.length * width * (tiled ? call.reach : width);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_score_mse_fwd(
-    at::TensorList query_s, at::TensorList key_s, at::TensorList query_t, at::TensorList key_t,
-    const std::optional<at::Tensor>& query_mask, const std::optional<at::Tensor>& key_mask,
+std::tuple<Tensor, Tensor, Tensor> attention_score_mse_fwd(
+    const Tensors& query_s, const Tensors& key_s, const Tensors& query_t, const Tensors& key_t,
+    const std::optional<Tensor>& query_mask, const std::optional<Tensor>& key_mask,
     std::optional<int64_t> before, std::optional<int64_t> after, double scale_s, double scale_t,
-    const std::optional<at::Tensor>& norm_t, double guard) {
+    const std::optional<Tensor>& norm_t, double guard) {
   const AttentionCall call(
       query_s, key_s, query_t, key_t, query_mask, key_mask, before, after, scale_s, scale_t);
   const bool only_tiles = guard == std::numeric_limits<double>::infinity();
-  TORCH_CHECK(only_tiles || (!before && !after), "attention_score_mse: before and after need guard = inf");
+  STD_TORCH_CHECK(only_tiles || (!before && !after), "attention_score_mse: before and after need guard = inf");
   const int64_t width = only_tiles ? 0 : call.width_s + call.width_t;
-  at::Tensor heads = at::empty(call.sizes({}), call.options);                           // [n, B, A]
-  at::Tensor gram = at::empty(call.sizes({2, width, call.width_s}), call.options);      // [n, B, A, 2, W, D_s]
-  at::Tensor tiled = at::empty(call.sizes({}), call.options.dtype(at::kBool));          // [n, B, A]
-  std::optional<at::Tensor> norm;
+  Tensor heads = call.by_head({});                                   // [n, B, A]
+  Tensor gram = call.by_head({2, width, call.width_s});              // [n, B, A, 2, W, D_s]
+  Tensor tiled = call.by_head({}, ScalarType::Bool);                 // [n, B, A]
+  std::optional<Tensor> norm;
   if (norm_t) {
-    norm = norm_t->contiguous();
-    TORCH_CHECK(norm->sizes() == heads.sizes() && norm->scalar_type() == heads.scalar_type(),
-                "attention_score_mse: norm_t must be like the result");
+    norm = torch::stable::contiguous(*norm_t);
+    STD_TORCH_CHECK(norm->sizes() == heads.sizes() && norm->scalar_type() == heads.scalar_type(),
+                    "attention_score_mse: norm_t must be like the result");
   }
   const Forms by = METAKD_BEST(forms)(call.is_double);
   const PerHead values(heads, call), grams(gram, call), norms(norm.value_or(heads), call);
   bool* is_tiled = tiled.mutable_data_ptr<bool>();
-  at::parallel_for(0, call.count(), grain(work(call, only_tiles)), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, call.count(), grain(work(call, only_tiles)), [&](int64_t begin, int64_t end) {
     Scratch for_gram, for_tiles;
     for (int64_t index = begin; index < end; ++index) {
       const Head head = call.head(index);
@@ -70,30 +70,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_score_mse_fwd(
   return {heads, gram, tiled};
 }
 
-std::vector<at::Tensor> attention_score_mse_bwd(
-    const at::Tensor& dheads, at::TensorList query_s, at::TensorList key_s, at::TensorList query_t,
-    at::TensorList key_t, const std::optional<at::Tensor>& query_mask,
-    const std::optional<at::Tensor>& key_mask, std::optional<int64_t> before, std::optional<int64_t> after,
-    double scale_s, double scale_t, const at::Tensor& gram, const at::Tensor& tiled, double guard) {
+Tensors attention_score_mse_bwd(
+    const Tensor& dheads, const Tensors& query_s, const Tensors& key_s, const Tensors& query_t,
+    const Tensors& key_t, const std::optional<Tensor>& query_mask,
+    const std::optional<Tensor>& key_mask, std::optional<int64_t> before, std::optional<int64_t> after,
+    double scale_s, double scale_t, const Tensor& gram, const Tensor& tiled, double guard) {
   const AttentionCall call(
       query_s, key_s, query_t, key_t, query_mask, key_mask, before, after, scale_s, scale_t);
-  const at::Tensor dheads_ = dheads.contiguous(), gram_ = gram.contiguous(), tiled_ = tiled.contiguous();
-  TORCH_CHECK(dheads_.scalar_type() == call.options.dtype().toScalarType() &&
-                  gram_.scalar_type() == dheads_.scalar_type() && dheads_.numel() == call.count() &&
-                  tiled_.numel() == call.count(),
-              "attention_score_mse: dheads, gram and tiled must be as the forward left them");
+  const Tensor dheads_ = torch::stable::contiguous(dheads), gram_ = torch::stable::contiguous(gram),
+               tiled_ = torch::stable::contiguous(tiled);
+  STD_TORCH_CHECK(dheads_.scalar_type() == call.type &&
+                      gram_.scalar_type() == dheads_.scalar_type() && dheads_.numel() == call.count() &&
+                      tiled_.numel() == call.count(),
+                  "attention_score_mse: dheads, gram and tiled must be as the forward left them");
   const bool only_tiles = guard == std::numeric_limits<double>::infinity();
-  TORCH_CHECK(only_tiles || gram_.numel() == call.count() * 2 * (call.width_s + call.width_t) * call.width_s,
-              "attention_score_mse: gram must be as the forward left it");
-  Gradients dquery(query_s), dkey(key_s);
+  STD_TORCH_CHECK(only_tiles || gram_.numel() == call.count() * 2 * (call.width_s + call.width_t) * call.width_s,
+                  "attention_score_mse: gram must be as the forward left it");
+  std::vector<Gradient> dquery = metakd::gradients_of(query_s), dkey = metakd::gradients_of(key_s);
   const Forms by = METAKD_BEST(forms)(call.is_double);
   const PerHead slopes(dheads_, call), grams(gram_, call);
   const bool* is_tiled = tiled_.const_data_ptr<bool>();
-  at::parallel_for(0, call.count(), grain(work(call, only_tiles)), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, call.count(), grain(work(call, only_tiles)), [&](int64_t begin, int64_t end) {
     Scratch for_gram, for_tiles;
     for (int64_t index = begin; index < end; ++index) {
       const Head head = call.head(index);
-      const Matrix to_query = call.rows(dquery.rows, index), to_key = call.rows(dkey.rows, index);
+      const Matrix to_query = call.rows(dquery, index), to_key = call.rows(dkey, index);
       const double dhead = slopes.get(index);
       if (is_tiled[index])
         for_tiles.lend([&](void* scratch) {
@@ -105,15 +106,15 @@ std::vector<at::Tensor> attention_score_mse_bwd(
         });
     }
   });
-  std::vector<at::Tensor> all;
-  dquery.append_to(all);
-  dkey.append_to(all);
+  Tensors all;
+  metakd::append_finished(dquery, all);
+  metakd::append_finished(dkey, all);
   return all;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(metakd, CPU, m) {
-  m.impl("attention_score_mse_fwd", &attention_score_mse_fwd);
-  m.impl("attention_score_mse_bwd", &attention_score_mse_bwd);
+STABLE_TORCH_LIBRARY_IMPL(metakd, CPU, m) {
+  m.impl("attention_score_mse_fwd", TORCH_BOX(&attention_score_mse_fwd));
+  m.impl("attention_score_mse_bwd", TORCH_BOX(&attention_score_mse_bwd));
 }

@@ -27,26 +27,26 @@ struct Forms {
 #define METAKD_TEXT "hidden_mse_rows.h"
 #include "instruction_sets.h"
 
-const void* example(const at::Tensor& x, int64_t index) {
+const void* example(const Tensor& x, int64_t index) {
   return static_cast<const char*>(x.const_data_ptr()) + index * x.stride(0) * x.element_size();
 }
 
 class Call {
  public:
   int64_t layers, batch, length, width;
-  at::TensorOptions options;  // of rows
+  ScalarType type;  // of rows
   Forms by;
 
-  Call(at::TensorList student, at::TensorList teacher, const std::optional<at::Tensor>& mask)
+  Call(const Tensors& student, const Tensors& teacher, const std::optional<Tensor>& mask)
       : layers(student.size()), mask_(mask) {
-    TORCH_CHECK(layers > 0 && teacher.size() == student.size() && student[0].dim() == 3,
-                "hidden_mse: as many layers [B, L, H] expected on both sides");
+    STD_TORCH_CHECK(layers > 0 && teacher.size() == student.size() && student[0].dim() == 3,
+                    "hidden_mse: as many layers [B, L, H] expected on both sides");
     for (int64_t layer = 0; layer < layers; ++layer) {
-      TORCH_CHECK(student[layer].sizes() == student[0].sizes() &&
-                      teacher[layer].sizes() == student[0].sizes() &&
-                      student[layer].scalar_type() == student[0].scalar_type() &&
-                      teacher[layer].scalar_type() == teacher[0].scalar_type(),
-                  "hidden_mse: layers must have one shape, and one dtype on each side");
+      STD_TORCH_CHECK(student[layer].sizes() == student[0].sizes() &&
+                          teacher[layer].sizes() == student[0].sizes() &&
+                          student[layer].scalar_type() == student[0].scalar_type() &&
+                          teacher[layer].scalar_type() == teacher[0].scalar_type(),
+                      "hidden_mse: layers must have one shape, and one dtype on each side");
       student_.push_back(with_last_stride_1(student[layer]));
       teacher_.push_back(with_last_stride_1(teacher[layer]));
     }
@@ -54,15 +54,15 @@ class Call {
     length = student[0].size(1);
     width = student[0].size(2);
     if (mask)
-      TORCH_CHECK(mask->scalar_type() == at::kBool && mask->dim() == 2 && mask->size(0) == batch &&
-                      mask->size(1) == length,
-                  "hidden_mse: bool mask [B, L] expected");
-    options = student[0].options().dtype(accumulator(student[0], teacher[0]));
-    by = METAKD_BEST(forms)(options.dtype() == at::kDouble);
+      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == batch &&
+                          mask->size(1) == length,
+                      "hidden_mse: bool mask [B, L] expected");
+    type = accumulator(student[0], teacher[0]);
+    by = METAKD_BEST(forms)(type == ScalarType::Double);
   }
 
   Tokens tokens(int64_t layer, int64_t index) const {
-    const at::Tensor &s = student_[layer], &t = teacher_[layer];
+    const Tensor &s = student_[layer], &t = teacher_[layer];
     Tokens found{};
     found.student = example(s, index);
     found.teacher = example(t, index);
@@ -95,7 +95,7 @@ class Call {
   template <class F>
   void for_pieces(F f) const {
     const int64_t per_example = pieces();
-    at::parallel_for(0, layers * batch * per_example, grain(TOKENS * width * READ), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, layers * batch * per_example, grain(TOKENS * width * READ), [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece) {
         const int64_t first = piece % per_example * TOKENS, row = piece / per_example;
         f(row / batch, row % batch, first, std::min(first + TOKENS, length), piece);
@@ -110,19 +110,19 @@ class Call {
   static constexpr int64_t TOKENS = 32;
   static constexpr int64_t READ = 32;  // multiplications in the time that one number takes to come
 
-  std::vector<at::Tensor> student_, teacher_;
-  std::optional<at::Tensor> mask_;
+  Tensors student_, teacher_;
+  std::optional<Tensor> mask_;
 };
 
-at::Tensor hidden_mse_fwd(
-    at::TensorList student, at::TensorList teacher, const std::optional<at::Tensor>& mask) {
+Tensor hidden_mse_fwd(
+    const Tensors& student, const Tensors& teacher, const std::optional<Tensor>& mask) {
   const Call call(student, teacher, mask);
   const int64_t pieces = call.pieces();
   std::vector<double> sums(call.layers * call.batch * pieces);
   call.for_pieces([&](int64_t layer, int64_t index, int64_t begin, int64_t end, int64_t piece) {
     sums[piece] = call.by.squares(call.tokens(layer, index), begin, end);
   });
-  at::Tensor rows = at::empty({call.layers, call.batch}, call.options.dtype(at::kDouble));  // [n, B]
+  Tensor rows = torch::stable::new_empty(student[0], {call.layers, call.batch}, ScalarType::Double);  // [n, B]
   double* to = rows.mutable_data_ptr<double>();
   const std::vector<double> counts = call.counts();
   for (int64_t row = 0; row < call.layers * call.batch; ++row) {
@@ -130,33 +130,33 @@ at::Tensor hidden_mse_fwd(
     for (int64_t piece = 0; piece < pieces; ++piece) sum += sums[row * pieces + piece];
     to[row] = sum / counts[row % call.batch];
   }
-  return rows.to(call.options.dtype());
+  return torch::stable::to(rows, call.type);
 }
 
-std::vector<at::Tensor> hidden_mse_bwd(
-    const at::Tensor& drows, at::TensorList student, at::TensorList teacher,
-    const std::optional<at::Tensor>& mask) {
+Tensors hidden_mse_bwd(
+    const Tensor& drows, const Tensors& student, const Tensors& teacher,
+    const std::optional<Tensor>& mask) {
   const Call call(student, teacher, mask);
-  TORCH_CHECK(drows.numel() == call.layers * call.batch, "hidden_mse: drows");
-  const at::Tensor factors = drows.to(at::kDouble).contiguous();
+  STD_TORCH_CHECK(drows.numel() == call.layers * call.batch, "hidden_mse: drows");
+  const Tensor factors = torch::stable::contiguous(torch::stable::to(drows, ScalarType::Double));
   const double* factor = factors.const_data_ptr<double>();
   const std::vector<double> counts = call.counts();
-  Gradients gradients(student);
+  std::vector<Gradient> gradients = metakd::gradients_of(student);
   call.for_pieces([&](int64_t layer, int64_t index, int64_t begin, int64_t end, int64_t) {
     Tokens tokens = call.tokens(layer, index);
-    const at::Tensor& to = gradients.rows[layer];
+    const Tensor& to = gradients[layer].to;
     tokens.gradient = const_cast<void*>(example(to, index));
     tokens.stride_gradient = to.stride(1);
     call.by.slopes(tokens, 2 * factor[layer * call.batch + index] / counts[index], begin, end);
   });
-  std::vector<at::Tensor> all;
-  gradients.append_to(all);
+  Tensors all;
+  metakd::append_finished(gradients, all);
   return all;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(metakd, CPU, m) {
-  m.impl("hidden_mse_fwd", &hidden_mse_fwd);
-  m.impl("hidden_mse_bwd", &hidden_mse_bwd);
+STABLE_TORCH_LIBRARY_IMPL(metakd, CPU, m) {
+  m.impl("hidden_mse_fwd", TORCH_BOX(&hidden_mse_fwd));
+  m.impl("hidden_mse_bwd", TORCH_BOX(&hidden_mse_bwd));
 }

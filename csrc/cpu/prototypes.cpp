@@ -48,18 +48,18 @@ constexpr int64_t PADDING = 64;   // columns of a row of numbers are a multiple 
 
 int64_t padded(int64_t width) { return (width + PADDING - 1) / PADDING * PADDING; }
 
-const void* at(const at::Tensor& x, int64_t offset) {
+const void* at(const Tensor& x, int64_t offset) {
   return static_cast<const char*>(x.const_data_ptr()) + offset * x.element_size();
 }
 
-void* at_mutable(at::Tensor& x, int64_t offset) { return const_cast<void*>(at(x, offset)); }
+void* at_mutable(Tensor& x, int64_t offset) { return const_cast<void*>(at(x, offset)); }
 
-Forms forms_for(at::ScalarType type) { return METAKD_BEST(forms)(type == at::kDouble); }
+Forms forms_for(ScalarType type) { return METAKD_BEST(forms)(type == ScalarType::Double); }
 
 int64_t pieces(int64_t width) { return (width + COLUMNS - 1) / COLUMNS; }
 
 // Of one example: 0 for a real token, -1 for a masked one; and how many are real.
-int64_t find_real(const at::Tensor& mask, int64_t example, std::vector<int64_t>& slot) {
+int64_t find_real(const Tensor& mask, int64_t example, std::vector<int64_t>& slot) {
   const bool* real = mask.const_data_ptr<bool>() + example * mask.stride(0);
   int64_t count = 0;
   slot.resize(mask.size(1));
@@ -71,21 +71,21 @@ int64_t find_real(const at::Tensor& mask, int64_t example, std::vector<int64_t>&
   return count;
 }
 
-void check_mask(const at::Tensor& mask) {
-  TORCH_CHECK(mask.scalar_type() == at::kBool && mask.dim() == 2, "masked_mean: bool mask [B, L] expected");
+void check_mask(const Tensor& mask) {
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && mask.dim() == 2, "masked_mean: bool mask [B, L] expected");
 }
 
-at::Tensor masked_mean_fwd(const at::Tensor& hidden_, const at::Tensor& mask) {
+Tensor masked_mean_fwd(const Tensor& hidden_, const Tensor& mask) {
   check_mask(mask);
-  const at::Tensor hidden = with_last_stride_1(hidden_);
-  TORCH_CHECK(hidden.dim() == 3 && hidden.sizes().slice(0, 2) == mask.sizes(), "masked_mean: shapes");
+  const Tensor hidden = with_last_stride_1(hidden_);
+  STD_TORCH_CHECK(hidden.dim() == 3 && hidden.sizes().slice(0, 2) == mask.sizes(), "masked_mean: shapes");
   const int64_t batch = hidden.size(0), length = hidden.size(1), width = hidden.size(2);
-  at::Tensor mean = at::empty({batch, width}, hidden.options());  // [B, H]
+  Tensor mean = torch::stable::new_empty(hidden, {batch, width});  // [B, H]
   const Forms by = forms_for(accumulator(hidden));
   const Type type = type_of(hidden);
   const int64_t per_example = pieces(width);
   const int64_t work = length * std::min(width, COLUMNS) * READ;
-  at::parallel_for(0, batch * per_example, grain(work), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, batch * per_example, grain(work), [&](int64_t begin, int64_t end) {
     std::vector<int64_t> slot;
     double sums[COLUMNS];
     for (int64_t piece = begin; piece < end; ++piece) {
@@ -101,16 +101,16 @@ at::Tensor masked_mean_fwd(const at::Tensor& hidden_, const at::Tensor& mask) {
   return mean;
 }
 
-at::Tensor masked_mean_bwd(const at::Tensor& dmean_, const at::Tensor& mask) {
+Tensor masked_mean_bwd(const Tensor& dmean_, const Tensor& mask) {
   check_mask(mask);
-  const at::Tensor dmean = with_last_stride_1(dmean_);
-  TORCH_CHECK(dmean.dim() == 2 && dmean.size(0) == mask.size(0), "masked_mean: shapes");
+  const Tensor dmean = with_last_stride_1(dmean_);
+  STD_TORCH_CHECK(dmean.dim() == 2 && dmean.size(0) == mask.size(0), "masked_mean: shapes");
   const int64_t batch = mask.size(0), length = mask.size(1), width = dmean.size(1);
-  at::Tensor dhidden = at::empty({batch, length, width}, dmean.options());  // [B, L, H]
+  Tensor dhidden = torch::stable::new_empty(dmean, {batch, length, width});  // [B, L, H]
   const Forms by = forms_for(accumulator(dmean));
   const Type type = type_of(dmean);
   const int64_t bytes = width * dmean.element_size();
-  at::parallel_for(0, batch, grain(length * width * READ), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, batch, grain(length * width * READ), [&](int64_t begin, int64_t end) {
     std::vector<int64_t> slot;
     const std::unique_ptr<char[]> row(new char[bytes]);
     for (int64_t example = begin; example < end; ++example) {
@@ -126,20 +126,20 @@ at::Tensor masked_mean_bwd(const at::Tensor& dmean_, const at::Tensor& mask) {
   return dhidden;
 }
 
-at::Tensor as_indices(const at::Tensor& x, int64_t rows, const char* name) {
-  TORCH_CHECK(x.scalar_type() == at::kLong && x.numel() == rows, "metakd: ", name, " must be int64 [N]");
-  return x.contiguous();
+Tensor as_indices(const Tensor& x, int64_t rows, const char* name) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.numel() == rows, "metakd: ", name, " must be int64 [N]");
+  return torch::stable::contiguous(x);
 }
 
-std::tuple<at::Tensor, at::Tensor> class_prototypes(
-    const at::Tensor& embedding_, const at::Tensor& domain_, const at::Tensor& label_,
+std::tuple<Tensor, Tensor> class_prototypes(
+    const Tensor& embedding_, const Tensor& domain_, const Tensor& label_,
     int64_t num_domains, int64_t num_classes) {
-  const at::Tensor embedding = with_last_stride_1(embedding_);
+  const Tensor embedding = with_last_stride_1(embedding_);
   const int64_t rows = embedding.size(0), width = embedding.size(1), cells = num_domains * num_classes;
-  const at::Tensor domain = as_indices(domain_, rows, "domain"), label = as_indices(label_, rows, "label");
-  const auto options = embedding.options().dtype(accumulator(embedding));
-  at::Tensor prototypes = at::empty({num_domains, num_classes, width}, options);  // [K, M, H]
-  at::Tensor counts = at::zeros({num_domains, num_classes}, domain.options());    // [K, M]
+  const Tensor domain = as_indices(domain_, rows, "domain"), label = as_indices(label_, rows, "label");
+  Tensor prototypes =
+      torch::stable::new_empty(embedding, {num_domains, num_classes, width}, accumulator(embedding));  // [K, M, H]
+  Tensor counts = torch::stable::new_zeros(domain, {num_domains, num_classes});                         // [K, M]
   int64_t* count = counts.mutable_data_ptr<int64_t>();
   std::vector<int64_t> slot(rows);  // a row's cell; -1 where there is none
   for (int64_t r = 0; r < rows; ++r) {
@@ -150,7 +150,7 @@ std::tuple<at::Tensor, at::Tensor> class_prototypes(
   }
   const Forms by = forms_for(accumulator(embedding));
   const int64_t work = rows * std::min(width, COLUMNS) * READ;
-  at::parallel_for(0, pieces(width), grain(work), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, pieces(width), grain(work), [&](int64_t begin, int64_t end) {
     std::vector<double> sums(cells * COLUMNS);
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t column = piece * COLUMNS, size = std::min(COLUMNS, width - column);
@@ -165,26 +165,27 @@ std::tuple<at::Tensor, at::Tensor> class_prototypes(
   return {prototypes, counts};
 }
 
-at::Tensor prototype_score(
-    const at::Tensor& embedding_, const at::Tensor& prototypes_, const at::Tensor& counts,
-    const at::Tensor& domain_, const at::Tensor& label_, double alpha,
-    const std::optional<at::Tensor>& center_) {
-  const at::Tensor embedding = with_last_stride_1(embedding_), prototypes = prototypes_.contiguous();
+Tensor prototype_score(
+    const Tensor& embedding_, const Tensor& prototypes_, const Tensor& counts,
+    const Tensor& domain_, const Tensor& label_, double alpha,
+    const std::optional<Tensor>& center_) {
+  const Tensor embedding = with_last_stride_1(embedding_), prototypes = torch::stable::contiguous(prototypes_);
   const int64_t rows = embedding.size(0), width = embedding.size(1);
-  TORCH_CHECK(prototypes.dim() == 3 && prototypes.size(2) == width &&
-                  counts.sizes() == prototypes.sizes().slice(0, 2) &&
-                  (!center_ || center_->numel() == width),
-              "prototype_score: prototypes [K, M, H], counts [K, M] and center [H] expected");
-  const at::ScalarType computed = accumulator(embedding, prototypes, center_.value_or(embedding));
-  const auto options = embedding.options().dtype(computed);
-  const at::Tensor domain = as_indices(domain_, rows, "domain"), label = as_indices(label_, rows, "label");
-  const at::Tensor exists = counts.gt(0).contiguous();
-  at::Tensor t = at::empty({rows}, options);  // [N]
-  at::Tensor units = at::zeros({prototypes.size(0), prototypes.size(1), padded(width)}, options);
-  at::Tensor center;
+  STD_TORCH_CHECK(prototypes.dim() == 3 && prototypes.size(2) == width &&
+                      counts.sizes() == prototypes.sizes().slice(0, 2) &&
+                      (!center_ || center_->numel() == width),
+                  "prototype_score: prototypes [K, M, H], counts [K, M] and center [H] expected");
+  const ScalarType computed = accumulator(embedding, prototypes, center_.value_or(embedding));
+  const Tensor domain = as_indices(domain_, rows, "domain"), label = as_indices(label_, rows, "label");
+  const Tensor exists = torch::stable::contiguous(torch::stable::to(counts, ScalarType::Bool));  // none is negative
+  Tensor t = torch::stable::new_empty(embedding, {rows}, computed);  // [N]
+  Tensor units =
+      torch::stable::new_zeros(embedding, {prototypes.size(0), prototypes.size(1), padded(width)}, computed);
+  Tensor center;
   if (center_) {
-    center = at::zeros({padded(width)}, options);
-    center.narrow(0, 0, width).copy_(*center_);
+    center = torch::stable::new_zeros(embedding, {padded(width)}, computed);
+    Tensor real = torch::stable::narrow(center, 0, 0, width);
+    torch::stable::copy_(real, *center_);
   }
   Scores scores{};
   scores.embedding = embedding.const_data_ptr();
@@ -203,19 +204,19 @@ at::Tensor prototype_score(
   const Forms by = forms_for(computed);
   by.normalise(scores, prototypes.const_data_ptr(), type_of(prototypes), width, units.mutable_data_ptr());
   scores.units = units.const_data_ptr();
-  at::parallel_for(0, rows, grain(width * (READ + scores.domains)), [&](int64_t begin, int64_t end) {
-    const at::Tensor row = at::zeros({padded(width)}, options);
+  torch::stable::parallel_for(0, rows, grain(width * (READ + scores.domains)), [&](int64_t begin, int64_t end) {
+    const Tensor row = torch::stable::new_zeros(embedding, {padded(width)}, computed);
     by.score_rows(scores, begin, end, row.mutable_data_ptr());
   });
   return t;
 }
 
-at::Tensor domain_expertise(const at::Tensor& logits, const at::Tensor& label_, const at::Tensor& t_) {
-  TORCH_CHECK(logits.dim() == 2 && t_.numel() == logits.size(0), "domain_expertise: shapes");
+Tensor domain_expertise(const Tensor& logits, const Tensor& label_, const Tensor& t_) {
+  STD_TORCH_CHECK(logits.dim() == 2 && t_.numel() == logits.size(0), "domain_expertise: shapes");
   const int64_t rows = logits.size(0);
-  const at::ScalarType computed = accumulator(logits, t_);
-  const at::Tensor t = t_.to(computed).contiguous(), label = as_indices(label_, rows, "label");
-  at::Tensor weights = at::empty({rows}, t.options());  // [N]
+  const ScalarType computed = accumulator(logits, t_);
+  const Tensor t = torch::stable::contiguous(torch::stable::to(t_, computed)), label = as_indices(label_, rows, "label");
+  Tensor weights = torch::stable::new_empty(t, {rows});  // [N]
   Expertise of{};
   of.logits = logits.const_data_ptr();
   of.t = t.const_data_ptr();
@@ -226,7 +227,7 @@ at::Tensor domain_expertise(const at::Tensor& logits, const at::Tensor& label_, 
   of.classes = logits.size(1);
   of.type = type_of(logits);
   const Forms by = forms_for(computed);
-  at::parallel_for(0, rows, grain(of.classes * 2 * READ), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows, grain(of.classes * 2 * READ), [&](int64_t begin, int64_t end) {
     by.expertise_rows(of, begin, end);
   });
   return weights;
@@ -234,10 +235,10 @@ at::Tensor domain_expertise(const at::Tensor& logits, const at::Tensor& label_, 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(metakd, CPU, m) {
-  m.impl("masked_mean_fwd", &masked_mean_fwd);
-  m.impl("masked_mean_bwd", &masked_mean_bwd);
-  m.impl("class_prototypes", &class_prototypes);
-  m.impl("prototype_score", &prototype_score);
-  m.impl("domain_expertise", &domain_expertise);
+STABLE_TORCH_LIBRARY_IMPL(metakd, CPU, m) {
+  m.impl("masked_mean_fwd", TORCH_BOX(&masked_mean_fwd));
+  m.impl("masked_mean_bwd", TORCH_BOX(&masked_mean_bwd));
+  m.impl("class_prototypes", TORCH_BOX(&class_prototypes));
+  m.impl("prototype_score", TORCH_BOX(&prototype_score));
+  m.impl("domain_expertise", TORCH_BOX(&domain_expertise));
 }

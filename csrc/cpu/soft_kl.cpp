@@ -69,7 +69,7 @@ struct Call : Arguments {
     kind = beta == 0 ? Kind::forward : beta == 1 ? Kind::reverse : Kind::mixture;
   }
 
-  void take_drows(const at::Tensor& drows) {
+  void take_drows(const Tensor& drows) {
     check_drows(drows);
     job.drows = drows.const_data_ptr();
     job.drows_stride = drows.stride(0);
@@ -80,10 +80,9 @@ struct Call : Arguments {
     constexpr int64_t WORTH = 65536;
     Rows* rows = METAKD_BEST(find)(is_double, kind, job.label != nullptr);
     const int64_t grain = std::max<int64_t>(1, WORTH / job.classes);
-    at::parallel_for(0, job.rows, grain, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, job.rows, grain, [&](int64_t begin, int64_t end) {
       std::unique_ptr<char[]> scratch;
-      const bool converts = student.scalar_type() != options.dtype().toScalarType() ||
-          teacher.scalar_type() != options.dtype().toScalarType();
+      const bool converts = student.scalar_type() != type || teacher.scalar_type() != type;
       if (converts && job.classes > NARROW)
         scratch.reset(new char[2 * job.classes * (is_double ? sizeof(double) : sizeof(float))]);
       rows(job, op, begin, end, scratch.get());
@@ -93,37 +92,37 @@ struct Call : Arguments {
 
 // From 32 MiB on malloc maps new memory every time, and its page faults may take longer than the
 // gradient that is written there: huge pages have 512 times fewer of them. Only advice, may be refused.
-void prefer_huge_pages([[maybe_unused]] const at::Tensor& x) {
+void prefer_huge_pages([[maybe_unused]] const Tensor& x) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = 4096, LARGE = 32 << 20;
   const auto from = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  const uintptr_t begin = (from + PAGE - 1) / PAGE * PAGE, end = (from + x.nbytes()) / PAGE * PAGE;
-  if (x.nbytes() >= LARGE) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  const uintptr_t bytes = x.numel() * x.element_size();
+  const uintptr_t begin = (from + PAGE - 1) / PAGE * PAGE, end = (from + bytes) / PAGE * PAGE;
+  if (bytes >= LARGE) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
-std::tuple<at::Tensor, at::Tensor> soft_kl_fwd(
-    const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& mask,
-    const std::optional<at::Tensor>& label, int64_t vocab_size, double temperature, double scale,
+std::tuple<Tensor, Tensor> soft_kl_fwd(
+    const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& label, int64_t vocab_size, double temperature, double scale,
     double beta, double hard_weight) {
   Call call(student, teacher, mask, label, vocab_size, temperature, scale, beta, hard_weight);
-  at::Tensor rows = at::empty({call.job.rows}, call.options);  // [N]
-  at::Tensor stats = at::empty({STATS, call.job.rows}, call.options);  // [STATS, N]
+  Tensor rows = call.new_rows(), stats = call.new_stats();
   call.job.values = rows.mutable_data_ptr();
   call.job.stats = stats.mutable_data_ptr();
   call.run(Op::forward);
   return {rows, stats};
 }
 
-at::Tensor soft_kl_bwd(
-    const at::Tensor& drows, const at::Tensor& student, const at::Tensor& teacher,
-    const at::Tensor& stats, const std::optional<at::Tensor>& mask,
-    const std::optional<at::Tensor>& label, int64_t vocab_size, double temperature, double scale,
+Tensor soft_kl_bwd(
+    const Tensor& drows, const Tensor& student, const Tensor& teacher,
+    const Tensor& stats, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& label, int64_t vocab_size, double temperature, double scale,
     double beta, double hard_weight) {
   Call call(student, teacher, mask, label, vocab_size, temperature, scale, beta, hard_weight);
   call.check_stats(stats);
-  const at::Tensor stats_rows = stats.contiguous();
-  at::Tensor dstudent = at::empty({call.job.rows, call.job.width}, student.options());  // [N, C_s]
+  const Tensor stats_rows = torch::stable::contiguous(stats);
+  Tensor dstudent = torch::stable::new_empty(student, {call.job.rows, call.job.width});  // [N, C_s]
   prefer_huge_pages(dstudent);
   call.take_drows(drows);
   call.job.stats = const_cast<void*>(stats_rows.const_data_ptr());
@@ -133,26 +132,25 @@ at::Tensor soft_kl_bwd(
   return dstudent;
 }
 
-at::Tensor soft_kl_fwd_bwd_(
-    at::Tensor& student, const at::Tensor& teacher, const at::Tensor& drows,
-    const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& label,
+Tensor soft_kl_fwd_bwd_(
+    Tensor student, const Tensor& teacher, const Tensor& drows,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& label,
     int64_t vocab_size, double temperature, double scale, double beta, double hard_weight) {
   Call call(student, teacher, mask, label, vocab_size, temperature, scale, beta, hard_weight);
-  at::Tensor rows = at::empty({call.job.rows}, call.options);  // [N]
+  Tensor rows = call.new_rows();
   call.take_drows(drows);
   call.job.values = rows.mutable_data_ptr();
   call.job.gradient = call.student.mutable_data_ptr();
   call.job.gradient_stride = call.job.student_stride;
   call.run(Op::both);
-  if (call.student.is_same(student)) student.unsafeGetTensorImpl()->bump_version();  // autograd must see it
-  else student.copy_(call.student);
+  call.write_back(student);
   return rows;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(metakd, CPU, m) {
-  m.impl("soft_kl_fwd", &soft_kl_fwd);
-  m.impl("soft_kl_bwd", &soft_kl_bwd);
-  m.impl("soft_kl_fwd_bwd_", &soft_kl_fwd_bwd_);
+STABLE_TORCH_LIBRARY_IMPL(metakd, CPU, m) {
+  m.impl("soft_kl_fwd", TORCH_BOX(&soft_kl_fwd));
+  m.impl("soft_kl_bwd", TORCH_BOX(&soft_kl_bwd));
+  m.impl("soft_kl_fwd_bwd_", TORCH_BOX(&soft_kl_fwd_bwd_));
 }

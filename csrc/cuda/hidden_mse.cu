@@ -1,7 +1,5 @@
 // hidden_mse on CUDA devices: what metakd/ops.py declares, launched from the kernels of hidden_mse.cuh.
 
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -20,51 +18,48 @@ using namespace metakd::hidden_mse;
 constexpr const char* OP = "hidden_mse";
 
 struct Call {
-  std::vector<at::Tensor> student, teacher;  // n of [B, L, H], last stride 1
-  const std::optional<at::Tensor>& mask;
+  Tensors student, teacher;  // n of [B, L, H], last stride 1
+  const std::optional<Tensor>& mask;
   int64_t n, batch, length, chunks;
-  at::TensorOptions options;  // of rows
-  bool is_double;
+  ScalarType type;  // of rows
 
-  Call(at::TensorList student_, at::TensorList teacher_, const std::optional<at::Tensor>& mask_) : mask(mask_) {
-    TORCH_CHECK(!student_.empty() && student_.size() == teacher_.size(), OP,
-                ": as many student as teacher layers expected, and at least one");
-    const at::Tensor &own = student_[0], &taught = teacher_[0];
-    TORCH_CHECK(own.dim() == 3, OP, ": [B, L, H] expected, got ", own.sizes());
+  Call(const Tensors& student_, const Tensors& teacher_, const std::optional<Tensor>& mask_) : mask(mask_) {
+    STD_TORCH_CHECK(!student_.empty() && student_.size() == teacher_.size(), OP,
+                    ": as many student as teacher layers expected, and at least one");
+    const Tensor &own = student_[0], &taught = teacher_[0];
+    STD_TORCH_CHECK(own.dim() == 3, OP, ": [B, L, H] expected");
     n = static_cast<int64_t>(student_.size());
     batch = own.size(0);
     length = own.size(1);
     chunks = chunks_of(length);
     for (int64_t i = 0; i < n; ++i) {
-      TORCH_CHECK(student_[i].sizes() == teacher_[i].sizes(), OP, ": shapes differ: ", student_[i].sizes(), " and ",
-                  teacher_[i].sizes());
-      TORCH_CHECK(student_[i].dim() == 3 && student_[i].size(0) == batch && student_[i].size(1) == length, OP,
-                  ": layers must agree in B and L");
-      TORCH_CHECK(student_[i].size(2) < (1 << 30), OP, ": too wide: ", student_[i].size(2));
-      for (const at::Tensor* x : {&student_[i], &teacher_[i]})
-        TORCH_CHECK(x->device() == own.device(), OP, ": all tensors must be on ", own.device());
-      TORCH_CHECK(student_[i].scalar_type() == own.scalar_type() && teacher_[i].scalar_type() == taught.scalar_type(),
-                  OP, ": layers of a side must have one dtype");
+      STD_TORCH_CHECK(student_[i].sizes() == teacher_[i].sizes(), OP, ": shapes differ");
+      STD_TORCH_CHECK(student_[i].dim() == 3 && student_[i].size(0) == batch && student_[i].size(1) == length, OP,
+                      ": layers must agree in B and L");
+      STD_TORCH_CHECK(student_[i].size(2) < (1 << 30), OP, ": too wide: ", student_[i].size(2));
+      for (const Tensor* x : {&student_[i], &teacher_[i]})
+        STD_TORCH_CHECK(x->device() == own.device(), OP, ": all tensors must be on one device");
+      STD_TORCH_CHECK(student_[i].scalar_type() == own.scalar_type() && teacher_[i].scalar_type() == taught.scalar_type(),
+                      OP, ": layers of a side must have one dtype");
       student.push_back(with_last_stride_1(student_[i]));
       teacher.push_back(with_last_stride_1(teacher_[i]));
     }
-    TORCH_CHECK(length <= std::numeric_limits<int>::max() - TOKENS, OP, ": too long: ", length);
-    TORCH_CHECK(batch * chunks * std::min<int64_t>(n, MOST_LAYERS) <= std::numeric_limits<int>::max(), OP,
-                ": too many tokens");
-    is_double = own.scalar_type() == at::kDouble || taught.scalar_type() == at::kDouble;
-    options = own.options().dtype(is_double ? at::kDouble : at::kFloat);
+    STD_TORCH_CHECK(length <= std::numeric_limits<int>::max() - TOKENS, OP, ": too long: ", length);
+    STD_TORCH_CHECK(batch * chunks * std::min<int64_t>(n, MOST_LAYERS) <= std::numeric_limits<int>::max(), OP,
+                    ": too many tokens");
+    type = accumulator(own, taught);
   }
 
   // Launches `kernel` for MOST_LAYERS layers at a time; `add(job, from)` adds what it reads or writes of
   // layers from `from` on.
   template <typename A, typename Add>
-  void run(void (*kernel)(Job<A>), const std::vector<launch::Gradient>& gradients, Add add) const {
-    const c10::cuda::CUDAGuard on_device(student[0].device());
-    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
+  void run(void (*kernel)(Job<A>), const std::vector<Gradient>& gradients, Add add) const {
+    const launch::DeviceGuard on_device(student[0].get_device_index());
+    const cudaStream_t stream = launch::current_stream(student[0]);
     for (int64_t from = 0; from < n; from += MOST_LAYERS) {
       const int64_t count = std::min<int64_t>(n - from, MOST_LAYERS);
       Job<A> job{};
-      const auto tokens_of = [](const at::Tensor& x) {
+      const auto tokens_of = [](const Tensor& x) {
         return Tokens{const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
       };
       for (int64_t i = 0; i < count; ++i) {
@@ -84,24 +79,24 @@ struct Call {
       const int64_t blocks = count * batch * chunks;
       if (blocks == 0) continue;
       kernel<<<static_cast<unsigned>(blocks), THREADS, SHARED<A>, stream>>>(job);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   }
 
   template <typename F>
   void with_type(F f) const {
-    if (is_double) f(double());
+    if (type == ScalarType::Double) f(double());
     else f(float());
   }
 };
 
-at::Tensor hidden_mse_fwd(at::TensorList student, at::TensorList teacher, const std::optional<at::Tensor>& mask) {
+Tensor hidden_mse_fwd(const Tensors& student, const Tensors& teacher, const std::optional<Tensor>& mask) {
   const Call call(student, teacher, mask);
-  at::Tensor rows = student[0].new_empty({call.n, call.batch}, call.options);  // [n, B]
-  at::Tensor parts, tickets;
+  Tensor rows = torch::stable::new_empty(student[0], {call.n, call.batch}, call.type);  // [n, B]
+  Tensor parts, tickets;
   if (call.chunks > 1) {
-    parts = student[0].new_empty({2, call.n, call.batch, call.chunks}, call.options);
-    tickets = student[0].new_zeros({call.n, call.batch}, call.options.dtype(at::kInt));
+    parts = torch::stable::new_empty(student[0], {2, call.n, call.batch, call.chunks}, call.type);
+    tickets = torch::stable::new_zeros(student[0], {call.n, call.batch}, ScalarType::Int);
   }
   call.with_type([&](auto element) {
     using A = decltype(element);
@@ -116,14 +111,13 @@ at::Tensor hidden_mse_fwd(at::TensorList student, at::TensorList teacher, const 
   return rows;
 }
 
-std::vector<at::Tensor> hidden_mse_bwd(const at::Tensor& drows, at::TensorList student, at::TensorList teacher,
-                                       const std::optional<at::Tensor>& mask) {
+Tensors hidden_mse_bwd(const Tensor& drows, const Tensors& student, const Tensors& teacher,
+                                       const std::optional<Tensor>& mask) {
   const Call call(student, teacher, mask);
-  TORCH_CHECK(drows.device() == student[0].device() && drows.dim() == 2 && drows.size(0) == call.n &&
-                  drows.size(1) == call.batch && drows.scalar_type() == call.options.dtype().toScalarType(),
-              OP, ": drows must be [n, B] in the dtype of the rows");
-  std::vector<launch::Gradient> gradients;
-  for (const at::Tensor& x : student) gradients.emplace_back(x);
+  STD_TORCH_CHECK(drows.device() == student[0].device() && drows.dim() == 2 && drows.size(0) == call.n &&
+                      drows.size(1) == call.batch && drows.scalar_type() == call.type,
+                  OP, ": drows must be [n, B] in the dtype of the rows");
+  std::vector<Gradient> gradients = gradients_of(student);
   if (call.length > 0)
     call.with_type([&](auto element) {
       using A = decltype(element);
@@ -133,14 +127,14 @@ std::vector<at::Tensor> hidden_mse_bwd(const at::Tensor& drows, at::TensorList s
         job.drows_stride[1] = drows.stride(1);
       });
     });
-  std::vector<at::Tensor> found;
-  for (const launch::Gradient& gradient : gradients) found.push_back(gradient.finished());
+  Tensors found;
+  append_finished(gradients, found);
   return found;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(metakd, CUDA, m) {
-  m.impl("hidden_mse_fwd", &hidden_mse_fwd);
-  m.impl("hidden_mse_bwd", &hidden_mse_bwd);
+STABLE_TORCH_LIBRARY_IMPL(metakd, CUDA, m) {
+  m.impl("hidden_mse_fwd", TORCH_BOX(&hidden_mse_fwd));
+  m.impl("hidden_mse_bwd", TORCH_BOX(&hidden_mse_bwd));
 }

@@ -1,13 +1,5 @@
 // soft_kl on CUDA devices: what metakd/ops.py declares, launched from the kernels of soft_kl.cuh.
 
-#include <ATen/core/Tensor.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
-
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -21,6 +13,8 @@
 #include <soft_kl.cuh>
 #include <soft_kl_call.h>
 
+#include "launch.h"
+
 namespace {
 
 using namespace metakd;
@@ -33,11 +27,11 @@ struct Device {
 const Device& device_of(int index) {
   static const std::vector<Device> devices = [] {
     int count = 0;
-    C10_CUDA_CHECK(cudaGetDeviceCount(&count));
+    STD_CUDA_CHECK(cudaGetDeviceCount(&count));
     std::vector<Device> found(count);
     for (int i = 0; i < count; ++i) {
-      C10_CUDA_CHECK(cudaDeviceGetAttribute(&found[i].capability, cudaDevAttrComputeCapabilityMajor, i));
-      C10_CUDA_CHECK(cudaDeviceGetAttribute(&found[i].shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, i));
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&found[i].capability, cudaDevAttrComputeCapabilityMajor, i));
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&found[i].shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, i));
     }
     return found;
   }();
@@ -73,12 +67,12 @@ int resident_clusters(Kernel* kernel, const Plan& plan, int device) {
   if (!is_new) return entry->second;
   // Of a build for older GPUs a newer one runs PTX, in which this kernel is empty.
   cudaFuncAttributes attributes;
-  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, function));
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, function));
   if (attributes.ptxVersion < 90) return 0;
-  C10_CUDA_CHECK(cudaFuncSetAttribute(
+  STD_CUDA_CHECK(cudaFuncSetAttribute(
       function, cudaFuncAttributeMaxDynamicSharedMemorySize, device_of(device).shared));
   if (plan.ranks > PORTABLE_RANKS)
-    C10_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   const ClusterLaunch launch(plan, 1, nullptr);
   int count = 0;
   if (cudaOccupancyMaxActiveClusters(&count, function, &launch.config) != cudaSuccess) {
@@ -104,14 +98,14 @@ void launch_narrow(const Job<float>& job, cudaStream_t stream) {
   if (job.vocab <= lanes) soft_kl_narrow<1, KIND><<<grid, NARROW_THREADS, 0, stream>>>(job, lanes);
   else if (job.vocab <= 8 * lanes) soft_kl_narrow<8, KIND><<<grid, NARROW_THREADS, 0, stream>>>(job, lanes);
   else soft_kl_narrow<32, KIND><<<grid, NARROW_THREADS, 0, stream>>>(job, lanes);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename T, typename A, Kind KIND>
 void launch_plain(const Job<A>& job, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(job.n));
   soft_kl_plain<T, A, KIND><<<grid, PLAIN_THREADS, sizeof(PlainShared<A, KIND>), stream>>>(job);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 // Both sides are of type T.
@@ -125,7 +119,7 @@ void launch_long(const Job<float>& job, int device, cudaStream_t stream) {
     if (resident > 0) {
       const int clusters = static_cast<int>(std::min<int64_t>(job.n, resident));
       const ClusterLaunch launch(plan, clusters, stream);
-      C10_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, &soft_kl_one_read<T, KIND>, job, plan));
+      STD_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, &soft_kl_one_read<T, KIND>, job, plan));
       return;
     }
   }
@@ -152,21 +146,21 @@ void launch(const Job<float>& job, int device, cudaStream_t stream) {
 struct Call : Arguments {
   template <typename... Given>
   explicit Call(const Given&... given) : Arguments(given...) {
-    TORCH_CHECK(n() <= std::numeric_limits<int>::max(), "soft_kl: too many rows: ", n());
-    TORCH_CHECK(student.size(1) < (1 << 30) && teacher.size(1) < (1 << 30), "soft_kl: too many classes");
+    STD_TORCH_CHECK(n() <= std::numeric_limits<int>::max(), "soft_kl: too many rows: ", n());
+    STD_TORCH_CHECK(student.size(1) < (1 << 30) && teacher.size(1) < (1 << 30), "soft_kl: too many classes");
   }
 
   // Runs on what is given; undefined tensors are neither read nor written.
-  void run(const at::Tensor& rows, const at::Tensor& stats, const at::Tensor& given,
-           const at::Tensor& drows, const at::Tensor& dstudent) const {
+  void run(const Tensor& rows, const Tensor& stats, const Tensor& given,
+           const Tensor& drows, const Tensor& dstudent) const {
     if (n() == 0) return;
     if (is_double) run_in<double>(rows, stats, given, drows, dstudent);
     else run_in<float>(rows, stats, given, drows, dstudent);
   }
 
   template <typename A>
-  void run_in(const at::Tensor& rows, const at::Tensor& stats, const at::Tensor& given,
-              const at::Tensor& drows, const at::Tensor& dstudent) const {
+  void run_in(const Tensor& rows, const Tensor& stats, const Tensor& given,
+              const Tensor& drows, const Tensor& dstudent) const {
     Job<A> job{};
     job.student = student.const_data_ptr();
     job.teacher = teacher.const_data_ptr();
@@ -203,52 +197,51 @@ struct Call : Arguments {
     job.beta = static_cast<A>(beta);
     job.hard_weight = static_cast<A>(hard_weight);
     job.sum_1 = label && temperature != 1.0;
-    const c10::cuda::CUDAGuard guard(student.device());
-    launch(job, student.device().index(), c10::cuda::getCurrentCUDAStream().stream());
+    const launch::DeviceGuard guard(student.get_device_index());
+    launch(job, student.get_device_index(), launch::current_stream(student));
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> soft_kl_fwd(
-    const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& mask,
-    const std::optional<at::Tensor>& label, int64_t vocab_size, double temperature, double scale,
+std::tuple<Tensor, Tensor> soft_kl_fwd(
+    const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& label, int64_t vocab_size, double temperature, double scale,
     double beta, double hard_weight) {
   const Call call(student, teacher, mask, label, vocab_size, temperature, scale, beta, hard_weight);
-  at::Tensor rows = student.new_empty({student.size(0)}, call.options);       // [N]
-  at::Tensor stats = student.new_empty({STATS, student.size(0)}, call.options);  // [STATS, N]
+  Tensor rows = call.new_rows(), stats = call.new_stats();
   call.run(rows, stats, {}, {}, {});
   return {rows, stats};
 }
 
-at::Tensor soft_kl_bwd(
-    const at::Tensor& drows, const at::Tensor& student, const at::Tensor& teacher,
-    const at::Tensor& stats, const std::optional<at::Tensor>& mask,
-    const std::optional<at::Tensor>& label, int64_t vocab_size, double temperature, double scale,
+Tensor soft_kl_bwd(
+    const Tensor& drows, const Tensor& student, const Tensor& teacher,
+    const Tensor& stats, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& label, int64_t vocab_size, double temperature, double scale,
     double beta, double hard_weight) {
   const Call call(student, teacher, mask, label, vocab_size, temperature, scale, beta, hard_weight);
   call.check_stats(stats);
-  at::Tensor dstudent = student.new_empty(student.sizes());  // [N, C_s]
-  call.run({}, {}, stats.contiguous(), drows, dstudent);
+  Tensor dstudent = torch::stable::new_empty(student, student.sizes());  // [N, C_s]
+  call.run({}, {}, torch::stable::contiguous(stats), drows, dstudent);
   return dstudent;
 }
 
-at::Tensor soft_kl_fwd_bwd_(
-    at::Tensor& student, const at::Tensor& teacher, const at::Tensor& drows,
-    const std::optional<at::Tensor>& mask, const std::optional<at::Tensor>& label,
+Tensor soft_kl_fwd_bwd_(
+    Tensor student, const Tensor& teacher, const Tensor& drows,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& label,
     int64_t vocab_size, double temperature, double scale, double beta, double hard_weight) {
   const Call call(student, teacher, mask, label, vocab_size, temperature, scale, beta, hard_weight);
-  const at::Tensor& target = call.student;  // the student, or a copy with contiguous columns
-  TORCH_CHECK(target.size(0) <= 1 || target.stride(0) >= target.size(1),
-              "soft_kl: rows of a student that is overwritten must not overlap");
-  at::Tensor rows = target.new_empty({target.size(0)}, call.options);  // [N]
+  const Tensor& target = call.student;  // the student, or a copy with contiguous columns
+  STD_TORCH_CHECK(target.size(0) <= 1 || target.stride(0) >= target.size(1),
+                  "soft_kl: rows of a student that is overwritten must not overlap");
+  Tensor rows = call.new_rows();
   call.run(rows, {}, {}, drows, target);
-  if (!target.is_same(student)) student.copy_(target);
+  call.write_back(student);
   return rows;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(metakd, CUDA, m) {
-  m.impl("soft_kl_fwd", &soft_kl_fwd);
-  m.impl("soft_kl_bwd", &soft_kl_bwd);
-  m.impl("soft_kl_fwd_bwd_", &soft_kl_fwd_bwd_);
+STABLE_TORCH_LIBRARY_IMPL(metakd, CUDA, m) {
+  m.impl("soft_kl_fwd", TORCH_BOX(&soft_kl_fwd));
+  m.impl("soft_kl_bwd", TORCH_BOX(&soft_kl_bwd));
+  m.impl("soft_kl_fwd_bwd_", TORCH_BOX(&soft_kl_fwd_bwd_));
 }

@@ -3,14 +3,13 @@
 
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <torch/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -29,20 +28,20 @@
 
 namespace {
 
+using metakd::accumulator;
+using metakd::Gradient;
+using metakd::ScalarType;
+using metakd::Shape;
+using metakd::Tensor;
+using metakd::Tensors;
+using metakd::with_last_stride_1;
+
 enum class Type { float64, float32, bfloat16, float16 };
 
 template <class Pointer>
 constexpr bool is_half = std::is_same_v<Pointer, c10::Half*>;
 
-inline Type type_of(const at::Tensor& x) { return metakd::dtype_of<Type>(x); }
-
-// The type that is computed in: double where an input is double.
-template <class... Tensors>
-at::ScalarType accumulator(const Tensors&... x) {
-  return ((x.scalar_type() == at::kDouble) || ...) ? at::kDouble : at::kFloat;
-}
-
-using metakd::with_last_stride_1;
+inline Type type_of(const Tensor& x) { return metakd::dtype_of<Type>(x); }
 
 // Work (multiplications with an addition) that a thread is worth waking for: tens of microseconds.
 constexpr int64_t WORTH = 1 << 21;
@@ -51,14 +50,22 @@ inline int64_t grain(int64_t work_per_unit) {
   return std::max<int64_t>(1, WORTH / std::max<int64_t>(1, work_per_unit));
 }
 
-// PyTorch's own choice for this processor (ATEN_CPU_CAPABILITY overrides it), so that a build holds
-// no instruction that its machine lacks, wherever it was made.
+// The widest that this processor has, so that a build holds no instruction that its machine lacks,
+// wherever it was made; ATEN_CPU_CAPABILITY narrows it as it does PyTorch's own.
 enum class Level { base, avx2, avx512 };
 
 inline Level level() {
   static const Level found = [] {
-    const std::string name = at::get_cpu_capability();
-    return name == "AVX512" ? Level::avx512 : name == "AVX2" ? Level::avx2 : Level::base;
+#if defined(__x86_64__)
+    const char* const asked = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string most = asked ? asked : "avx512";
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && most != "avx2" && most != "default") return Level::avx512;
+    if (avx2 && most != "default") return Level::avx2;
+#endif
+    return Level::base;
   }();
   return found;
 }
@@ -94,30 +101,6 @@ class Scratch {
  private:
   static constexpr size_t LINE_BYTES = 64;
   void* memory_ = nullptr;
-};
-
-// Gradients of layers, in the layout that empty_like gives; computed with contiguous rows.
-class Gradients {
- public:
-  std::vector<at::Tensor> rows;
-
-  explicit Gradients(at::TensorList like) {
-    for (const at::Tensor& x : like) {
-      results_.push_back(at::empty_like(x));
-      const bool direct = results_.back().stride(-1) == 1 || x.size(-1) <= 1;
-      rows.push_back(direct ? results_.back() : at::empty(x.sizes(), x.options()));
-    }
-  }
-
-  void append_to(std::vector<at::Tensor>& all) {
-    for (size_t i = 0; i < rows.size(); ++i) {
-      if (!rows[i].is_same(results_[i])) results_[i].copy_(rows[i]);
-      all.push_back(results_[i]);
-    }
-  }
-
- private:
-  std::vector<at::Tensor> results_;
 };
 
 }  // namespace

@@ -30,21 +30,20 @@ class AttentionCall {
   int64_t layers, batch, heads, length, width_s, width_t;
   int64_t reach;  // as of a Head
   bool is_double;
-  at::TensorOptions options;  // of results by head
+  ScalarType type;  // of results by head
 
-  AttentionCall(at::TensorList query_s, at::TensorList key_s, at::TensorList query_t,
-                at::TensorList key_t, const std::optional<at::Tensor>& query_mask,
-                const std::optional<at::Tensor>& key_mask, std::optional<int64_t> before,
+  AttentionCall(const Tensors& query_s, const Tensors& key_s, const Tensors& query_t,
+                const Tensors& key_t, const std::optional<Tensor>& query_mask,
+                const std::optional<Tensor>& key_mask, std::optional<int64_t> before,
                 std::optional<int64_t> after, double scale_s, double scale_t)
       : layers(query_s.size()), scale_s_(scale_s), scale_t_(scale_t) {
-    TORCH_CHECK(layers > 0 && key_s.size() == query_s.size() && query_t.size() == query_s.size() &&
-                    key_t.size() == query_s.size(),
-                "metakd: as many layers of queries and keys expected on both sides");
-    const at::Tensor &own = query_s[0], &other = query_t[0];
-    TORCH_CHECK(own.dim() == 4 && other.dim() == 4 &&
-                    own.sizes().slice(0, 3) == other.sizes().slice(0, 3),
-                "metakd: queries [B, A, L, D] of one B, A and L expected, got ", own.sizes(), " and ",
-                other.sizes());
+    STD_TORCH_CHECK(layers > 0 && key_s.size() == query_s.size() && query_t.size() == query_s.size() &&
+                        key_t.size() == query_s.size(),
+                    "metakd: as many layers of queries and keys expected on both sides");
+    const Tensor &own = query_s[0], &other = query_t[0];
+    STD_TORCH_CHECK(own.dim() == 4 && other.dim() == 4 &&
+                        own.sizes().slice(0, 3) == other.sizes().slice(0, 3),
+                    "metakd: queries [B, A, L, D] of one B, A and L expected");
     take(query_s, own, query_s_);
     take(key_s, own, key_s_);
     take(query_t, other, query_t_);
@@ -54,10 +53,10 @@ class AttentionCall {
     length = own.size(2);
     width_s = own.size(3);
     width_t = other.size(3);
-    is_double = accumulator(own, other) == at::kDouble;
-    options = own.options().dtype(accumulator(own, other));
-    TORCH_CHECK(before.value_or(0) >= 0 && after.value_or(0) >= 0,
-                "metakd: before and after must be 0 or more");
+    type = accumulator(own, other);
+    is_double = type == ScalarType::Double;
+    STD_TORCH_CHECK(before.value_or(0) >= 0 && after.value_or(0) >= 0,
+                    "metakd: before and after must be 0 or more");
     const int64_t back = std::min(before.value_or(length), length);
     const int64_t ahead = std::min(after.value_or(length), length);
     reach = std::min(back + 1 + ahead, length);
@@ -66,14 +65,20 @@ class AttentionCall {
 
   int64_t count() const { return layers * batch * heads; }
 
-  std::vector<int64_t> sizes(at::IntArrayRef rest) const {
+  // [n, B, A, *rest], not filled, of `type` unless told.
+  Tensor by_head(Shape rest, std::optional<ScalarType> other = std::nullopt) const {
     std::vector<int64_t> all = {layers, batch, heads};
     all.insert(all.end(), rest.begin(), rest.end());
-    return all;
+    return torch::stable::new_empty(query_s_[0], all, other.value_or(type));
   }
 
-  Matrix rows(const std::vector<at::Tensor>& of, int64_t index) const {
-    const at::Tensor& x = of[index / (batch * heads)];
+  Matrix rows(const Tensors& of, int64_t index) const { return rows(of[index / (batch * heads)], index); }
+
+  Matrix rows(const std::vector<Gradient>& of, int64_t index) const {
+    return rows(of[index / (batch * heads)].to, index);
+  }
+
+  Matrix rows(const Tensor& x, int64_t index) const {
     const int64_t offset = index / heads % batch * x.stride(0) + index % heads * x.stride(1);
     char* data = static_cast<char*>(const_cast<void*>(x.const_data_ptr()));
     return {data + offset * static_cast<int64_t>(x.element_size()), x.stride(2), x.size(3), type_of(x)};
@@ -100,22 +105,22 @@ class AttentionCall {
   }
 
  private:
-  std::vector<at::Tensor> query_s_, key_s_, query_t_, key_t_;
+  Tensors query_s_, key_s_, query_t_, key_t_;
   double scale_s_, scale_t_;
   // Examples without a mask are all alike and stand here once. Rows of an example e begin at first_[e].
   int64_t examples_;
   std::vector<int64_t> query_, key_, from_, to_, first_query_, first_key_;
 
-  static void take(at::TensorList from, const at::Tensor& like, std::vector<at::Tensor>& to) {
+  static void take(const Tensors& from, const Tensor& like, Tensors& to) {
     to.reserve(from.size());
-    for (const at::Tensor& x : from) {
-      TORCH_CHECK(x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type(),
-                  "metakd: layers of a side must have one shape and dtype");
+    for (const Tensor& x : from) {
+      STD_TORCH_CHECK(x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type(),
+                      "metakd: layers of a side must have one shape and dtype");
       to.push_back(with_last_stride_1(x));
     }
   }
 
-  void find_real(const std::optional<at::Tensor>& query_mask, const std::optional<at::Tensor>& key_mask,
+  void find_real(const std::optional<Tensor>& query_mask, const std::optional<Tensor>& key_mask,
                  int64_t back, int64_t ahead) {
     examples_ = query_mask || key_mask ? batch : 1;
     positions(query_mask, query_, first_query_);
@@ -135,12 +140,12 @@ class AttentionCall {
     }
   }
 
-  void positions(const std::optional<at::Tensor>& mask, std::vector<int64_t>& all,
+  void positions(const std::optional<Tensor>& mask, std::vector<int64_t>& all,
                  std::vector<int64_t>& first) const {
     if (mask)
-      TORCH_CHECK(mask->scalar_type() == at::kBool && mask->dim() == 2 && mask->size(0) == batch &&
-                      mask->size(1) == length,
-                  "metakd: bool masks [B, L] expected");
+      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->size(0) == batch &&
+                          mask->size(1) == length,
+                      "metakd: bool masks [B, L] expected");
     const bool* real = mask ? mask->const_data_ptr<bool>() : nullptr;
     all.reserve(examples_ * length);
     first.reserve(examples_ + 1);
@@ -156,10 +161,10 @@ class AttentionCall {
 // Heads of a call by their place in [n, B, A].
 class PerHead {
  public:
-  PerHead(const at::Tensor& x, const AttentionCall& call)
+  PerHead(const Tensor& x, const AttentionCall& call)
       : data_(static_cast<char*>(const_cast<void*>(x.const_data_ptr()))),
-        bytes_(call.count() ? x.nbytes() / call.count() : 0),
-        is_double_(x.scalar_type() == at::kDouble) {}
+        bytes_(call.count() ? x.numel() * x.element_size() / call.count() : 0),
+        is_double_(x.scalar_type() == ScalarType::Double) {}
 
   void* at(int64_t index) const { return data_ + index * bytes_; }
 
