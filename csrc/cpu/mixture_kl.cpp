@@ -80,7 +80,7 @@ struct Call {
 
   void run(Rows* rows) const {
     // A thread is worth waking for this many logits (tens of microseconds, asleep or not).
-    constexpr int64_t LEAST = 65536;
+    constexpr int64_t LEAST = 32768;
     const int64_t grain = std::max<int64_t>(1, LEAST / (job.classes * (1 + job.teachers)));
     at::parallel_for(0, job.rows, grain, [&](int64_t begin, int64_t end) {
       Scratch scratch;
