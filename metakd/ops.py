@@ -67,8 +67,9 @@ ABSENT: dict[tuple[str, str], frozenset[str]] = {
     ),
 }
 
-# What "auto" tries, best first; any other device takes the reference. CPU: measured, C++ wins every
-# row of benchmarks/results/cpu. CUDA: not measured yet; Triton first, because it needs no build.
+# What "auto" tries, best first; any other device takes the reference. CPU: measured, C++ beats the
+# reference in every row of benchmarks/results/cpu. CUDA: not measured yet; Triton first, because it
+# needs no build.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp", "reference"),
     "cuda": ("triton", "cpp", "reference"),
