@@ -1,4 +1,4 @@
-"""Puts the compiled kernels into the package where that is possible, and installs without where not.
+"""Puts the compiled kernels into the package where that is possible, installs without where not.
 
 Compiling needs the headers of torch, hence ``pip install --no-build-isolation .`` with torch and
 ninja installed, and a C++ compiler. Otherwise one line says why (pip shows it with ``-v``), and the

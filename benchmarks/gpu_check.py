@@ -29,6 +29,7 @@ KERNEL_TESTS = [
     for name in (
         "soft_kl",
         "linear_soft_kl",
+        "mixture_kl",
         "attention_score_mse",
         "attention_map",
         "hidden_mse",
@@ -39,6 +40,7 @@ KERNEL_TESTS = [
 # The sanitizer makes a test a hundred times slower: the ragged sizes of each kernel are enough.
 SANITIZED = {
     "tests/test_soft_kl.py": "test_sizes and (shape2 or shape4 or shape8 or shape13 or shape14)",
+    "tests/test_mixture_kl.py": "test_sizes",
     "tests/test_attention_score_mse.py": "test_sizes or test_the_guard",
     "tests/test_attention_map.py": "test_sizes",
     "tests/test_hidden_mse.py": "test_sizes or test_mean_in",

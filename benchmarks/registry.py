@@ -6,7 +6,7 @@ them and writes results, ``test_registry.py`` gives the small ones to pytest-ben
 are written as their users write them; one that is not installed, refuses the device or does not fit
 its memory is left out with its reason.
 
-Legend: N rows, C classes, H hidden size, B batch, A heads, L length, D head dimension.
+Legend: N rows, C classes, M teachers, H hidden size, B batch, A heads, L length, D head dimension.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 import metakd
-from metakd import ops
+from metakd import ops, reference
 
 Step = Callable[[], torch.Tensor]  # runs forward and backward, gives the loss
 T = TypeVar("T")
@@ -222,6 +222,47 @@ def _one_read_row(N: int, C: int, dtype, devices, *, temperature=2.0, quick=Fals
 
     least = 3 * N * C * dtype.itemsize
     return Row("soft_kl_one_read", f"[{N}, {C}]", dtype, devices, build, bytes=least, quick=quick)
+
+
+def _mixture_row(N: int, M: int, C: int, dtype, devices, *, temperature=2.0, quick=False) -> Row:
+    """With gradients of the student and of the shares, as a gate is trained."""
+
+    def build(device: str, rivals: bool = True) -> Contest:
+        student = (3 * torch.randn(N, C, device=device)).to(dtype).requires_grad_()
+        teachers = (3 * torch.randn(N, M, C, device=device)).to(dtype)
+        shares = torch.randn(N, M, device=device).softmax(-1).requires_grad_()
+        contest = Contest({}, tolerance=0.02)
+
+        def step(loss: Callable) -> Step:
+            return _step(lambda: loss(student, teachers, shares), student, shares)
+
+        def ours(backend):
+            options = {"temperature": temperature, "backend": backend}
+            return step(lambda *given: metakd.mixture_kl(*given, **options))
+
+        _ours(contest, "mixture_kl", device, dtype, ours)
+        if not rivals:
+            return contest
+
+        def probabilities(student, teachers, shares):
+            target = (shares[:, :, None] * F.softmax(teachers / temperature, -1)).sum(1)
+            loss = F.kl_div(F.log_softmax(student / temperature, -1), target, reduction="batchmean")
+            return loss * temperature**2
+
+        _try(contest, "F.kl_div, probabilities", lambda: step(probabilities))
+        for name, loss in {
+            "torch.compile": probabilities,
+            "torch.compile of the reference": lambda *given: reference.mixture_kl(
+                *given, temperature
+            ).mean(),
+        }.items():
+            compiled = torch.compile(loss, dynamic=False)
+            _try(contest, name, lambda f=compiled: step(f))
+        return contest
+
+    least = (3 + 2 * M) * N * C * dtype.itemsize
+    shape = f"[{N}, {M}, {C}]"
+    return Row("mixture_kl", shape, dtype, devices, build, bytes=least, quick=quick)
 
 
 # Heads of language models
@@ -512,6 +553,11 @@ ROWS = [
     _soft_row("soft_reverse_kl", 256, 30522, FP32, CPU, beta=1.0, quick=True),
     _soft_row("soft_jsd", 256, 30522, FP32, CPU, beta=0.5, quick=True),
     *(_soft_row("soft_jsd", 8192, C, BF16, CUDA, beta=0.5) for C in (30522, 128256)),
+    _mixture_row(32, 3, 2, FP32, CPU),
+    *(_mixture_row(8192, 3, C, FP32, (*CPU, *CUDA)) for C in (2, 5)),
+    _mixture_row(256, 3, 1024, FP32, CPU, quick=True),
+    *(_mixture_row(256, 3, 30522, dtype, CPU) for dtype in (FP32, BF16)),
+    _mixture_row(8192, 3, 30522, BF16, CUDA),
     _head_row(128, 384, 8192, FP32, CPU, beta=0.0, quick=True),
     _head_row(512, 384, 30522, FP32, CPU, beta=0.0),
     _head_row(512, 384, 30522, FP32, CPU, beta=0.5),

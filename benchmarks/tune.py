@@ -36,7 +36,7 @@ STAGES = (1, 2, 3, 4)
 REGISTERS = (None, 64, 80, 96, 128, 168)
 WARPS = (1, 2, 4, 8, 16)
 # What a shape's other numbers depend on, or what must hold the whole of something.
-GIVEN = {"BLOCK", "PER", "WIDTH_S", "WIDTH_T"}
+GIVEN = {"BLOCK", "PER", "TEACHERS", "WIDTH_S", "WIDTH_T"}
 
 Shape = dict[str, int | None]
 Call = tuple[str, tuple]  # function, arguments

@@ -2,8 +2,8 @@
 shapes and gradients of the compiled operators.
 
 Three backends. ``reference`` (eager PyTorch) implements every operation. ``cpp`` are the libraries
-of ``metakd.extension``: C++ on the CPU, CUDA C++. ``triton`` is ``metakd.kernels``: on CUDA devices,
-and on the CPU under Triton's interpreter.
+of ``metakd.extension``: C++ on the CPU, CUDA C++. ``triton`` is ``metakd.kernels``: on CUDA
+devices, and on the CPU under Triton's interpreter.
 
 One schema per compiled operator is stamped into one operator namespace per compiled backend:
 ``torch.ops.metakd.soft_kl_fwd`` is C++ (registered by a library when it is loaded),
@@ -51,12 +51,13 @@ OPS = (
 # What each backend computes, and what of that it leaves out on a kind of device.
 IMPLEMENTS: dict[str, frozenset[str]] = {
     "reference": frozenset(OPS),
-    "cpp": frozenset(OPS) - {"mixture_kl"},
-    "triton": frozenset(OPS) - {"mixture_kl"},
+    "cpp": frozenset(OPS),
+    "triton": frozenset(OPS),
 }
 ABSENT: dict[tuple[str, str], frozenset[str]] = {
     ("cpp", "cuda"): frozenset(
         {
+            "mixture_kl",
             "masked_mean",
             "attention_kl",
             "attention_prob_mse",
@@ -68,8 +69,9 @@ ABSENT: dict[tuple[str, str], frozenset[str]] = {
     ),
 }
 
-# What "auto" tries, best first; any other device takes the reference. CPU: measured, C++ wins every
-# row of benchmarks/results/cpu. CUDA: not measured yet; Triton first, because it needs no build.
+# What "auto" tries, best first; any other device takes the reference. CPU: measured, C++ beats the
+# reference in every row of benchmarks/results/cpu. CUDA: not measured yet; Triton first, because it
+# needs no build.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp", "reference"),
     "cuda": ("triton", "cpp", "reference"),
@@ -228,6 +230,12 @@ STATS = (
     "shift",
 )
 
+# Statistics that mixture_kl_fwd leaves for mixture_kl_bwd: of the student, and then of each of M
+# teachers. Maxima and logarithms as above.
+STUDENT_STATS = ("max", "lsum")
+# inner: sum_c p_c (log p_c of the mixture - log q_c), the loss's slope in the share, but for 1.
+TEACHER_STATS = ("max", "lsum", "inner")
+
 _SOFT_ARGS = (
     "Tensor? mask, Tensor? label, SymInt vocab_size, float temperature, float scale, float beta, "
     "float hard_weight"
@@ -255,6 +263,14 @@ SCHEMAS = {
     # rows [N] are returned.
     "soft_kl_fwd_bwd_": f"(Tensor(a!) student, Tensor teacher, Tensor drows, {_SOFT_ARGS})"
     " -> Tensor",
+    # M teachers: student [N, C], teacher [N, M, C], shares [N, M]. rows = scale * KL(sum_m shares_m
+    # softmax(teacher_m / T) || softmax(student / T)); mask as above. -> rows [N], stats
+    # [len(STUDENT_STATS) + M len(TEACHER_STATS), N]
+    "mixture_kl_fwd": "(Tensor student, Tensor teacher, Tensor shares, Tensor? mask, "
+    "float temperature, float scale) -> (Tensor, Tensor)",
+    # drows [N] -> dstudent [N, C], dshares [N, M], in the dtypes of what they belong to
+    "mixture_kl_bwd": "(Tensor drows, Tensor student, Tensor teacher, Tensor shares, Tensor stats, "
+    "Tensor? mask, float temperature, float scale) -> (Tensor, Tensor)",
     # -> heads [n, B, A]: sum over real queries and keys of the squared difference of scaled
     # scores. Gram form: gram [n, B, A, 2, W, D_s] holds X^T X and Y^T Y, the student's columns, of
     # X = [scale_s Q_s | -scale_t Q_t] and Y = [K_s | K_t] with masked rows 0. A head whose value is
@@ -318,6 +334,16 @@ def _fake_soft_kl_bwd(drows, student, *_):
 
 def _fake_soft_kl_fwd_bwd_(student, teacher, *_):
     return student.new_empty(student.shape[0], dtype=_accumulator(student, teacher))
+
+
+def _fake_mixture_kl_fwd(student, teacher, shares, *_):
+    dtype, rows = _accumulator(student, teacher, shares), student.shape[0]
+    stats = len(STUDENT_STATS) + len(TEACHER_STATS) * teacher.shape[1]
+    return student.new_empty(rows, dtype=dtype), student.new_empty(stats, rows, dtype=dtype)
+
+
+def _fake_mixture_kl_bwd(drows, student, teacher, shares, *_):
+    return student.new_empty(student.shape), shares.new_empty(shares.shape)
 
 
 def _per_head(query_s: Tensor, others: list[Tensor], layers: int, *shape, dtype=None) -> Tensor:
@@ -401,6 +427,15 @@ def _soft_kl_gradients(bwd, drows, kept):
     return bwd(drows, *kept), *[None] * 8
 
 
+def _keep_mixture_kl(inputs, outputs):
+    return (*inputs[:3], outputs[1], *inputs[3:])
+
+
+def _mixture_kl_gradients(bwd, drows, kept):
+    dstudent, dshares = bwd(drows, *kept)
+    return dstudent, None, dshares, None, None, None
+
+
 def _keep_attention_score_mse(inputs, outputs):
     *pairs, _norm_t, guard = inputs
     return (*pairs, *outputs[1:], guard)
@@ -420,6 +455,7 @@ def _attention_gradients(bwd, dheads, kept):
 
 _GRADIENTS = {
     "soft_kl": (_keep_soft_kl, _soft_kl_gradients),
+    "mixture_kl": (_keep_mixture_kl, _mixture_kl_gradients),
     "attention_score_mse": (_keep_attention_score_mse, _attention_gradients),
     "attention_map": (_keep_attention_map, _attention_gradients),
     "hidden_mse": (

@@ -214,6 +214,45 @@ def logit_case(
     )
 
 
+def mixture_case(
+    shape: tuple[int, ...],
+    temperature: float = 2.0,
+    spread: float = 3.0,
+    nearness: float = 0.5,
+    seed: int = 0,
+    **options,
+) -> Case:
+    """Logits of a student and of teachers [..., M, C] that agree in part, with outliers, and shares
+    of which some are 0.
+
+    ``nearness`` is how far each is from what they have in common.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    *rows, teachers, classes = shape
+
+    def rand(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def outliers(logits: Tensor) -> Tensor:
+        place = torch.randint(classes, logits.shape[:-1], generator=generator)[..., None]
+        return logits.scatter_add(-1, place, torch.full_like(logits, 5 * spread))
+
+    common = rand(*rows, classes)
+    student = outliers(spread * (common + nearness * rand(*rows, classes)))
+    teacher = spread * (common.unsqueeze(-2) + nearness * rand(*shape))
+    shares = (2 * rand(*rows, teachers)).softmax(-1)
+    if teachers > 1:
+        shares[: len(shares) // 4, ..., 0] = 0.0
+    return Case(
+        "mixture_kl",
+        {"student": student, "teacher": outliers(teacher), "shares": shares},
+        ("student", "shares"),
+        {"temperature": temperature, **options},
+        {"mask": torch.rand(rows, generator=generator) < 0.9},
+        magnitude=temperature**2 if options.get("scale_by_temperature", True) else 1.0,
+    )
+
+
 def head_case(divergence: str, rows: int, hidden: int, classes: int, **options) -> Case:
     generator = torch.Generator().manual_seed(rows)
 
@@ -431,6 +470,10 @@ def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
                     return logit_case(op, shape, temperature, **options)
 
                 yield f"{rows} x {classes}, T {temperature}", build
+    for shape in ((512, 3, 3), (64, 2, 1000), (16, 5, 5000)):
+        for temperature in (0.5, 4.0):
+            name = " x ".join(map(str, shape))
+            yield f"{name}, T {temperature}", partial(mixture_case, shape, temperature)
     for divergence in ("kl", "reverse_kl", "jsd"):
         yield f"{divergence}, 64 x 32 x 500", partial(head_case, divergence, 64, 32, 500)
     for length in (65, 300):

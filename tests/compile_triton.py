@@ -45,7 +45,7 @@ SELECTION = [
 ]
 # Launchers of the feature losses compiled by default, (operator, sizes, dtype, form): every kernel
 # with the heads of the method's own models, the widest heads, and what is near the limit. Sizes:
-# D_s, D_t of heads, H of hidden states, K, M of weights.
+# D_s, D_t of heads, M, C of a mixture, H of hidden states, K, M of weights.
 HEADS = ((26, 64), (64, 64), (128, 128))
 FEATURES = [
     ("attention_score_mse", (26, 64), "bf16", "gram"),
@@ -59,6 +59,9 @@ FEATURES = [
     ("attention_score_mse", (26, 64), "bf16", "tiles window"),
     ("attention_map", (64, 64), "bf16", "kl window"),
     ("attention_map", (64, 64), "fp16", "squared causal window"),
+    ("mixture_kl", (3, 30522), "bf16", ""),
+    ("mixture_kl", (8, 30522), "fp32", ""),
+    ("mixture_kl", (3, 2), "fp32", "unmasked"),
     ("hidden_mse", (768,), "bf16", ""),
     ("hidden_mse", (768,), "bf16", "unmasked"),
     ("masked_mean", (312,), "bf16", ""),
@@ -92,6 +95,8 @@ def every_feature():
         for form in ("kl", "kl causal", "kl window", "squared", "squared causal", "squared window"):
             yield "attention_map", sizes, dtype, form
         yield "attention_map", (sizes[0],) * 2, dtype, "kl same"
+    for M, C, dtype in itertools.product((1, 3, 8), (*TILES, 30522), DTYPES):
+        yield "mixture_kl", (M, C), dtype, ""
     for dtype in DTYPES:
         for H in (312, 768, 1024):
             yield "hidden_mse", (H,), dtype, ""
@@ -176,7 +181,13 @@ def feature_calls(operator: str, sizes: tuple[int, ...], dtype: str, form: str) 
     the form says otherwise."""
     import torch
 
-    from metakd.kernels import attention_map, attention_score_mse, hidden_mse, prototypes
+    from metakd.kernels import (
+        attention_map,
+        attention_score_mse,
+        hidden_mse,
+        mixture_kl,
+        prototypes,
+    )
 
     of = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     B, A, L, N = 2, 2, 256, 32
@@ -210,6 +221,16 @@ def feature_calls(operator: str, sizes: tuple[int, ...], dtype: str, form: str) 
     if operator == "domain_expertise":
         logits = torch.zeros(N, *sizes, dtype=of)
         return [(prototypes.domain_expertise, (logits, index, torch.zeros(N)))]
+    if operator == "mixture_kl":
+        M, C = sizes
+        student, teacher = torch.zeros(N, C, dtype=of), torch.zeros(N, M, C, dtype=of)
+        given = student, teacher, torch.zeros(N, M)
+        settings = None if form == "unmasked" else mask[0, :N], 1.0, 1.0
+        stats = torch.zeros(2 + 3 * M, N)
+        return [
+            (mixture_kl.mixture_kl_fwd, (*given, *settings)),
+            (mixture_kl.mixture_kl_bwd, (torch.zeros(N), *given, stats, *settings)),
+        ]
     H, *cells = sizes
     embedding = torch.zeros(N, H, dtype=of)
     if operator == "class_prototypes":

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Of each family.
 TESTS = {
     "soft": ["soft_kl", "linear_soft_kl", "losses"],
+    "mixtures": ["mixture_kl", "losses"],
     "scores": ["attention_score_mse", "losses", "attention_losses"],
     "maps": ["attention_map", "losses", "attention_losses"],
     "hidden": ["hidden_mse", "losses"],
@@ -294,15 +295,17 @@ MUTANTS = [
     ),
 ]
 
-SCORES, MAPS, HIDDEN, WEIGHTS = (
+SCORES, MAPS, HIDDEN, WEIGHTS, MIXTURES = (
     f"csrc/include/{name}.h"
     for name in (
         "attention_score_mse_heads",
         "attention_map_heads",
         "hidden_mse_rows",
         "prototypes_rows",
+        "mixture_kl_rows",
     )
 )
+TRITON_MIXTURES = "metakd/kernels/mixture_kl.py"
 ATTENTION = "metakd/functional/attention.py"
 MUTANTS += [
     Mutant(
@@ -486,6 +489,69 @@ MUTANTS += [
         "",
         "cpp",
         "weights",
+    ),
+    Mutant(
+        "contract: gradients of student and shares swapped",
+        "metakd/ops.py",
+        "return dstudent, None, dshares, None, None, None",
+        "return dshares, None, dstudent, None, None, None",
+        family="mixtures",
+    ),
+    Mutant(
+        "Triton: a mixture's sums not rescaled",
+        TRITON_MIXTURES,
+        "        sum_t *= tl.exp2((max_t - new_t) * rate)\n",
+        "",
+        "triton",
+        "mixtures",
+    ),
+    Mutant(
+        "Triton: shares taken to sum to 1",
+        TRITON_MIXTURES,
+        "weight * (heard * q - tl.sum",
+        "weight * (q - tl.sum",
+        "triton",
+        "mixtures",
+    ),
+    Mutant(
+        "Triton: a student's NaN passed over",
+        TRITON_MIXTURES,
+        '    share = tl.where((sum_s == sum_s)[:, None], share, float("nan"))\n',
+        "",
+        "triton",
+        "mixtures",
+    ),
+    Mutant(
+        "C++: the largest part of a mixture taken for all of it",
+        MIXTURES,
+        "gap + log_quotient<A>(p, largest);",
+        "gap;",
+        "cpp",
+        "mixtures",
+    ),
+    Mutant(
+        "C++: a piece's maximum taken for its row's",
+        MIXTURES,
+        "if (max > before) room.powers[k] *= ::exp((before - max) / job.temperature);",
+        ";",
+        "cpp",
+        "mixtures",
+    ),
+    Mutant(
+        "C++: a share's slope without its 1",
+        MIXTURES,
+        "share == 0 ? 0 : up * (of_side[INNER * job.rows] + 1));",
+        "share == 0 ? 0 : up * of_side[INNER * job.rows]);",
+        "cpp",
+        "mixtures",
+    ),
+    Mutant(
+        "C++: classes without mass not skipped in a mixture",
+        MIXTURES,
+        "side.inner += side.power == zero ? zero : side.power * ratio;",
+        "side.inner += side.power * ratio;",
+        "cpp",
+        "mixtures",
     ),
 ]
 

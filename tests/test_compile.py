@@ -47,4 +47,5 @@ def test_triton_kernels_fit_registers():
     shapes = {"row", "uneven", "tile"} | (set() if is_before_3_8() else {"cluster"})
     assert {name.split("_")[0] for name in kernels} >= shapes
     features = {"gram", "gram_bwd", "score_gradient", "attention_map", "hidden_mse", "masked_mean"}
+    features |= {"mixture_kl", "mixture_kl_bwd"}
     assert kernels >= features | {"class_sums", "prototype_score", "domain_expertise"}

@@ -83,6 +83,50 @@ def test_compiles_whole(backend, dtype, dynamic, loss):
         )
 
 
+def mixture_arguments(rows, teachers, classes, dtype=torch.float32):
+    student = torch.randn(rows, classes, dtype=dtype, device=DEVICE)
+    teacher = torch.randn(rows, teachers, classes, dtype=dtype, device=DEVICE)
+    return student, teacher, torch.randn(rows, teachers, device=DEVICE).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), backend_dtypes("mixture_kl", dtypes=(torch.float32, torch.bfloat16))
+)
+def test_opcheck_of_mixtures(backend, dtype):
+    student, teacher, shares = mixture_arguments(4, 3, 6, dtype)
+    forward = ops.compiled(backend, "mixture_kl_fwd").default
+    backward = ops.compiled(backend, "mixture_kl_bwd").default
+    for mask in (None, torch.tensor([True, False, True, True], device=DEVICE)):
+        tail = mask, 2.0, 4.0
+        torch.library.opcheck(forward, (student, teacher, shares, *tail))
+        stats = forward(student, teacher, shares, *tail)[1]
+        drows = torch.randn(4, device=DEVICE)
+        torch.library.opcheck(backward, (drows, student, teacher, shares, stats, *tail))
+    learning = student.clone().requires_grad_(), teacher, shares.clone().requires_grad_()
+    torch.library.opcheck(forward, (*learning, *tail))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), backend_dtypes("mixture_kl", ("reference", *COMPILED), (torch.float32,))
+)
+@static_or_dynamic
+def test_compiles_mixtures_whole(backend, dtype, dynamic):
+    torch._dynamo.reset()
+
+    def step(student, teacher, shares):
+        return metakd.mixture_kl(student, teacher, shares, temperature=2.0, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for sizes in ((8, 3, 5), (9, 4, 7), (11, 5, 12))[: 3 if dynamic else 1]:
+        student, teacher, shares = mixture_arguments(*sizes)
+        learned = student.requires_grad_(), shares.requires_grad_()
+        expected, value = (f(student, teacher, shares) for f in (step, compiled))
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(value, learned), torch.autograd.grad(expected, learned)
+        )
+
+
 @every_backend
 def test_compiles_a_head_whole(backend, dtype):
     torch._dynamo.reset()

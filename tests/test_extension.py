@@ -203,10 +203,10 @@ def test_a_full_disk(place):
 
 def test_what_is_missing_is_named(place, monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    with pytest.raises(CannotBuild, match="no C\\+\\+ compiler .*CXX"):
+    with pytest.raises(CannotBuild, match=r"no C\+\+ compiler .*CXX"):
         heard()
     monkeypatch.setenv("CXX", "/bin/false")
-    with pytest.raises(CannotBuild, match="compiling failed, see .*log.txt"):
+    with pytest.raises(CannotBuild, match=r"compiling failed, see .*log\.txt"):
         heard()
     monkeypatch.setattr(extension, "CSRC", None)
     with pytest.raises(CannotBuild, match="sources"):

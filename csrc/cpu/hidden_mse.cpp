@@ -138,7 +138,7 @@ Tensors hidden_mse_bwd(
     const std::optional<Tensor>& mask) {
   const Call call(student, teacher, mask);
   STD_TORCH_CHECK(drows.numel() == call.layers * call.batch, "hidden_mse: drows");
-  const Tensor factors = torch::stable::contiguous(torch::stable::to(drows, ScalarType::Double));
+  const Tensor factors = metakd::contiguous_as(ScalarType::Double, drows);
   const double* factor = factors.const_data_ptr<double>();
   const std::vector<double> counts = call.counts();
   std::vector<Gradient> gradients = metakd::gradients_of(student);

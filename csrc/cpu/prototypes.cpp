@@ -177,7 +177,7 @@ Tensor prototype_score(
                   "prototype_score: prototypes [K, M, H], counts [K, M] and center [H] expected");
   const ScalarType computed = accumulator(embedding, prototypes, center_.value_or(embedding));
   const Tensor domain = as_indices(domain_, rows, "domain"), label = as_indices(label_, rows, "label");
-  const Tensor exists = torch::stable::contiguous(torch::stable::to(counts, ScalarType::Bool));  // none is negative
+  const Tensor exists = metakd::contiguous_as(ScalarType::Bool, counts);  // none is negative
   Tensor t = torch::stable::new_empty(embedding, {rows}, computed);  // [N]
   Tensor units =
       torch::stable::new_zeros(embedding, {prototypes.size(0), prototypes.size(1), padded(width)}, computed);
@@ -215,7 +215,7 @@ Tensor domain_expertise(const Tensor& logits, const Tensor& label_, const Tensor
   STD_TORCH_CHECK(logits.dim() == 2 && t_.numel() == logits.size(0), "domain_expertise: shapes");
   const int64_t rows = logits.size(0);
   const ScalarType computed = accumulator(logits, t_);
-  const Tensor t = torch::stable::contiguous(torch::stable::to(t_, computed)), label = as_indices(label_, rows, "label");
+  const Tensor t = metakd::contiguous_as(computed, t_), label = as_indices(label_, rows, "label");
   Tensor weights = torch::stable::new_empty(t, {rows});  // [N]
   Expertise of{};
   of.logits = logits.const_data_ptr();

@@ -2,10 +2,6 @@
 
 #include "cpu.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <soft_kl_call.h>
 
 namespace {
@@ -89,18 +85,6 @@ struct Call : Arguments {
     });
   }
 };
-
-// From 32 MiB on malloc maps new memory every time, and its page faults may take longer than the
-// gradient that is written there: huge pages have 512 times fewer of them. Only advice, may be refused.
-void prefer_huge_pages([[maybe_unused]] const Tensor& x) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t PAGE = 4096, LARGE = 32 << 20;
-  const auto from = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  const uintptr_t bytes = x.numel() * x.element_size();
-  const uintptr_t begin = (from + PAGE - 1) / PAGE * PAGE, end = (from + bytes) / PAGE * PAGE;
-  if (bytes >= LARGE) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 std::tuple<Tensor, Tensor> soft_kl_fwd(
     const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,

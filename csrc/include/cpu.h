@@ -1,5 +1,5 @@
 // What the CPU operators of one file share outside the texts that are compiled per instruction set:
-// element types, the choice of instruction set, scratch memory.
+// element types, the choice of instruction set, memory.
 
 #pragma once
 
@@ -22,6 +22,9 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 
 #include "tensors.h"
@@ -102,5 +105,17 @@ class Scratch {
   static constexpr size_t LINE_BYTES = 64;
   void* memory_ = nullptr;
 };
+
+// From 32 MiB on malloc maps new memory every time, and its page faults may take longer than the
+// gradient that is written there: huge pages have 512 times fewer of them. Only advice, may be refused.
+inline void prefer_huge_pages([[maybe_unused]] const Tensor& x) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t PAGE = 4096, LARGE = 32 << 20;
+  const auto from = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  const uintptr_t bytes = x.numel() * x.element_size();
+  const uintptr_t begin = (from + PAGE - 1) / PAGE * PAGE, end = (from + bytes) / PAGE * PAGE;
+  if (bytes >= LARGE) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 }  // namespace

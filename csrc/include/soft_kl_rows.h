@@ -413,36 +413,6 @@ struct Wide {
 
 // Narrow: W rows at a time, lanes are rows
 
-// Class c of row rows[lane] to to[c * W + lane].
-template <class A>
-METAKD_NOINLINE void gather(
-    const void* x, Type type, int64_t stride, const int64_t* rows, int64_t size, A* to) {
-  constexpr int W = Float<A>::lanes;
-  with_type(type, [&](auto* like) METAKD_LAMBDA {
-    const std::remove_pointer_t<decltype(like)>* from[W];
-    for (int lane = 0; lane < W; ++lane)
-      from[lane] = static_cast<decltype(&*from[lane])>(x) + rows[lane] * stride;
-    for (int64_t c = 0; c < size; ++c)
-#pragma GCC unroll 16
-      for (int lane = 0; lane < W; ++lane) to[c * W + lane] = static_cast<A>(from[lane][c]);
-  });
-}
-
-// Back to the gradient of rows [r, r + count), and zeros to its other columns.
-template <class A>
-METAKD_NOINLINE void scatter(const Job& job, const A* from, int64_t r, int count) {
-  constexpr int W = Float<A>::lanes;
-  const int64_t size = job.classes, width = job.width, stride = job.gradient_stride;
-  with_type(job.student_type, [&](auto* like) METAKD_LAMBDA {
-    using T = std::remove_pointer_t<decltype(like)>;
-    T* to = static_cast<T*>(job.gradient) + r * stride;
-    for (int lane = 0; lane < count; ++lane, to += stride) {
-      for (int64_t c = 0; c < size; ++c) to[c] = static_cast<T>(from[c * W + lane]);
-      for (int64_t c = size; c < width; ++c) to[c] = T(0);
-    }
-  });
-}
-
 template <class A, Kind kind, bool labelled>
 struct Narrow {
   using V = Vector<A>;
@@ -573,7 +543,8 @@ struct Narrow {
         for (int k = 0; k < STATS; ++k) write(stats + k * job.rows, all[k], block);
       } else {
         differentiate(job, math, block, row);
-        scatter(job, block.s, r, block.count);
+        scatter(block.s, job.gradient, job.student_type, job.gradient_stride, r, block.count, job.classes,
+                job.width);
       }
     }
   }

@@ -37,9 +37,11 @@ ScalarType accumulator(const Given&... x) {
   return ((x.scalar_type() == ScalarType::Double) || ...) ? ScalarType::Double : ScalarType::Float;
 }
 
-inline bool same_shape(const Tensor& x, Shape expected) { return x.sizes() == expected; }
-
 inline bool is_same(const Tensor& x, const Tensor& y) { return x.get() == y.get(); }
+
+inline Tensor contiguous_as(ScalarType type, const Tensor& x) {
+  return torch::stable::contiguous(torch::stable::to(x, type));
+}
 
 inline Tensor with_last_stride_1(const Tensor& x) {
   return x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);

@@ -21,7 +21,7 @@ struct Float<float> {
   typedef int32_t Integer __attribute__((vector_size(METAKD_BYTES)));
   static constexpr int lanes = METAKD_BYTES / 4, digits = 23, bias = 127;
   static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  static constexpr float lowest = -__FLT_MAX__;
+  static constexpr float lowest = -__FLT_MAX__, least_normal = __FLT_MIN__;
   static constexpr float lowest_exponent = -160.0f;  // 2 to this is 0
   static constexpr int32_t sqrt_half = 0x3f3504f3;   // bits of sqrt(1/2)
   // 2^f - 1 = f (c0 + c1 f + ..) for |f| <= 1/2: minimax, 2e-8 relative with the rounded coefficients.
@@ -42,7 +42,7 @@ struct Float<double> {
   typedef int64_t Integer __attribute__((vector_size(METAKD_BYTES)));
   static constexpr int lanes = METAKD_BYTES / 8, digits = 52, bias = 1023;
   static constexpr double round = 6755399441055744.0;
-  static constexpr double lowest = -__DBL_MAX__;
+  static constexpr double lowest = -__DBL_MAX__, least_normal = __DBL_MIN__;
   static constexpr double lowest_exponent = -1100.0;
   static constexpr int64_t sqrt_half = 0x3fe6a09e667f3bcd;
   static constexpr int exp_terms = 14;  // Taylor
@@ -186,6 +186,14 @@ METAKD_INLINE Vector<A> log_of(Vector<A> x) {
   return log_of<A>(x, x - static_cast<A>(1));
 }
 
+// log x for any x > 0, where ``log_of`` wants normal numbers.
+template <class A>
+METAKD_INLINE Vector<A> log_of_any(Vector<A> x) {
+  const auto tiny = x < every(Float<A>::least_normal);
+  const Vector<A> log = log_of<A>(tiny ? x * static_cast<A>(0x1p64) : x);
+  return tiny ? log - static_cast<A>(64 * 0.69314718055994530942) : log;
+}
+
 template <class A>
 METAKD_INLINE double log_of(double x) {
   return ::log(x);
@@ -268,6 +276,38 @@ METAKD_NOINLINE void narrow(const A* from, Type type, char* row, int64_t count) 
         _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
 #endif
     for (; i < count; ++i) to[i] = static_cast<std::remove_pointer_t<decltype(like)>>(from[i]);
+  });
+}
+
+// Rows side by side: lanes are rows
+
+// Class c of row rows[lane] to to[c * W + lane].
+template <class A>
+METAKD_NOINLINE void gather(
+    const void* x, Type type, int64_t stride, const int64_t* rows, int64_t size, A* to) {
+  constexpr int W = Float<A>::lanes;
+  with_type(type, [&](auto* like) METAKD_LAMBDA {
+    const std::remove_pointer_t<decltype(like)>* from[W];
+    for (int lane = 0; lane < W; ++lane)
+      from[lane] = static_cast<decltype(&*from[lane])>(x) + rows[lane] * stride;
+    for (int64_t c = 0; c < size; ++c)
+#pragma GCC unroll 16
+      for (int lane = 0; lane < W; ++lane) to[c * W + lane] = static_cast<A>(from[lane][c]);
+  });
+}
+
+// Back to rows [r, r + count) of ``size`` numbers, and zeros to their other columns.
+template <class A>
+METAKD_NOINLINE void scatter(const A* from, void* x, Type type, int64_t stride, int64_t r, int count,
+                             int64_t size, int64_t width) {
+  constexpr int W = Float<A>::lanes;
+  with_type(type, [&](auto* like) METAKD_LAMBDA {
+    using T = std::remove_pointer_t<decltype(like)>;
+    T* to = static_cast<T*>(x) + r * stride;
+    for (int lane = 0; lane < count; ++lane, to += stride) {
+      for (int64_t c = 0; c < size; ++c) to[c] = static_cast<T>(from[c * W + lane]);
+      for (int64_t c = size; c < width; ++c) to[c] = T(0);
+    }
   });
 }
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metakd import ops, reference
+from metakd import ops
 from metakd.functional import soft
 from metakd.functional.checks import (
     REDUCTIONS,
@@ -76,12 +76,16 @@ def _soft_problem(
         mask = counted if mask is None else mask & counted
         if device.type == "cpu" and not torch.compiler.is_compiling():
             check_index("label", label[mask], int(mask.sum()), vocab_size, device)
-    scale = float(temperature) ** 2 if scale_by_temperature else 1.0
+    scale = _scale(temperature, scale_by_temperature)
     return (
         mask,
         label,
         soft.Settings(vocab_size, float(temperature), scale, float(beta), hard_weight),
     )
+
+
+def _scale(temperature: float, scale_by_temperature: bool) -> float:
+    return float(temperature) ** 2 if scale_by_temperature else 1.0
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:
@@ -250,7 +254,7 @@ def mixture_kl(
         shares: a, [..., M], at least 0 and with the sum 1, which nobody checks; their gradient is
             that of free numbers.
         temperature, scale_by_temperature, mask, weight, reduction: as for ``soft_kl``.
-        backend: ``auto`` or ``reference``; no other has it yet.
+        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
 
     Returns:
         The reduced loss, or rows [...], float32 (float64 for doubles).
@@ -270,20 +274,16 @@ def mixture_kl(
     check_tensor("shares", shares, (*rows, teachers), device)
     mask = as_mask("mask", mask, rows, device)
     heard = leave_out_weightless(mask, weight, rows, rows, device)
-    ops.select("mixture_kl", backend, device, widest(student, teacher, shares))
-    if heard is not None:
-        # The fill cuts all gradients, so what is masked may hold anything.
-        student = student.masked_fill(~heard[..., None], 0.0)
-        teacher = teacher.masked_fill(~heard[..., None, None], 0.0)
-        shares = shares.masked_fill(~heard[..., None], 1 / teachers)
     found = without_autocast(
         device,
-        reference.mixture_kl,
+        soft.mixture_rows,
+        ops.select("mixture_kl", backend, device, widest(student, teacher, shares)),
         student.flatten(0, -2),
         teacher.flatten(0, -3),
         shares.flatten(0, -2),
-        temperature,
-        scale_by_temperature,
+        _flat(heard),
+        float(temperature),
+        _scale(temperature, scale_by_temperature),
     )
     if len(rows) > 1:
         found = found.unflatten(0, rows)

@@ -62,6 +62,32 @@ def rows(
     return value if mask is None else value.masked_fill(~mask, 0.0)
 
 
+def mixture_rows(
+    backend: str,
+    student: Tensor,
+    teacher: Tensor,
+    shares: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    scale: float,
+) -> Tensor:
+    """``scale * KL(mixture of teachers || student)`` of each row: [N, C], [N, M, C], shares [N, M]
+    -> [N]. ``mask`` as for ``rows``."""
+    if backend != "reference":
+        operator = ops.compiled(backend, "mixture_kl_fwd")
+        return operator(student, teacher, shares, mask, temperature, scale)[0]
+    if mask is not None:
+        # The fills cut all gradients, so what is masked may hold anything.
+        masked = ~mask[:, None]
+        student, teacher = (
+            student.masked_fill(masked, 0.0),
+            teacher.masked_fill(masked[..., None], 0.0),
+        )
+        shares = shares.masked_fill(masked, 1 / teacher.shape[1])
+    value = reference.mixture_kl(student, teacher, shares, temperature, False) * scale
+    return value if mask is None else value.masked_fill(~mask, 0.0)
+
+
 def _rows_and_gradient_(
     backend: str,
     student: Tensor,
