@@ -65,6 +65,19 @@ def test_training_waits_for_no_scores_nor_tables():
     assert not packages & {"sklearn", "pandas", "peft", "datasets", "pyarrow"}
 
 
+def test_a_world_is_joined_without_trying_a_compiler():
+    """DeepSpeed does so for each of its operators where somebody asks which of them are here."""
+    code = """
+from metakd.training.world import join_world, leave_world
+from deepspeed.ops.op_builder import builder
+def probe(*_): raise AssertionError("asked for its operators")
+builder.probe_is_compatible = probe
+print(join_world().size)
+leave_world()
+"""
+    assert alone(code)[0].startswith("1\n")
+
+
 def test_texts_are_read_without_torch_and_datasets(tmp_path):
     for name, content in {"a.jsonl": '{"text": "good"}\n', "a.csv": "text\ngood\n"}.items():
         (tmp_path / name).write_text(content)
