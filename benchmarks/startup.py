@@ -140,7 +140,7 @@ def markdown(report: dict) -> str:
             "",
             *heading(report["environment"]),
             f"Medians of {report['repeats']} processes each; the machine's load at the end: "
-            f"{report['load']:.1f}. A tiny run on made-up texts, so that the start is most.",
+            f"{report['load']:.1f}. A tiny run on made-up texts, so that starting is most of it.",
             "",
             table(header, cells),
             "",

@@ -33,7 +33,7 @@ def has_cuda() -> bool:
     """``torch.cuda.is_available()``, without the import of torch where its build or a missing
     driver say already that it is not."""
     if "torch" not in sys.modules:
-        build = metadata.version("torch")
+        build = versions("torch")["torch"] or "+unknown"
         if "+cpu" in build:
             return False
         if sys.platform == "linux" and ("+cu" in build or "+" not in build):

@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tiny_runs import write_config
 from transformers import AutoTokenizer, get_scheduler
 
 import metakd
-from metakd import front
+from metakd import environment, front
 from metakd.config import TrainingConfig
 from metakd.deploy import Predictor, known, predictor
 from metakd.environment import has_cuda
@@ -129,7 +130,8 @@ np.savez(found, texts=serve.logits(asked["texts"]), pairs=serve.logits(pairs))
                 assert found(asked, **cut).data == wanted(asked, **cut).data
 
     @pytest.mark.parametrize(
-        "change", ["config", "tokenizer", "version", "damaged", "no tokenizer", "adapter"]
+        "change",
+        ["config", "tokenizer", "version", "damaged", "no tokenizer", "a module", "adapter"],
     )
     def test_what_was_noted_of_others_is_not_taken(
         self,
@@ -157,8 +159,8 @@ np.savez(found, texts=serve.logits(asked["texts"]), pairs=serve.logits(pairs))
             if change == "version":
                 noted["known"]["transformers"] = "5.0.0"
             for made in noted["known"]["made"].values():
-                if change == "no tokenizer":
-                    made["tokenizer"] = "BertModel"
+                named = {"no tokenizer": "AutoTokenizer", "a module": "utils"}
+                made["tokenizer"] = named.get(change, made["tokenizer"])
             report.write_text(json.dumps(noted))
         assert known.look_up(folder) is None
 
@@ -251,6 +253,30 @@ class TestFinished:
         with monkeypatch.context() as patched:
             patched.setitem(os.environ, "WORLD_SIZE", "2")
             assert self.opens(patched, config)
+
+
+@pytest.mark.parametrize(
+    ("build", "driver", "asked"),
+    [
+        ("2.13.0+cpu", True, False),
+        ("2.13.0+cu130", False, False),
+        ("2.13.0", False, False),
+        ("2.13.0", True, True),
+        ("2.13.0+rocm7.1", False, True),
+        (None, False, True),
+    ],
+)
+def test_torch_is_asked_for_a_gpu_where_there_may_be_one(monkeypatch, build, driver, asked):
+    def library(name):
+        if not driver:
+            raise OSError(name)
+
+    fresh = SimpleNamespace(modules={}, platform="linux")
+    for name, other in {"sys": fresh, "versions": lambda _: {"torch": build}}.items():
+        monkeypatch.setattr(environment, name, other)
+    monkeypatch.setattr(environment.ctypes, "CDLL", library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert has_cuda() == asked
 
 
 @pytest.mark.parametrize("warm", [0, 3, 0.25, 12])
