@@ -151,15 +151,8 @@ def run_all(
     reshard: Reshard = False,
 ):
     """All stages in order; what is done already is skipped."""
-    result = front.run(
-        config,
-        overrides or [],
-        console=console,
-        resume=resume,
-        reshard=reshard,
-        command=_command(),
-    )
-    _show_evaluation(result)
+    how = {"resume": resume, "reshard": reshard, "command": _command()}
+    _show_evaluation(front.run(config, overrides or [], console=console, **how))
 
 
 @app.command()
