@@ -46,8 +46,6 @@ ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override keys of CONFIG")
 ]
-
-
 Resume = Annotated[
     str,
     typer.Option(
@@ -176,6 +174,7 @@ def compare(
     reshard: Reshard = False,
 ):
     """Compare methods x domains over several seeds; print and write the table."""
+    how = {"resume": resume, "reshard": reshard, "command": _command()}
     result = front.compare(
         config,
         overrides or [],
@@ -184,9 +183,7 @@ def compare(
         gamma2=_weights(gamma2),
         labels=_words(labels),
         console=console,
-        resume=resume,
-        reshard=reshard,
-        command=_command(),
+        **how,
     )
     _show_comparison(result)
 
@@ -561,12 +558,10 @@ def _is_main() -> bool:
 
 
 def _show_evaluation(result: Result) -> None:
-    if not _is_main():
-        return
-    console.print(f"{title_of(result.details)} in percent on the {result.split} split")
-    console.print(printed.evaluated(result.scores, result.domains))
-    for places in result.students.values():
-        for place in places:
+    if _is_main():
+        console.print(f"{title_of(result.details)} in percent on the {result.split} split")
+        console.print(printed.evaluated(result.scores, result.domains))
+        for place in (place for places in result.students.values() for place in places):
             _tell(f"student is in {place}")
 
 
