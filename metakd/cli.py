@@ -46,8 +46,6 @@ ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override keys of CONFIG")
 ]
-
-
 Resume = Annotated[
     str,
     typer.Option(
@@ -80,9 +78,7 @@ def _open(
     return front.open_run(config, overrides or [], console, resume, reshard, _command(), last)
 
 
-def _stage(
-    name: str | None = None, last: Stage = "students"
-) -> Callable[[Callable[[Run], None]], None]:
+def _stage(last: Stage = "students") -> Callable[[Callable[[Run], None]], None]:
     """Makes a command of what is done with a run that is opened up to its last stage."""
 
     def register(do: Callable[[Run], None]) -> None:
@@ -94,7 +90,7 @@ def _stage(
         ):
             do(_open(config, overrides, resume, reshard, last))
 
-        app.command(name=name or do.__name__, help=do.__doc__)(command)
+        app.command(name=do.__name__, help=do.__doc__)(command)
 
     return register
 
@@ -142,13 +138,19 @@ def evaluate(config: ConfigPath, overrides: Overrides = None):
     """Score the saved teacher and students on the test split; trains nothing."""
     run = _open(config, overrides)
     run.store.may_build = False
-    _show_evaluation(run)
+    _show_evaluation(front.evaluate(run))
 
 
-@_stage("run")
-def run_all(run: Run):
+@app.command("run")
+def run_all(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Resume = "auto",
+    reshard: Reshard = False,
+):
     """All stages in order; what is done already is skipped."""
-    _show_evaluation(run)
+    how = {"resume": resume, "reshard": reshard, "command": _command()}
+    _show_evaluation(front.run(config, overrides or [], console=console, **how))
 
 
 @app.command()
@@ -172,6 +174,7 @@ def compare(
     reshard: Reshard = False,
 ):
     """Compare methods x domains over several seeds; print and write the table."""
+    how = {"resume": resume, "reshard": reshard, "command": _command()}
     result = front.compare(
         config,
         overrides or [],
@@ -180,9 +183,7 @@ def compare(
         gamma2=_weights(gamma2),
         labels=_words(labels),
         console=console,
-        resume=resume,
-        reshard=reshard,
-        command=_command(),
+        **how,
     )
     _show_comparison(result)
 
@@ -556,15 +557,12 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _show_evaluation(run: Run) -> None:
-    result = front.evaluate(run)  # on every rank, or one would wait for the others
-    if not _is_main():
-        return
-    console.print(f"{title_of(result.details)} in percent on the {result.split} split")
-    console.print(printed.evaluated(result.scores, run.corpus.domains))
-    for places in result.students.values():
-        for place in places:
-            run.say(f"student is in {place}")
+def _show_evaluation(result: Result) -> None:
+    if _is_main():
+        console.print(f"{title_of(result.details)} in percent on the {result.split} split")
+        console.print(printed.evaluated(result.scores, result.domains))
+        for place in (place for places in result.students.values() for place in places):
+            _tell(f"student is in {place}")
 
 
 def _show_comparison(result: Result) -> None:

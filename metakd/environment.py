@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import platform
 import subprocess
+import sys
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +27,23 @@ def versions(*packages: str) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def has_cuda() -> bool:
+    """``torch.cuda.is_available()``, without the import of torch where its build or a missing
+    driver say already that it is not."""
+    if "torch" not in sys.modules:
+        build = versions("torch")["torch"] or "+unknown"
+        if "+cpu" in build:
+            return False
+        if sys.platform == "linux" and ("+cu" in build or "+" not in build):
+            try:
+                ctypes.CDLL("libcuda.so.1")
+            except OSError:
+                return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def processor() -> str:

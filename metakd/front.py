@@ -9,20 +9,25 @@ the result. Importing this module imports no torch.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metakd.config import RunConfig, Stage, load_config, row_label
+from metakd.method.methods import METHODS
 from metakd.pipeline.table import TEACHER, Cell, Score, markdown, summarise
 
 if TYPE_CHECKING:
     import pandas
     from rich.console import Console
 
+    from metakd.pipeline.finished import Finished
     from metakd.pipeline.stages import Run
 
 Configuration = RunConfig | Mapping[str, Any] | str | PathLike[str]
@@ -41,6 +46,7 @@ class Result:
         students: row -> folders of the students whose weights were kept, by domain and seed; each
             loads with plain ``AutoModelForSequenceClassification``.
         details: all of it, as ``evaluation.json`` or ``compare.json`` holds it.
+        domains: of the corpus.
     """
 
     folder: Path
@@ -48,6 +54,7 @@ class Result:
     summary: dict[str, dict[str, Score]]
     students: dict[str, list[Path]]
     details: dict[str, Any]
+    domains: list[str]
 
     @property
     def scores(self) -> dict[str, dict[str, float]]:
@@ -94,7 +101,8 @@ def run(
     reshard: bool = False,
     command: str = "metakd.run",
 ) -> Result:
-    """Prototypes, teacher, students and their scores; what is done already is skipped.
+    """Prototypes, teacher, students and their scores; what is done already is skipped, and a run
+    that is finished and unchanged not scored again.
 
     Args:
         config: a YAML file, a dictionary, or from ``load_config``.
@@ -111,21 +119,45 @@ def run(
     Raises:
         MetakdError: one of ``metakd.errors``, with a line of cause and one of remedy.
     """
-    result = evaluate(open_run(config, overrides, console, resume, reshard, command))
+    from rich.console import Console
+
+    from metakd.pipeline.finished import look_up
+
+    checked = _checked(config, overrides)
+    console = console or Console(markup=False, emoji=False)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    if found := look_up(checked, say):
+        return _result(checked, found)
+    result = evaluate(open_run(checked, (), console, resume, reshard, command))
     _leave_in_order()
     return result
 
 
 def evaluate(opened: Run) -> Result:
     """Scores of the teacher and students of a run; what it may build and lacks is built."""
-    found, kind = opened.evaluate(), opened.teacher_kind
-    label = row_label(opened.config.distill.method, kind)
-    rows = [] if kind is None else [(TEACHER + kind, found["teacher"])]
-    rows += [(label, scores) for scores in found["students"].values()]
-    domains, seed = opened.corpus.domains, opened.config.seed
-    cells = [cell for row, scores in rows for cell in Cell.all_of(row, domains, seed, scores)]
-    students = {label: opened.students()}
-    return Result(opened.folder, found["split"], summarise(cells), students, found)
+    from metakd.pipeline.finished import Finished, note
+
+    scores = opened.evaluate()
+    students = [place.relative_to(opened.folder).as_posix() for place in opened.students()]
+    found = Finished(scores, opened.corpus.domains, students)
+    note(opened, found)
+    return _result(opened.config, found)
+
+
+def _result(config: RunConfig, found: Finished) -> Result:
+    kind = METHODS[config.distill.method].teacher(config.teacher.kind)
+    label = row_label(config.distill.method, kind)
+    rows = [] if kind is None else [(TEACHER + kind, found.scores["teacher"])]
+    rows += [(label, scores) for scores in found.scores["students"].values()]
+    cells = [
+        cell
+        for row, scores in rows
+        for cell in Cell.all_of(row, found.domains, config.seed, scores)
+    ]
+    folder = Path(config.output_dir)
+    students = {label: [folder / place for place in found.students]}
+    rest = summarise(cells), students, found.scores, found.domains
+    return Result(folder, found.scores["split"], *rest)
 
 
 def compare(
@@ -193,7 +225,8 @@ def compare_rows(opened: Run, gamma2: Sequence[float] = ()) -> Result:
     found = compare_methods(opened, gamma2)
     students = found["students"] if opened.config.compare.keep_students else {}
     kept = {row: [opened.folder / place for place in places] for row, places in students.items()}
-    return Result(opened.folder, found["split"], found["summary"], kept, found)
+    domains = opened.corpus.domains
+    return Result(opened.folder, found["split"], found["summary"], kept, found, domains)
 
 
 def _by_labels(opened: Run, gamma2: Sequence[float]) -> Result:
@@ -205,7 +238,7 @@ def _by_labels(opened: Run, gamma2: Sequence[float]) -> Result:
         for point in found["points"]
         for row, scores in point["summary"].items()
     }
-    return Result(opened.folder, found["split"], summary, {}, found)
+    return Result(opened.folder, found["split"], summary, {}, found, opened.corpus.domains)
 
 
 def open_run(
@@ -221,15 +254,29 @@ def open_run(
     the last stage that it is opened for."""
     checked = _checked(config, overrides, last)
     # Here and not above, since torch and DeepSpeed take seconds to import.
-    from rich.console import Console
+    with _without_collector():
+        from rich.console import Console
 
-    from metakd.pipeline.stages import Run
-    from metakd.training.world import join_world
+        from metakd.pipeline.stages import Run
+        from metakd.training.world import join_world
 
     quiet_transformers()
     # Names come from the data: no bracket or colon of theirs is an instruction.
     console = console or Console(markup=False, emoji=False)
     return Run(checked, join_world(), console, command, resume, reshard, last)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Modules are a million objects that stay, and looking through them again and again while they
+    are made is a seventh of the time that imports take."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def need_training() -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from metakd.config import DataConfig
 from metakd.data import corpus
 from metakd.data.batches import collate, prefetch
-from metakd.data.cache import TensorCache, content_key
+from metakd.data.cache import TensorCache
 from metakd.data.corpus import Tokens, load_corpus
+from metakd.data.digests import content_key
 from metakd.data.tables import LeftOut
 from metakd.demo import train_tokenizer
 from metakd.errors import DataError

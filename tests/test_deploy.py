@@ -36,7 +36,7 @@ from metakd.errors import (
     UnsupportedError,
 )
 from metakd.method.tasks import SINGLE_LABEL
-from metakd.models.sources import input_names
+from metakd.models.inputs import input_names
 
 pytest.importorskip("onnxruntime", reason="the extra 'deploy' is not installed")
 pytest.importorskip("onnxscript", reason="the extra 'deploy' is not installed")

@@ -30,7 +30,17 @@ ARROWS = {
     "models": {"errors", "config", "functional"},
     "method": {"errors", "config", "functional", "models", "table"},
     "training": {"errors", "config", "data", "method", "models", "__init__"},
-    "pipeline": {"errors", "config", "data", "method", "models", "table", "training", "__init__"},
+    "pipeline": {
+        "errors",
+        "config",
+        "data",
+        "environment",
+        "method",
+        "models",
+        "table",
+        "training",
+        "__init__",
+    },
     "deploy": {
         "errors",
         "config",
@@ -42,7 +52,7 @@ ARROWS = {
         "__init__",
     },
     "demo": {"errors", "config", "data"},
-    "front": {"config", "deploy", "pipeline", "training"},
+    "front": {"config", "deploy", "pipeline", "table", "training"},
     "printed": {"pipeline"},
     "cli": {
         "errors",

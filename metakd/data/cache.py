@@ -246,25 +246,3 @@ def _digest(key: str, described: str, tensors: dict[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def content_key(*parts: str | bytes | Path) -> str:
-    """SHA-256 over texts and the content of files and folders, hidden files left out.
-
-    Every part is preceded by its kind and length, so that no two lists of parts read alike.
-    """
-    digest = hashlib.sha256()
-
-    def add(data: bytes) -> None:
-        digest.update(len(data).to_bytes(8, "little") + data)
-
-    for part in parts:
-        if not isinstance(part, Path):
-            add(part.encode() if isinstance(part, str) else part)
-            continue
-        files = sorted(part.rglob("[!.]*")) if part.is_dir() else [part]
-        for file in filter(Path.is_file, files):
-            add(str(file.relative_to(part)).encode())
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()

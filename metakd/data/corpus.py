@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 
 from metakd import __version__
 from metakd.config import DataConfig
-from metakd.data.cache import TensorCache, content_key
+from metakd.data.cache import TensorCache
+from metakd.data.digests import content_key
 from metakd.data.reading import ONE_DOMAIN, UNLABELLED, Row, read_corpus, read_plain_texts
 from metakd.data.soft_labels import as_logits
 from metakd.data.tables import LeftOut
@@ -197,6 +198,7 @@ class Corpus:
     label2id: dict[str, int]
     unlabelled: Split | None = None  # its indices go on after those of train
     left_out: Sequence[LeftOut] = ()  # rows of the sources that the configuration drops
+    doubts: Sequence[str] = ()  # what was said of them
 
     @property
     def task(self) -> Task:
@@ -267,7 +269,7 @@ def load_corpus(
         None if split is None else replace(split, task=task)
         for split in (train, validation, test, unlabelled)
     ]
-    corpus = Corpus(*known[:3], whole.domains, label2id, known[3], whole.left_out)
+    corpus = Corpus(*known[:3], whole.domains, label2id, known[3], whole.left_out, whole.warnings)
     for name, wanted in config.labels.items():
         if name not in whole.domains:
             raise ConfigError(

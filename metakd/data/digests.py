@@ -1,4 +1,5 @@
-"""Size and SHA-256 of files: noted as they are written, compared before they are relied on.
+"""Size and SHA-256 of files: noted as they are written, compared before they are relied on; and
+the key of what something was made from.
 
 Imports neither torch nor DeepSpeed.
 """
@@ -55,3 +56,25 @@ def check_content(path: Path, entry: Entry) -> None:
     with path.open("rb") as file:
         if entry_of(file)["sha256"] != entry["sha256"]:
             raise CheckpointError(f"{path}: was changed after it was written")
+
+
+def content_key(*parts: str | bytes | Path) -> str:
+    """SHA-256 over texts and the content of files and folders, hidden files left out.
+
+    Every part is preceded by its kind and length, so that no two lists of parts read alike.
+    """
+    digest = hashlib.sha256()
+
+    def add(data: bytes) -> None:
+        digest.update(len(data).to_bytes(8, "little") + data)
+
+    for part in parts:
+        if not isinstance(part, Path):
+            add(part.encode() if isinstance(part, str) else part)
+            continue
+        files = sorted(part.rglob("[!.]*")) if part.is_dir() else [part]
+        for file in filter(Path.is_file, files):
+            add(str(file.relative_to(part)).encode())
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()

@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from metakd.config import DataConfig
 from metakd.data.tables import Problems, ordered, show
 from metakd.method.tasks import TASKS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from metakd.data.reading import Row
 
 SUM_TOLERANCE = 1e-3
@@ -27,13 +26,15 @@ SUM_TOLERANCE = 1e-3
 SMALLEST = 1e-8
 """A probability below it counts as it: its logarithm must be finite."""
 
-_LARGEST = torch.finfo(torch.float32).max
+_LARGEST = float.fromhex("0x1.fffffep127")  # of float32
 
 Numbers = dict[str, float] | list[float]
 
 
 def as_logits(soft: Sequence[Sequence[float]], config: DataConfig) -> Tensor:
     """Soft labels of N texts as logits [N, M], float32; of probabilities those that give them."""
+    import torch
+
     values = torch.tensor(soft, dtype=torch.float64)
     if config.soft_labels_as == "probabilities":
         values = TASKS[config.task].logits_of(values, SMALLEST)

@@ -2,26 +2,26 @@
 
 An engine takes a padded batch, ``{"input_ids": [B, L], "attention_mask": [B, L], ...}`` of int64
 NumPy arrays, and returns logits [B, M] as float32. ``why_not`` says why an engine cannot run a
-folder here, ``open_engine`` opens one; nothing falls back to another.
+folder here, ``open_engine`` opens one; nothing falls back to another. Those that run PyTorch are in
+``eager``, so that who runs another need not wait for it.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from metakd.deploy.extra import INSTALL, absent
 from metakd.deploy.formats import ONNX_FILES, ONNX_FOLDER
+from metakd.environment import has_cuda
 from metakd.errors import CheckpointError, ConfigError, UnsupportedError
-from metakd.models.sources import input_names, load_trained_classifier
+from metakd.models.inputs import Inputs
 
-Inputs = dict[str, np.ndarray]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_device(device: str) -> None:
@@ -33,14 +33,14 @@ def check_device(device: str) -> None:
     """
     if device not in _PROVIDERS:
         raise ConfigError(f"device: {device} is neither cpu nor cuda", "name one of these")
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not has_cuda():
         raise UnsupportedError(_NO_CUDA, "use the CPU: device cpu")
 
 
 def why_not(engine: str, folder: Path, device: str) -> str | None:
     """Why this engine cannot run this folder's model on this device (cpu or cuda); None if it
     can."""
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not has_cuda():
         return _NO_CUDA
     if engine not in ONNX_FILES:
         if not (folder / "model.safetensors").exists():
@@ -83,12 +83,13 @@ def open_engine(
         UnsupportedError: it cannot run this model here, with the reason.
         CheckpointError: the model is damaged.
     """
-    if engine not in _CLASSES:
-        raise ConfigError(f"engine: {engine} is not among {', '.join(_CLASSES)}", "name another")
+    if engine not in _HOME:
+        raise ConfigError(f"engine: {engine} is not among {', '.join(_HOME)}", "name another")
     check_device(device)
     if reason := why_not(engine, folder, device):
         raise UnsupportedError(f"engine {engine}: {reason}", "name another engine")
-    return _CLASSES[engine](engine, folder, device, threads)
+    module, name = _HOME[engine]
+    return getattr(import_module(module), name)(engine, folder, device, threads)
 
 
 class Engine:
@@ -106,9 +107,9 @@ class Engine:
         """Logits [B, M], float32."""
         raise NotImplementedError
 
-    def plainly(self, batch: dict[str, Tensor]) -> Tensor:
-        """Logits [B, M] on the CPU, without anything that is made once for a shape."""
-        return torch.from_numpy(self({name: values.numpy() for name, values in batch.items()}))
+    def plainly(self, batch: Inputs) -> np.ndarray:
+        """Logits [B, M], float32, without anything that is made once for a shape."""
+        return self(batch)
 
     def padded_shape(self, batch: int, length: int) -> tuple[int, int]:
         """The shape, at least as large, in which the engine would rather have a batch."""
@@ -118,90 +119,6 @@ class Engine:
         """How many texts of up to ``length`` tokens make a batch of at most ``tokens``, padding
         included; at least one."""
         return max(1, tokens // self.padded_shape(1, length)[1])
-
-
-class EagerEngine(Engine):
-    """PyTorch, operation by operation."""
-
-    def __init__(self, name: str, folder: Path, device: str, threads: int | None):
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self._device = torch.device(device)
-        self.model = load_trained_classifier(folder).to(self._device).eval()
-        self.inputs = input_names(self.model.config)
-
-    @torch.inference_mode()
-    def __call__(self, batch: Inputs) -> np.ndarray:
-        placed = {
-            name: torch.from_numpy(batch[name]).to(self._device, non_blocking=True)
-            for name in self.inputs
-        }
-        return self._logits(placed).float().cpu().numpy()
-
-    @torch.inference_mode()
-    def plainly(self, batch: dict[str, Tensor]) -> Tensor:
-        placed = {name: values.to(self._device) for name, values in batch.items()}
-        return self.model(**placed).logits.float().cpu()
-
-    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model(**batch).logits
-
-
-class CompiledEngine(EagerEngine):
-    """``torch.compile`` with dynamic shapes: compiled once, at the first batch (a batch of one
-    counts as another model)."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self._logits = torch.compile(super()._logits, dynamic=True)
-
-
-class GraphEngine(EagerEngine):
-    """One CUDA graph per shape, captured when the shape is first met; shapes are rounded up so that
-    there are few. Graphs share their memory, so one batch runs at a time."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self._graphs: dict[tuple[int, int], tuple[Callable, dict[str, Tensor], Tensor]] = {}
-        self._memory = torch.cuda.graph_pool_handle()
-        self._alone = threading.Lock()
-
-    def padded_shape(self, batch: int, length: int) -> tuple[int, int]:
-        longest = getattr(self.model.config, "max_position_embeddings", length)
-        return 1 << (batch - 1).bit_length(), min(-(-length // 32) * 32, max(longest, length))
-
-    def texts_at_once(self, tokens: int, length: int) -> int:
-        return 1 << (super().texts_at_once(tokens, length).bit_length() - 1)
-
-    @torch.inference_mode()
-    def __call__(self, batch: Inputs) -> np.ndarray:
-        shape = batch["input_ids"].shape
-        with self._alone:
-            if shape not in self._graphs:
-                self._graphs[shape] = self._capture(shape)
-            replay, placed, logits = self._graphs[shape]
-            for name, buffer in placed.items():
-                buffer.copy_(torch.from_numpy(batch[name]))
-            replay()
-            return logits.float().cpu().numpy()
-
-    def _capture(self, shape: tuple[int, int]):
-        placed = {
-            name: torch.ones(shape, dtype=torch.long, device=self._device) for name in self.inputs
-        }
-        # With padding: without any, transformers warms up attention that takes no mask, and the
-        # capture, which cannot look, would be the first to run the other.
-        placed["attention_mask"][:, 1:] = 0
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries allocate their workspaces before the capture
-            for _ in range(2):
-                self._logits(placed)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            logits = self._logits(placed)
-        return graph.replay, placed, logits
 
 
 class OnnxEngine(Engine):
@@ -237,9 +154,9 @@ class OnnxEngine(Engine):
 
 _NO_CUDA = "there is no CUDA device"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_CLASSES = {
-    "eager": EagerEngine,
-    "compile": CompiledEngine,
-    "cudagraph": GraphEngine,
-    **dict.fromkeys(ONNX_FILES, OnnxEngine),
+_HOME = {
+    "eager": ("metakd.deploy.eager", "EagerEngine"),
+    "compile": ("metakd.deploy.eager", "CompiledEngine"),
+    "cudagraph": ("metakd.deploy.eager", "GraphEngine"),
+    **dict.fromkeys(ONNX_FILES, (__name__, "OnnxEngine")),
 }

@@ -32,12 +32,13 @@ from metakd.deploy.formats import (
     ONNX_FOLDER,
 )
 from metakd.deploy.int8 import fix_ranges, quantise
+from metakd.deploy.known import note
 from metakd.deploy.predictor import Predictor, Text
 from metakd.deploy.smoothing import smoothed
 from metakd.environment import environment
 from metakd.errors import ConfigError, DataError, ParityError, UnsupportedError, listing
 from metakd.method.tasks import Task
-from metakd.models.sources import input_names
+from metakd.models.inputs import input_names
 from metakd.pipeline.doubts import one_label
 
 ACTIVATIONS = ("static", "dynamic")
@@ -88,7 +89,7 @@ def export_onnx(
         The content of ``export.json``: for each file its size, its largest and mean logit error,
         the share of texts with PyTorch's label, and its score where there are labels; of int8
         also how activations are rounded, and the share of labels that depend on the other texts of
-        a batch; and remarks on what the comparison cannot tell.
+        a batch; remarks on what the comparison cannot tell; and what ``known.note`` notes.
 
     Raises:
         ParityError: a file answers otherwise than PyTorch does; nothing is published then.
@@ -132,6 +133,7 @@ def export_onnx(
             "opset": OPSET,
             "environment": environment("cpu", torch.get_num_threads()),
             **_compare(building, trained, texts, gold, data, made_up, activations),
+            "known": note(folder, building),
         }
         (building / EXPORT_REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         if out.exists():

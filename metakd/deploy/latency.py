@@ -41,11 +41,11 @@ from metakd.deploy.sections import latency_section
 from metakd.deploy.speedup import ratios
 from metakd.environment import environment, installed
 from metakd.errors import ConfigError, MetakdError, ParityError, UnsupportedError
+from metakd.models.inputs import positions
 from metakd.models.sources import (
     load_config,
     load_tokenizer,
     load_trained_classifier,
-    positions,
     unallocated,
 )
 from metakd.models.student import PRESETS as STUDENTS

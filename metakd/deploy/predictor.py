@@ -1,7 +1,8 @@
 """Texts to labels, fast: ``Predictor("students/.../books")(["a fine book"])``.
 
 Texts are tokenised together, sorted by length and run in batches of about as many tokens each, so
-that next to nothing is spent on padding; answers come back in the order of the texts.
+that next to nothing is spent on padding; answers come back in the order of the texts. Who
+serves what ``export_onnx`` has made needs no torch for it, see ``known``.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from transformers import PretrainedConfig, PreTrainedModel
 
 from metakd.config.places import meant
-from metakd.deploy.engines import EagerEngine, Engine, Inputs, open_engine, why_not
+from metakd.deploy.engines import Engine, open_engine, why_not
 from metakd.deploy.formats import ENGINES, ONNX_FILES
+from metakd.deploy.known import Shape, ask, look_up
+from metakd.environment import has_cuda
 from metakd.errors import CheckpointError, DataError, UnsupportedError, listing
 from metakd.method.tasks import Answer, Task, task_of
-from metakd.models.reader import SAME, SIDES, differing, see_that_it_pads
-from metakd.models.sources import knows_words, load_config, load_tokenizer, positions
+from metakd.models.inputs import SAME, SIDES, Inputs, differing, knows_words, see_that_it_pads
 from metakd.pipeline.published import check_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Text = str | tuple[str, str]
 
@@ -70,23 +74,22 @@ class Predictor:
     ):
         folder, asked = Path(folder), engine
         device, engine = _choose(folder, device, engine)
-        self.tokenizer, config = _read(folder, weights=engine not in ONNX_FILES)
+        self.tokenizer, self.shape = _read(folder, weights=engine not in ONNX_FILES)
         with suppress(ValueError):  # without any, as long as the model does not look for one
             see_that_it_pads(str(folder), self.tokenizer)
-        self.labels = [config.id2label[number] for number in range(config.num_labels)]
-        self.task = _task(config)
+        self.labels, self.task = self.shape.labels, _task(self.shape)
 
         def opened(name: str) -> Engine:
             found = open_engine(name, folder, device=device, threads=threads)
-            if config.pad_token_id is None and isinstance(found, EagerEngine):
+            if self.shape.pad_token_id is None and hasattr(found, "model"):
                 found.model.config.pad_token_id = self.tokenizer.pad_token_id or 0
             return found
 
         self.engine, self.engine_name = opened(engine), engine
         self._batch_tokens = batch_tokens or BATCH_TOKENS[device]
         longest = max_length or self.tokenizer.model_max_length
-        self._max_length = min(longest, positions(config) or longest)
-        self._padding = self._find_padding(config)
+        self._max_length = min(longest, self.shape.positions or longest)
+        self._padding = self._find_padding()
         if self._padding is None and self.engine.padded_shape(1, 1) != (1, 1):
             if asked == engine:
                 raise UnsupportedError(
@@ -97,12 +100,13 @@ class Predictor:
             del self.engine
             self.engine, self.engine_name = opened("eager"), "eager"
 
-    def _find_padding(self, config: PretrainedConfig) -> tuple[int, str] | None:
+    def _find_padding(self) -> tuple[int, str] | None:
         """Token and side under which an answer does not depend on the texts beside it, which the
         tokenizer then has, for who saves it; None where there is no such padding, so that only
         texts of one length can share a batch."""
-        known = self.tokenizer.pad_token_id, config.pad_token_id, 0
-        numbers = [n for n in dict.fromkeys(known) if n is not None and 0 <= n < config.vocab_size]
+        size = self.shape.vocab_size
+        known = self.tokenizer.pad_token_id, self.shape.pad_token_id, 0
+        numbers = [n for n in dict.fromkeys(known) if n is not None and 0 <= n < size]
         if self.engine_name not in _EXACT:
             return numbers[0], self.tokenizer.padding_side
         names, limit = self.engine.inputs, self._max_length
@@ -193,8 +197,8 @@ class Predictor:
         return batch
 
 
-def _read(folder: Path, weights: bool):
-    """Tokenizer and configuration; of a stage of a run, after its files were compared with what was
+def _read(folder: Path, weights: bool) -> tuple[PreTrainedTokenizerBase, Shape]:
+    """Tokenizer and shape; of a stage of a run, after its files were compared with what was
     published, with or without its weights."""
     remedy = "give the folder of a student, or of its export, with its tokenizer"
     if not folder.is_dir():
@@ -204,15 +208,15 @@ def _read(folder: Path, weights: bool):
         raise CheckpointError(f"{folder}: is a run with several models", f"give {listed}")
     check_folder(folder, weights=weights)
     try:
-        tokenizer, config = load_tokenizer(str(folder)), load_config(str(folder))
+        tokenizer, shape = (None if weights else look_up(folder)) or ask(folder)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0].removeprefix(f"{folder}: ")
         raise CheckpointError(f"{folder}: {reason}", remedy) from error
     if not knows_words(tokenizer):
         raise CheckpointError(f"{folder}: holds no tokenizer", remedy)
-    if wrong := _task(config).misfit(config.num_labels or 0):
+    if wrong := _task(shape).misfit(len(shape.labels)):
         raise CheckpointError(f"{folder}: its model has {wrong}", remedy)
-    return tokenizer, config
+    return tokenizer, shape
 
 
 def task_at(folder: str | Path) -> Task:
@@ -224,14 +228,14 @@ def task_at(folder: str | Path) -> Task:
     return _task(_read(Path(folder), weights=False)[1])
 
 
-def _task(config: PretrainedConfig) -> Task:
-    return task_of(config.problem_type, config.num_labels or 0)
+def _task(shape: Shape) -> Task:
+    return task_of(shape.problem_type, len(shape.labels))
 
 
 def _choose(folder: Path, device: str | None, engine: str) -> tuple[str, str]:
     """Device and engine, where they are left open."""
     if engine != "auto":
-        return device or ("cuda" if torch.cuda.is_available() else "cpu"), engine
+        return device or ("cuda" if has_cuda() else "cpu"), engine
     for on, name in FASTEST:
         if device in (None, on) and why_not(name, folder, on) is None:
             return on, name

@@ -8,9 +8,12 @@ import json
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DESCRIBED, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INSTALL = "pip install metakd[adapters]"

@@ -10,32 +10,26 @@ one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from metakd.models.sources import (
+from metakd.models.inputs import (
+    LONG,
+    SAME,
+    SIDES,
+    Inputs,
+    differing,
     input_names,
     knows_words,
-    load_config,
-    load_tokenizer,
     positions,
-    small,
+    see_that_it_pads,
 )
-
-SAME = 2e-5
-"""Of the largest logit: far above float32's rounding, far below what a wrong token does."""
-
-_SHORT, _LONG = "a good one", "a good one, and not at all what somebody would have thought of it"
+from metakd.models.sources import load_config, load_tokenizer, small
 
 _found: dict[tuple, float | None] = {}  # each costs a model
-
-SIDES = ("right", "left")
-"""Where to pad, in the order in which they are tried: only few models need it on the left."""
 
 
 class Reader(NamedTuple):
@@ -77,19 +71,6 @@ def open_reader(source: str, max_length: int) -> Reader:
     return Reader(tokenizer, number, changed)
 
 
-def see_that_it_pads(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer without a padding token one that it has: the end, or the unknown.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    if tokenizer.pad_token_id is None:
-        stands_in = tokenizer.eos_token or tokenizer.unk_token
-        if stands_in is None:
-            raise ValueError(f"{source}: its tokenizer has no padding token; give it one")
-        tokenizer.pad_token = stands_in
-
-
 def padding_of(source: str, shape: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """The ``pad_token_id`` that a model has to have to go with this tokenizer; its own if it will
     do.
@@ -120,70 +101,17 @@ def _differing(
     shape = copy.deepcopy(shape)
     shape.pad_token_id = number
     pad, side = tokenizer.pad_token_id, tokenizer.padding_side
-    question = shape.to_json_string(), pad, side, str(tokenizer(_LONG)["input_ids"])
+    question = shape.to_json_string(), pad, side, str(tokenizer(LONG)["input_ids"])
     if question not in _found:
         _found[question] = None
         with suppress(Exception):  # architectures raise anything; ``fit`` finds out what it is
             if (model := small(shape)) is not None:
-                _found[question] = differing(
-                    lambda batch: model(**batch).logits,
-                    tokenizer,
-                    input_names(shape),
-                    pad,
-                    side,
-                    positions(shape),
-                )
+
+                @torch.no_grad()
+                def logits(batch: Inputs):
+                    given = {name: torch.from_numpy(values) for name, values in batch.items()}
+                    return model(**given).logits.numpy()
+
+                names, limit = input_names(shape), positions(shape)
+                _found[question] = differing(logits, tokenizer, names, pad, side, limit)
     return _found[question]
-
-
-@torch.no_grad()
-def differing(
-    logits: Callable[[dict[str, Tensor]], Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    names: frozenset[str],
-    pad: int,
-    side: str,
-    max_length: int | None = None,
-) -> float:
-    """By how much the logits of a text differ alone and beside a longer one, as a part of the
-    largest.
-
-    Args:
-        logits: of a batch of ``names``, each [B, L].
-        tokenizer: the model's.
-        names: what the model reads.
-        pad: the token that fills up.
-        side: where, left or right.
-        max_length: tokens that the model has positions for.
-    """
-    texts = tokenizer(
-        [_SHORT, _LONG],
-        truncation=max_length is not None,
-        max_length=max_length,
-        return_attention_mask=False,
-    )
-    short, long = map(len, texts["input_ids"])
-    if short >= long:  # both were cut
-        short = long // 2
-        texts = {name: [rows[0][:short], rows[1]] for name, rows in texts.items()}
-    if not short:  # no room, or a tokenizer that knows none of it and has nothing for the unknown
-        return 0.0
-
-    def batch(rows: int, length: int) -> dict[str, Tensor]:
-        kept = {name: values[:rows] for name, values in texts.items() if name in names}
-        kept |= {name: [[]] * rows for name in names - kept.keys()}  # types, of which it makes none
-        kept["attention_mask"] = [[1] * len(row) for row in texts["input_ids"][:rows]]
-        made = {}
-        for name, part in kept.items():
-            filled = torch.full((rows, length), pad if name == "input_ids" else 0)
-            for row, values in zip(filled, part):
-                place = (
-                    slice(len(values)) if side == "right" else slice(length - len(values), length)
-                )
-                row[place] = torch.tensor(values, dtype=row.dtype)
-            made[name] = filled
-        return made
-
-    alone, beside = logits(batch(1, short)), logits(batch(2, long))
-    size = torch.cat([alone, beside]).abs().max().clamp(min=1e-30)
-    return float((alone[0] - beside[0]).abs().max() / size)

@@ -36,6 +36,7 @@ from transformers import (
 from metakd.config.places import closest, may_be_hub_id, meant
 from metakd.errors import CheckpointError
 from metakd.models.adapters import base_of, merged
+from metakd.models.inputs import knows_words, positions
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 _SHOWN = 3
@@ -50,9 +51,6 @@ _OF_TOKENIZERS = re.compile(
     r"tokenizer|vocab|merges\.txt|spiece|sentencepiece|.*\.(model|tiktoken)$"
 )
 _NO_NAME = re.compile(r"(label_)?\d+")
-_BEHIND_PADDING = re.compile(
-    "roberta|camembert|data2vec|esm|ibert|layoutlmv3|lilt|longformer|luke|markuplm|mpnet|xmod"
-)
 
 CLASSES = "single_label_classification"
 """The usual ``problem_type`` of a configuration."""
@@ -118,12 +116,6 @@ def shortened(shape: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfi
     return shape
 
 
-def input_names(shape: PretrainedConfig) -> frozenset[str]:
-    """What a model reads; token types only where it tells them apart."""
-    types = {"token_type_ids"} if getattr(shape, "type_vocab_size", 0) > 1 else set()
-    return frozenset({"input_ids", "attention_mask"} | types)
-
-
 def load_config(source: str) -> PretrainedConfig:
     """The configuration of a directory or hub id; of an adapter's folder, that of its base.
 
@@ -145,11 +137,6 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     if base is not None and not (Path(source) / "tokenizer_config.json").is_file():
         return _without_code(AutoTokenizer, base)
     return _without_code(AutoTokenizer, source)
-
-
-def knows_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Without tokenizer files transformers makes one up that knows the special tokens alone."""
-    return bool(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
 
 
 def load_encoder(source: str) -> PreTrainedModel:
@@ -303,16 +290,6 @@ def check_embeddings(
         raise ValueError(
             f"{source} knows {config.vocab_size} tokens, the tokenizer has {len(tokenizer)}"
         )
-
-
-def positions(shape: PretrainedConfig) -> int | None:
-    """Tokens that a model has positions for, None where there is no limit."""
-    number = getattr(shape, "max_position_embeddings", None)
-    # DeBERTa's are relative; some of its kind have no others.
-    if number is None or not getattr(shape, "position_biased_input", True):
-        return None
-    # RoBERTa and its kin count theirs from behind the padding's.
-    return number - 1 - shape.pad_token_id if _BEHIND_PADDING.search(shape.model_type) else number
 
 
 def check_positions(model: str, shape: PretrainedConfig, max_length: int) -> None:

@@ -27,8 +27,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from metakd.functional import masked_mean
+from metakd.models.inputs import input_names
 from metakd.models.packing import PACKING_KEYWORD, Packing, Unpacked, check_packable
-from metakd.models.sources import input_names, small, unallocated, wide
+from metakd.models.sources import small, unallocated, wide
 
 TAPPED_SDPA = "metakd_sdpa"
 _NO_INTERFACE = (

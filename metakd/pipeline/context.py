@@ -14,8 +14,8 @@ from rich.console import Console
 
 from metakd.config import RunConfig, Stage, StudentConfig
 from metakd.data.batches import Batch, Collate, collate
-from metakd.data.cache import content_key
 from metakd.data.corpus import Corpus, Split, load_corpus
+from metakd.data.digests import content_key
 from metakd.errors import ConfigError, DataError
 from metakd.method.fit import check_models
 from metakd.method.methods import METHODS
@@ -185,6 +185,12 @@ class Context:
     def _doubts(self) -> set[str]:
         return set()
 
+    def remarks(self) -> list[str]:
+        """What is said of the data each time that it is read."""
+        said = [*self.corpus.doubts, *(f"data: {one}" for one in self.corpus.left_out)]
+        others = (doubt for corpus in self._read.values() for doubt in corpus.doubts)
+        return list(dict.fromkeys([*said, *others]))
+
     @cached_property
     def corpus(self) -> Corpus:
         """The tokenised corpus."""
@@ -290,7 +296,14 @@ class Context:
                 cause = f"{error.filename}: {error.strerror}"
                 raise DataError(cause, "give back the right to read it") from error
 
-        return self.world.agree(self.world.on_first(read))
+        key = self.world.agree(self.world.on_first(read))
+        self.contents[tuple(filter(None, sources))] = key
+        return key
+
+    @cached_property
+    def contents(self) -> dict[tuple[str, ...], str]:
+        """The digests that were asked for, each of files and folders together."""
+        return {}
 
     @property
     def teacher_kind(self) -> str | None:

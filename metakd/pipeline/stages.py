@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from metakd.method.kinds import TEACHER_KINDS
 from metakd.models.sources import load_trained_classifier
 from metakd.models.taps import classifier
 from metakd.pipeline import chain
+from metakd.pipeline.finished import write
 from metakd.pipeline.lessons import Lesson
 from metakd.pipeline.serving import TeacherService
 from metakd.pipeline.students import StudentStage
@@ -174,5 +174,5 @@ class Run(StudentStage):
             part = self.part(own, place.name)
             scores["students"][place.name] = self.score(classify, part, training, reader=reader)
         if self.world.is_main:
-            (self.folder / "evaluation.json").write_text(json.dumps(scores, indent=1))
+            write(self.folder, scores)
         return scores

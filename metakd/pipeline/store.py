@@ -16,7 +16,7 @@ import json
 import stat
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from metakd.data.digests import Entry, entry_of
@@ -36,6 +36,7 @@ from metakd.training.world import World
 
 CHECKPOINTS = "checkpoints"
 _ALWAYS_KEPT = (LOG, INPUTS)
+_OF_WHO_ASKED = ("_finished", "_took", "_asked", "_whole")
 
 
 @dataclass
@@ -84,10 +85,17 @@ class StageStore:
 
     def forget(self) -> None:
         """Look everything up again: processes that meet must have asked for the same stages."""
-        self._finished.clear()
-        self._took.clear()
-        self._asked.clear()
-        self._whole.clear()
+        for name in _OF_WHO_ASKED:
+            getattr(self, name).clear()
+
+    def afresh(self, say: Callable[[str], None]) -> StageStore:
+        """The same, that nobody has asked for anything, builds nothing, and tells someone else."""
+        nothing = {name: type(getattr(self, name))() for name in _OF_WHO_ASKED}
+        return replace(self, say=say, may_build=False, **nothing)
+
+    def asked(self) -> dict[Path, str]:
+        """Stages that this process has asked for, and the digests of their inputs."""
+        return {place: digest for place, (digest, _) in self._asked.items()}
 
     def get(
         self, place: Path, inputs: dict, build: Callable[[Path, Saves], dict], keep: bool = True

@@ -31,8 +31,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from metakd.data.batches import Batch, Collate
-from metakd.data.cache import Draft, TensorCache, content_key, private_folder
+from metakd.data.cache import Draft, TensorCache, private_folder
 from metakd.data.corpus import Split
+from metakd.data.digests import content_key
 from metakd.errors import CheckpointError
 from metakd.method.attribution import Attribution
 from metakd.method.terms import ANSWERS, Term

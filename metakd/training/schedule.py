@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from metakd.config import TrainingConfig
 
@@ -38,9 +40,13 @@ def optimizer_and_scheduler(
     groups = [group for group in parameter_groups(module, config.weight_decay) if group["params"]]
     # Fused: on a CPU seven times as fast as a kernel for each tensor, on a GPU one launch.
     optimizer = kind(groups, lr=config.learning_rate, fused=True)
-    name = (
-        "constant_with_warmup"
-        if config.lr_scheduler_type == "constant"
-        else config.lr_scheduler_type
-    )
-    return optimizer, get_scheduler(name, optimizer, warmup(config, total_steps), total_steps)
+    falls = config.lr_scheduler_type == "linear"
+    share = partial(_share, warm=warmup(config, total_steps), end=total_steps if falls else None)
+    return optimizer, LambdaLR(optimizer, share)
+
+
+def _share(step: int, warm: int, end: int | None) -> float:
+    """Of the learning rate, at a step: up to all of it at ``warm``, and down to none at ``end``."""
+    if step < warm:
+        return step / warm
+    return 1.0 if end is None else max(0.0, (end - step) / max(1, end - warm))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 
-# Tasks score with it. Read here, and not in the middle of a training, where other ranks wait.
-import sklearn.metrics  # noqa: F401
 import torch
 import torch.distributed as dist
 from torch import Tensor

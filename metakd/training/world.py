@@ -184,8 +184,10 @@ def join_world() -> World:
     if not dist.is_initialized():
         # On a CPU DeepSpeed would now compile an operator for tensor-parallel inference, which
         # nothing here does; half a minute, and who is killed meanwhile leaves a lock that hangs
-        # every later start.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # every later start. The list of operators is not asked for, but made here: asked, DeepSpeed
+        # tries a compiler on each.
+        operators = vars(deepspeed.ops).setdefault("__compatible_ops__", {})
+        operators["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo", verbose=False, timeout=_PATIENCE
         )
