@@ -25,7 +25,7 @@ from rich.table import Table
 
 from metakd import front, printed
 from metakd.config import Stage, load_config
-from metakd.errors import ConfigError, DataError, MetakdError, UnsupportedError
+from metakd.errors import ConfigError, DataError, MetakdError, UnsupportedError, naming_extras
 from metakd.front import Result
 from metakd.pipeline.table import title_of
 
@@ -585,7 +585,8 @@ def main() -> None:
         word for word in sys.argv[1:] if word != "--debug" and not word.startswith("--local_rank")
     ]
     try:
-        app()
+        with naming_extras():
+            app()
     except SystemExit as end:
         if not end.code and (world := sys.modules.get("metakd.training.world")):
             world.leave_world()

@@ -8,7 +8,8 @@ Imports the standard library only.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -82,6 +83,40 @@ class StoppedError(MetakdError):
     def __reduce__(self):
         """Whole on its way to another process."""
         return partial(type(self), number=self.number), (self.cause, self.remedy)
+
+
+# Which extra of metakd installs what is imported by these names, the bare package being for losses.
+EXTRAS = {
+    **dict.fromkeys(("transformers", "tokenizers", "numpy", "safetensors", "sklearn"), "train"),
+    **dict.fromkeys(("deepspeed", "datasets", "tensorboard"), "train"),
+    **dict.fromkeys(("jinja2", "matplotlib", "onnx", "onnxruntime", "onnxscript"), "deploy"),
+    "peft": "adapters",
+}
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of metakd."""
+    return f"pip install 'metakd[{extra}]'"
+
+
+@contextmanager
+def naming_extras() -> Iterator[None]:
+    """Turns the import of a package that an extra would have installed into an error that says
+    so.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise UnsupportedError(
+            f"{package} is not installed: the bare package has the losses alone",
+            install(EXTRAS[package]),
+        ) from error
 
 
 def listing(names: Sequence[str], most: int) -> str:

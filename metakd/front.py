@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metakd.config import RunConfig, Stage, load_config, row_label
+from metakd.errors import naming_extras
 from metakd.method.methods import METHODS
 from metakd.pipeline.table import TEACHER, Cell, Score, markdown, summarise
 
@@ -254,7 +255,7 @@ def open_run(
     the last stage that it is opened for."""
     checked = _checked(config, overrides, last)
     # Here and not above, since torch and DeepSpeed take seconds to import.
-    with _without_collector():
+    with _without_collector(), naming_extras():
         from rich.console import Console
 
         from metakd.pipeline.stages import Run

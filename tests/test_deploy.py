@@ -280,9 +280,9 @@ class TestExport:
         monkeypatch.setitem(sys.modules, "onnxscript", None)
         with pytest.raises(UnsupportedError, match="onnxscript is not installed") as raised:
             export_onnx(student, TEXTS, out=tmp_path / "onnx")
-        assert raised.value.remedy == "pip install metakd[deploy]"
+        assert raised.value.remedy == "pip install 'metakd[deploy]'"
         monkeypatch.setitem(sys.modules, "onnxruntime", None)
-        assert engines.why_not("onnx", student, "cpu").endswith("pip install metakd[deploy]")
+        assert engines.why_not("onnx", student, "cpu").endswith("pip install 'metakd[deploy]'")
 
 
 class TestPredictor:

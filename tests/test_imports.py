@@ -2,6 +2,7 @@
 missing."""
 
 import ast
+import json
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from metakd.errors import EXTRAS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "metakd"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -268,4 +271,34 @@ assert ops.why_not("soft_kl", "cpp", "cpu") is not None
 chosen = "hand or table or silently or pytorchs or masked_is_zero"
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "tests/test_losses.py", "-k", chosen]))
 """
+    run_python(code)
+
+
+def test_the_bare_package_says_which_extra_it_lacks(tmp_path):
+    config = {"output_dir": str(tmp_path / "out"), "teacher": {"model": str(tmp_path)}}
+    config["data"] = {"train": "train.jsonl", "validation": "dev.jsonl"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"student": {"layers": [0]}}))
+    code = (
+        BLOCK.format(names=[*EXTRAS, "scipy", "pandas"])
+        + f"""
+import contextlib, io
+from metakd import cli
+
+def call(*words):
+    sys.argv = ["metakd", *words]
+    out, err = io.StringIO(), io.StringIO()
+    out.reconfigure = err.reconfigure = lambda **options: None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as end:
+            return end.code or 0, out.getvalue(), err.getvalue()
+
+code, said, _ = call("doctor", "--json")
+assert code == 0 and "14 of 14 losses" in said, said
+for words in (("run", {str(tmp_path / "config.json")!r}), ("predict", {str(tmp_path)!r}, "fine")):
+    code, _, said = call(*words)
+    assert code == 6 and "pip install 'metakd[" in said and "not installed" in said, (words, said)
+"""
+    )
     run_python(code)

@@ -682,7 +682,7 @@ def test_without_the_extra_the_remedy_is_its_name(run, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UnsupportedError) as raised:
         report.write_report(run)
-    assert raised.value.remedy == "pip install metakd[deploy]"
+    assert raised.value.remedy == "pip install 'metakd[deploy]'"
     assert not (run / "report.html").exists()
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from metakd.errors import UnsupportedError
+from metakd.errors import UnsupportedError, install
 
-INSTALL = "pip install metakd[deploy]"
+INSTALL = install("deploy")
 
 
 def absent(*packages: str) -> str | None:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
+from metakd.errors import install
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DESCRIBED, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-INSTALL = "pip install metakd[adapters]"
+INSTALL = install("adapters")
 
 
 def base_of(source: str) -> str | None:

@@ -7,7 +7,7 @@ Whoever imports any of it without DeepSpeed is told so here; nothing else of met
 
 import logging
 
-from metakd.errors import UnsupportedError
+from metakd.errors import UnsupportedError, install
 
 # Said at the import of DeepSpeed; `metakd doctor` tells which devices there are.
 logging.getLogger("DeepSpeed").addFilter(
@@ -19,6 +19,6 @@ try:
 except Exception as error:  # a broken one raises anything: a lost library, a missing CUDA_HOME
     raise UnsupportedError(
         f"training needs DeepSpeed, which cannot be imported ({error})",
-        "pip install 'deepspeed>=0.19.8', or see what `python -c 'import deepspeed'` says; "
+        f"{install('train')}, or see what `python -c 'import deepspeed'` says; "
         "losses, predict, export and report work without",
     ) from error
