@@ -176,6 +176,8 @@ class Recipe:
         flags: of the compiler of the sources.
         link: what else the linker is told.
         torch: folder of the package, and its version.
+        absent: libraries of torch that are linked to and are not here: a stand-in takes their
+            place, so that a library can be made on another machine than it is for.
         identity: of the compilers: changes when they do.
     """
 
@@ -185,6 +187,7 @@ class Recipe:
     link: tuple[str, ...]
     torch: tuple[Path, str]
     identity: str
+    absent: tuple[str, ...] = ()
 
     @staticmethod
     def here(kind: str, architectures: Sequence[str] = ()) -> Recipe:
@@ -228,7 +231,10 @@ class Recipe:
             link += ["-Wl,--no-as-needed", "-ltorch_cuda", "-lcudart_static", "-ldl", "-lrt"]
         identity = [str(path.resolve()) for path in tools]
         identity += [f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in tools]
-        return Recipe(kind, compiler, tuple(flags), tuple(link), torch, " ".join(identity))
+        absent = ()
+        if kind == "cuda" and not (torch[0] / "lib" / "libtorch_cuda.so").exists():
+            absent = ("libtorch_cuda.so",)
+        return Recipe(kind, compiler, tuple(flags), tuple(link), torch, " ".join(identity), absent)
 
     @property
     def sources(self) -> list[Path]:
@@ -236,10 +242,14 @@ class Recipe:
         assert CSRC is not None
         return sorted((CSRC / self.kind).glob(f"*{SUFFIX[self.kind]}"))
 
-    def build_file(self, stubs: Path | None) -> str:
-        """For ninja, which runs it in an empty folder."""
+    def build_file(self, stand_ins: Path) -> str:
+        """For ninja, which runs it in an empty folder.
+
+        Args:
+            stand_ins: folder that holds what is absent.
+        """
         one = [*(self.compiler if self.kind == "cpu" else [_nvcc()]), *self.flags]
-        many = [*self.compiler, "$in", *([f"-L{stubs}"] if stubs else []), *self.link]
+        many = [*self.compiler, "$in", f"-L{stand_ins}", *self.link]
         rules = {"compile": [*one, "-c", "$in"], "link": many}
         lines = []
         for rule, command in rules.items():
@@ -272,8 +282,13 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as scratch:
         work = Path(scratch)
-        stubs = _stubs(recipe, work / "stubs")
-        (work / "build.ninja").write_text(recipe.build_file(stubs))
+        stand_ins = work / "stand-ins"
+        stand_ins.mkdir()
+        (stand_ins / "empty.cpp").touch()
+        for name in recipe.absent:
+            command = [*recipe.compiler, "-shared", f"-Wl,-soname,{name}", "empty.cpp", "-o", name]
+            subprocess.run(command, cwd=stand_ins, check=True)
+        (work / "build.ninja").write_text(recipe.build_file(stand_ins))
         jobs = os.environ.get("MAX_JOBS")
         done = subprocess.run(
             [*ninja, *(["-j", jobs] if jobs else []), name_of(kind)],
@@ -468,22 +483,6 @@ def _for(architectures: Sequence[str]) -> list[str]:
     newest = max((name for name in architectures if name.isdigit()), default="", key=int)
     # Newer GPUs compile the last one's intermediate code when they load it.
     return flags + [f"-gencode=arch=compute_{newest},code=compute_{newest}"] * bool(newest)
-
-
-def _stubs(recipe: Recipe, folder: Path) -> Path | None:
-    """An empty libtorch_cuda to link to, where the torch here has none: so a CUDA library can be
-    made on a machine without it."""
-    if recipe.kind != "cuda" or (recipe.torch[0] / "lib" / "libtorch_cuda.so").exists():
-        return None
-    folder.mkdir()
-    name = "libtorch_cuda.so"
-    (folder / "empty.cpp").touch()
-    subprocess.run(
-        [*recipe.compiler, "-shared", f"-Wl,-soname,{name}", "empty.cpp", "-o", name],
-        cwd=folder,
-        check=True,
-    )
-    return folder
 
 
 def _version(command: list[str]) -> str:

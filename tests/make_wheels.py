@@ -1,0 +1,143 @@
+"""Builds what a release consists of, into ``dist/``: an sdist, a wheel without kernels, one with those
+for the CPU and one with CUDA C++ beside them (version ``+cu130``, by its nvcc).
+
+``python tests/make_wheels.py``; ``--only cpu`` some of them, ``--twice`` builds each again and
+compares hashes. Every wheel is for any Python and any torch from 2.11 on. auditwheel says of each on
+which Linux it runs and gives it that tag. Needs the extra ``dev``, a C++ compiler, and nvcc for CUDA;
+no GPU and no torch with CUDA. ``--aarch64`` cross-compiles the kernels for ARM, if
+``aarch64-linux-gnu-g++`` is there, and says what it made: nothing of it is run or packed.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from metakd import extension
+
+ROOT = Path(__file__).resolve().parents[1]
+# Of torch, which every process that loads a library has loaded before.
+NOT_OURS = ("libtorch*.so", "libc10*.so")
+
+
+def run(*command: object, **environment: str) -> str:
+    """What a command says; ends the program where it fails."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+def cuda_version() -> str:
+    """Of nvcc: ``130``."""
+    said = run("nvcc", "--version")
+    return "".join(re.search(r"release (\d+)\.(\d+)", said).groups())
+
+
+def make(what: str, into: Path) -> Path:
+    """Build one of ``sdist``, ``pure``, ``cpu``, ``cuda`` into an empty folder."""
+    commit = run("git", "log", "-1", "--format=%ct").strip()
+    environment = {"SOURCE_DATE_EPOCH": commit, "METAKD_CUDA": "0", "PYTHONHASHSEED": "0"}
+    words = ["bdist_wheel", "--dist-dir", into]
+    if what == "sdist":
+        words[0] = "sdist"
+    if what in ("sdist", "pure"):
+        environment["METAKD_NO_EXT"] = "1"
+    if what == "cuda":
+        environment |= {
+            "METAKD_CUDA": "1",
+            "TORCH_CUDA_ARCH_LIST": " ".join(extension.ARCHITECTURES),
+        }
+        words = ["egg_info", f"--tag-build=+cu{cuda_version()}", *words]
+    with tempfile.TemporaryDirectory() as base:
+        # Of a copy without anything that is not committed, and without what a build leaves behind.
+        tree = Path(base, "metakd")
+        run("git", "worktree", "add", "--detach", tree, "HEAD")
+        try:
+            run(
+                sys.executable,
+                "-c",
+                f"import os, sys; os.chdir({str(tree)!r}); sys.argv[1:] = "
+                f"{[str(word) for word in words]!r}; exec(open('setup.py').read(), "
+                "{'__name__': '__main__', '__file__': os.path.abspath('setup.py')})",
+                **environment,
+            )
+        finally:
+            run("git", "worktree", "remove", "--force", tree)
+    (made,) = into.iterdir()
+    if what in ("cpu", "cuda"):
+        repaired = into / "repaired"
+        excluded = [word for name in NOT_OURS for word in ("--exclude", name)]
+        auditwheel = [sys.executable, "-m", "auditwheel"]
+        print(run(*auditwheel, "show", made).strip())
+        run(*auditwheel, "repair", *excluded, "-w", repaired, made, SOURCE_DATE_EPOCH=commit)
+        made.unlink()
+        (made,) = (path.replace(into / path.name) for path in list(repaired.iterdir()))
+        repaired.rmdir()
+    return made
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def describe(path: Path) -> str:
+    """Its size, and those of the libraries in it."""
+    lines = [f"{path.name}  {path.stat().st_size / 1e6:.1f} MB  sha256 {digest(path)}"]
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as opened:
+            for one in opened.infolist():
+                if one.filename.endswith(".so"):
+                    lines.append(f"  {one.filename}  {one.file_size / 1e6:.1f} MB")
+    return "\n".join(lines)
+
+
+def cross_compile() -> None:
+    """The CPU's kernels for ARM, as far as a machine that is none can tell."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        sys.exit("no aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)")
+    recipe = extension.Recipe.here("cpu")
+    recipe = dataclasses.replace(recipe, compiler=(compiler,), absent=("libtorch_cpu.so",))
+    with tempfile.TemporaryDirectory() as folder:
+        library = extension.build("cpu", Path(folder), recipe=recipe)
+        kind = run("file", "-b", library.path).split(",")[:2]
+        print(f"{library.path.name} for aarch64: {','.join(kind)}, {library.about['compiler']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    kinds = ("sdist", "pure", "cpu", "cuda")
+    parser.add_argument("--only", choices=kinds, action="append")
+    parser.add_argument("--twice", action="store_true", help="build each again, compare hashes")
+    parser.add_argument("--aarch64", action="store_true", help="cross-compile the kernels too")
+    options = parser.parse_args()
+    for what in options.only or kinds:
+        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+            made = make(what, Path(one))
+            print(describe(made))
+            if options.twice:
+                same = digest(make(what, Path(other))) == digest(made)
+                print("  built twice: the same" if same else "  built twice: NOT the same")
+            (ROOT / "dist").mkdir(exist_ok=True)
+            shutil.copy2(made, ROOT / "dist" / made.name)
+    if options.aarch64:
+        cross_compile()
+
+
+if __name__ == "__main__":
+    main()
