@@ -33,11 +33,12 @@ help:
 	@echo "make clean       remove the environment and everything built"
 	@echo "PYTHON=...       use this environment instead of making .venv;  BASE_PYTHON=... makes .venv with it"
 
-# torch first: the extension is compiled against the installed torch, hence no build isolation.
-.venv/.stamp: pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/*/*)
+# torch first: the kernels are compiled with its headers, while everything else is fetched.
+.venv/.stamp: pyproject.toml constraints.txt setup.py
 	$(BASE_PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -c constraints.txt torch setuptools wheel ninja
-	.venv/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	.venv/bin/python metakd/extension.py & \
+	METAKD_NO_EXT=1 .venv/bin/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]' && wait
 	touch $@
 
 quickstart: $(READY)

@@ -440,9 +440,8 @@ def _tool(name: str, missing: str, variable: str) -> Path:
 
 def _nvcc() -> Path:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which(
-        "nvcc", path="/usr/local/cuda/bin"
-    )
+    places = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    found = shutil.which("nvcc", path=os.pathsep.join(places))
     if found is None:
         raise CannotBuild("no CUDA compiler (nvcc is not on the PATH; set CUDA_HOME)")
     return Path(found)
@@ -494,3 +493,10 @@ def _escaped(word: object, spaces: bool = False) -> str:
     """As ninja wants it."""
     text = str(word).replace("$", "$$")
     return text.replace(" ", "$ ").replace(":", "$:") if spaces else text
+
+
+if __name__ == "__main__":  # `metakd build`, before anything but torch and ninja is installed
+    try:
+        print(compile_once("cpu"))
+    except CannotBuild as error:
+        print(f"metakd: its kernels are not compiled: {error}", file=sys.stderr)
