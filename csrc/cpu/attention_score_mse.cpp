@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_score_mse_fwd(
   std::optional<Tensor> norm;
   if (norm_t) {
     norm = torch::stable::contiguous(*norm_t);
-    STD_TORCH_CHECK(norm->sizes() == heads.sizes() && norm->scalar_type() == heads.scalar_type(),
+    STD_TORCH_CHECK(norm->sizes().equals(heads.sizes()) && norm->scalar_type() == heads.scalar_type(),
                     "attention_score_mse: norm_t must be like the result");
   }
   const Forms by = METAKD_BEST(forms)(call.is_double);

@@ -42,8 +42,8 @@ class Call {
     STD_TORCH_CHECK(layers > 0 && teacher.size() == student.size() && student[0].dim() == 3,
                     "hidden_mse: as many layers [B, L, H] expected on both sides");
     for (int64_t layer = 0; layer < layers; ++layer) {
-      STD_TORCH_CHECK(student[layer].sizes() == student[0].sizes() &&
-                          teacher[layer].sizes() == student[0].sizes() &&
+      STD_TORCH_CHECK(student[layer].sizes().equals(student[0].sizes()) &&
+                          teacher[layer].sizes().equals(student[0].sizes()) &&
                           student[layer].scalar_type() == student[0].scalar_type() &&
                           teacher[layer].scalar_type() == teacher[0].scalar_type(),
                       "hidden_mse: layers must have one shape, and one dtype on each side");

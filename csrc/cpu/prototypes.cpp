@@ -78,7 +78,7 @@ void check_mask(const Tensor& mask) {
 Tensor masked_mean_fwd(const Tensor& hidden_, const Tensor& mask) {
   check_mask(mask);
   const Tensor hidden = with_last_stride_1(hidden_);
-  STD_TORCH_CHECK(hidden.dim() == 3 && hidden.sizes().slice(0, 2) == mask.sizes(), "masked_mean: shapes");
+  STD_TORCH_CHECK(hidden.dim() == 3 && hidden.sizes().slice(0, 2).equals(mask.sizes()), "masked_mean: shapes");
   const int64_t batch = hidden.size(0), length = hidden.size(1), width = hidden.size(2);
   Tensor mean = torch::stable::new_empty(hidden, {batch, width});  // [B, H]
   const Forms by = forms_for(accumulator(hidden));
@@ -172,7 +172,7 @@ Tensor prototype_score(
   const Tensor embedding = with_last_stride_1(embedding_), prototypes = torch::stable::contiguous(prototypes_);
   const int64_t rows = embedding.size(0), width = embedding.size(1);
   STD_TORCH_CHECK(prototypes.dim() == 3 && prototypes.size(2) == width &&
-                      counts.sizes() == prototypes.sizes().slice(0, 2) &&
+                      counts.sizes().equals(prototypes.sizes().slice(0, 2)) &&
                       (!center_ || center_->numel() == width),
                   "prototype_score: prototypes [K, M, H], counts [K, M] and center [H] expected");
   const ScalarType computed = accumulator(embedding, prototypes, center_.value_or(embedding));

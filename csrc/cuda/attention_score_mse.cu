@@ -50,7 +50,7 @@ struct Call {
         STD_TORCH_CHECK(static_cast<int64_t>(lists[role][model]->size()) == n, OP, ": lists of one length expected");
         for (const Tensor& x : *lists[role][model]) {
           STD_TORCH_CHECK(x.device() == first.device(), OP, ": all tensors must be on one device");
-          STD_TORCH_CHECK(x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type(), OP,
+          STD_TORCH_CHECK(x.sizes().equals(like.sizes()) && x.scalar_type() == like.scalar_type(), OP,
                           ": tensors of a side must have one shape and dtype");
           of[role][model].push_back(with_last_stride_1(x));
         }
@@ -84,7 +84,7 @@ struct Call {
   void check_result(const Tensor& x, Shape more, ScalarType of_type) const {
     std::vector<int64_t> shape = {n, batch, heads};
     shape.insert(shape.end(), more.begin(), more.end());
-    STD_TORCH_CHECK(x.device() == first().device() && x.sizes() == Shape(shape) && x.scalar_type() == of_type, OP,
+    STD_TORCH_CHECK(x.device() == first().device() && x.sizes().equals(Shape(shape)) && x.scalar_type() == of_type, OP,
                     ": a result has another shape, dtype or device than the forward left");
   }
 

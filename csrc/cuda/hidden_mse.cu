@@ -33,7 +33,7 @@ struct Call {
     length = own.size(1);
     chunks = chunks_of(length);
     for (int64_t i = 0; i < n; ++i) {
-      STD_TORCH_CHECK(student_[i].sizes() == teacher_[i].sizes(), OP, ": shapes differ");
+      STD_TORCH_CHECK(student_[i].sizes().equals(teacher_[i].sizes()), OP, ": shapes differ");
       STD_TORCH_CHECK(student_[i].dim() == 3 && student_[i].size(0) == batch && student_[i].size(1) == length, OP,
                       ": layers must agree in B and L");
       STD_TORCH_CHECK(student_[i].size(2) < (1 << 30), OP, ": too wide: ", student_[i].size(2));

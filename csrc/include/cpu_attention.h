@@ -42,7 +42,7 @@ class AttentionCall {
                     "metakd: as many layers of queries and keys expected on both sides");
     const Tensor &own = query_s[0], &other = query_t[0];
     STD_TORCH_CHECK(own.dim() == 4 && other.dim() == 4 &&
-                        own.sizes().slice(0, 3) == other.sizes().slice(0, 3),
+                        own.sizes().slice(0, 3).equals(other.sizes().slice(0, 3)),
                     "metakd: queries [B, A, L, D] of one B, A and L expected");
     take(query_s, own, query_s_);
     take(key_s, own, key_s_);
@@ -114,7 +114,7 @@ class AttentionCall {
   static void take(const Tensors& from, const Tensor& like, Tensors& to) {
     to.reserve(from.size());
     for (const Tensor& x : from) {
-      STD_TORCH_CHECK(x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type(),
+      STD_TORCH_CHECK(x.sizes().equals(like.sizes()) && x.scalar_type() == like.scalar_type(),
                       "metakd: layers of a side must have one shape and dtype");
       to.push_back(with_last_stride_1(x));
     }
