@@ -44,21 +44,17 @@ class _Rows(torch.autograd.Function):
     def backward(ctx, drows):
         count = len(ctx.saved_tensors) // 2
         student, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # a second derivative is wanted
-            learned = [x for x, needs in zip(student, needed) if needs]
-            found = iter(
-                torch.autograd.grad(ctx.oracle(*student), learned, drows, create_graph=True)
-            )
-            return None, None, *(next(found) if needs else None for needs in needed)
-        return (
-            None,
-            None,
-            *(
-                _times(gradient, drows, own) if needs else None
-                for own, gradient, needs in zip(student, gradients, needed)
-            ),
-        )
+            # Views, because one tensor may be query and key at once.
+            student = [x.view_as(x) for x in student]
+            learned = [x for x in student if x.requires_grad]
+            rows = ctx.oracle(*student)
+            found = torch.autograd.grad(rows, learned, drows, create_graph=True)
+        else:
+            sides = zip(student, gradients)
+            found = [_times(slope, drows, own) for own, slope in sides if own.requires_grad]
+        slopes = iter(found)
+        return None, None, *(next(slopes) if x.requires_grad else None for x in student)
 
 
 def _times(gradient: Tensor, drows: Tensor, own: Tensor) -> Tensor:
@@ -119,10 +115,12 @@ def _forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
 def _reverse_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p) [...] of logits [..., C], which are overwritten, and its gradient of the
-    student's."""
+    student's: q (g - inner), with g counted from its value at the student's maximum, so that where
+    one class has nearly all of q no digits are lost (docs/kernels.md)."""
     top = student.argmax(-1, keepdim=True)
     (e_s, sum_s), (_, sum_t) = _exponentials(student), _exponentials(teacher)
     shift = teacher.gather(-1, top)
+    shift = shift.masked_fill(shift == -math.inf, 0.0)
     gap = student.sub_(teacher.sub_(shift))
     inner = _without_mass(gap * e_s).sum(-1, keepdim=True) / sum_s
     rows = inner - shift + (sum_t / sum_s).log()
@@ -256,20 +254,29 @@ def hidden_mse(
 
 def _over_heads(
     compare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    exact: Callable[..., Tensor],
+    counter: Callable[..., Tensor | int],
     student: Pair,
     teacher: Pair,
     query_mask: Tensor | None,
     key_mask: Tensor | None,
+    reach: Reach,
     scale: float | None,
-    oracle: Callable[[Tensor, Tensor], Tensor],
+    mean_over: str,
 ) -> Tensor:
-    """Sums over heads and queries [B] of ``compare(scores_s, scores_t)``, which may overwrite the
-    scores [h, L, L] and gives values [h, L] and their gradient of the student's scores.
+    """Rows [B] of the reference's ``exact``: means over heads and what ``counter`` counts of
+    ``compare(scores_s, scores_t)``, which may overwrite the scores [h, L, L] and gives values [h,
+    L] and their gradient of the student's scores.
 
     Hidden queries and keys are 0, and so their scores on both sides; to those of hidden keys the
     lowest number is added, which leaves them out of a softmax, or where all are hidden makes one
     that is the same on both sides.
     """
+    rest = teacher, query_mask, key_mask, reach, scale, mean_over
+    # A window, of which it skips what nobody sees; mean maps; nothing.
+    alike = student[0].shape[1] == teacher[0].shape[1]
+    if reach != EVERYWHERE or not alike or student[0].shape[2] == 0:
+        return exact(student, *rest)
     batch, heads, length, _ = student[0].shape
     dtype = reference.common_dtype(*student, *teacher)
     bias = None
@@ -304,28 +311,25 @@ def _over_heads(
         rows = values.unflatten(0, (batch, heads)).sum(1)
         return rows, [x.unflatten(0, (batch, heads)) for x in gradients]
 
-    return _unless_hidden(_rows(compute, oracle, *student), query_mask, key_mask)
+    count = heads * counter(length, query_mask, key_mask, reach, mean_over)
 
+    def oracle(*student: Tensor) -> Tensor:
+        return exact(student, *rest) * count
 
-def _left(student: Pair, teacher: Pair, reach: Reach) -> bool:
-    """Whether the reference does it: a window, of which it leaves out what nobody sees, heads that
-    differ in number, and nothing at all."""
-    own, taught = student[0], teacher[0]
-    return reach != EVERYWHERE or own.shape[1] != taught.shape[1] or own.shape[2] == 0
+    return _unless_hidden(_rows(compute, oracle, *student), query_mask, key_mask) / count
 
 
 def _score_gap(scores_s: Tensor, scores_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Half the squares, whose gradient is the gap."""
     gap = scores_s.sub_(scores_t)
-    return torch.linalg.vecdot(gap, gap) / 2, gap
+    squares = torch.linalg.vecdot(gap, gap)
+    return squares, gap.mul_(2.0)
 
 
 def _map_gap(scores_s: Tensor, scores_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Half the squares of what the maps differ."""
     map_s = scores_s.softmax(-1)
     gap = map_s - scores_t.softmax(-1)
-    inner = torch.linalg.vecdot(map_s, gap)
-    return torch.linalg.vecdot(gap, gap) / 2, gap.sub_(inner[..., None]).mul_(map_s)
+    squares, inner = torch.linalg.vecdot(gap, gap), torch.linalg.vecdot(map_s, gap)
+    return squares, gap.sub_(inner[..., None]).mul_(map_s).mul_(2.0)
 
 
 def attention_score_mse(
@@ -338,21 +342,20 @@ def attention_score_mse(
     mean_over: str = "real",
     form: str = "auto",
 ) -> Tensor:
-    """(query, key), each [B, A, L, D], of both sides -> rows [B]."""
+    """(query, key), each [B, A, L, D], of both sides -> rows [B]. Gram matrices are the
+    reference's."""
+    rest = student, teacher, query_mask, key_mask, reach, scale, mean_over
     width = student[0].shape[-1] + teacher[0].shape[-1]
-    if form == "auto" and reach == EVERYWHERE:
-        form = "gram" if reference.prefers_gram(student[0].shape[2], width) else "tiled"
-    rest = teacher, query_mask, key_mask, reach, scale, mean_over, form
-    if form == "gram" or _left(student, teacher, reach):
-        return reference.attention_score_mse(student, *rest)
-    _, heads, length, _ = student[0].shape
-    count = heads * reference.count_pairs(length, query_mask, key_mask, reach, mean_over) / 2
-
-    def oracle(*student: Tensor) -> Tensor:
-        return reference.attention_score_mse(student, *rest) * count
-
-    masks = query_mask, key_mask
-    return _over_heads(_score_gap, student, teacher, *masks, scale, oracle) / count
+    if (
+        form == "auto"
+        and reach == EVERYWHERE
+        and reference.prefers_gram(student[0].shape[2], width)
+    ):
+        form = "gram"
+    if form == "gram":
+        return reference.attention_score_mse(*rest, form)
+    exact = partial(reference.attention_score_mse, form="tiled")
+    return _over_heads(_score_gap, exact, reference.count_pairs, *rest)
 
 
 def attention_kl(
@@ -365,17 +368,8 @@ def attention_kl(
     mean_over: str = "real",
 ) -> Tensor:
     """(query, key), each [B, A, L, D], of both sides -> rows [B]."""
-    rest = teacher, query_mask, key_mask, reach, scale, mean_over
-    if _left(student, teacher, reach):
-        return reference.attention_kl(student, *rest)
-    _, heads, length, _ = student[0].shape
-    count = heads * reference.count_queries(length, query_mask, key_mask, reach, mean_over)
-
-    def oracle(*student: Tensor) -> Tensor:
-        return reference.attention_kl(student, *rest) * count
-
-    masks = query_mask, key_mask
-    return _over_heads(_forward_kl, student, teacher, *masks, scale, oracle) / count
+    rest = student, teacher, query_mask, key_mask, reach, scale, mean_over
+    return _over_heads(_forward_kl, reference.attention_kl, reference.count_queries, *rest)
 
 
 def attention_prob_mse(
@@ -388,17 +382,8 @@ def attention_prob_mse(
     mean_over: str = "real",
 ) -> Tensor:
     """(query, key), each [B, A, L, D], of both sides -> rows [B]."""
-    rest = teacher, query_mask, key_mask, reach, scale, mean_over
-    if _left(student, teacher, reach):
-        return reference.attention_prob_mse(student, *rest)
-    _, heads, length, _ = student[0].shape
-    count = heads * reference.count_pairs(length, query_mask, key_mask, reach, mean_over) / 2
-
-    def oracle(*student: Tensor) -> Tensor:
-        return reference.attention_prob_mse(student, *rest) * count
-
-    masks = query_mask, key_mask
-    return _over_heads(_map_gap, student, teacher, *masks, scale, oracle) / count
+    rest = student, teacher, query_mask, key_mask, reach, scale, mean_over
+    return _over_heads(_map_gap, reference.attention_prob_mse, reference.count_pairs, *rest)
 
 
 def relation_kl(

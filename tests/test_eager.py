@@ -1,5 +1,7 @@
 """The backend ``eager`` beyond what it shares with the others: when it is taken, and its blocks."""
 
+import math
+
 import pytest
 import torch
 from losses import CASES, leaves, with_grad
@@ -54,3 +56,29 @@ def test_it_keeps_one_gradient_and_none_where_nothing_learns(loss):
         own = student.clone().requires_grad_()
         getattr(metakd, loss)(own, teacher, backend="eager")
     assert [x.numel() for x in kept if x.data_ptr() != own.data_ptr()] == [35]
+
+
+@pytest.mark.parametrize("case", OWN.values(), ids=OWN.keys())
+def test_a_gradient_that_is_differentiated_again_is_the_same(case):
+    student, teacher, options = case.inputs()
+    own = with_grad(student)
+    loss = case.run(own, teacher, options)
+    first = torch.autograd.grad(loss, leaves(own), retain_graph=True)
+    again = torch.autograd.grad(loss, leaves(own), create_graph=True)
+    for mine, wanted in zip(again, first):
+        torch.testing.assert_close(mine, wanted)
+
+
+@pytest.mark.parametrize("classes", [6, 300])
+@pytest.mark.parametrize("loss", ["soft_kl", "soft_reverse_kl", "soft_jsd"])
+def test_an_infinite_loss_is_infinite(loss, classes):
+    """No mass where the other side weighs most, in one row of two."""
+    sides = {name: torch.randn(2, classes) for name in ("student", "teacher")}
+    weighing, other = ("teacher", "student") if loss == "soft_kl" else ("student", "teacher")
+    sides[other][0, sides[weighing][0].argmax()] = -math.inf
+    rows = [
+        getattr(metakd, loss)(**sides, reduction="none", backend=backend)
+        for backend in ("eager", "reference")
+    ]
+    assert rows[0][0].isinf() == (loss != "soft_jsd")
+    torch.testing.assert_close(*rows)
