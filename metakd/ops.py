@@ -130,7 +130,7 @@ def _compile_for(kind: str, loudly: bool) -> None:
     if loudly:
         warnings.warn(
             f"metakd's kernels are not compiled: {reason}. Its losses run on PyTorch's own "
-            "operations, two to five times slower (METAKD_JIT=0 says that this is meant)",
+            "operations, several times slower (METAKD_JIT=0 says that this is meant)",
             stacklevel=2,
         )
 
