@@ -137,7 +137,6 @@ def _mixed(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tenso
         sides.append((powers.div_(total), logits.sub_(total.log())))
     (q, log_q), (p, log_p) = sides
     m = (beta * p).add_(q, alpha=1.0 - beta)
-    seen = m.sum(-1, keepdim=True)  # 1, or NaN
     # Where the mixture is no normal number, neither side weighs anything.
     log_m = m.clamp_(min=torch.finfo(m.dtype).tiny).log_()
     taught = _without_mass(log_p.sub_(log_m).mul_(p)).sum(-1, keepdim=True)
@@ -145,7 +144,7 @@ def _mixed(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tenso
     shift = gap.gather(-1, top)
     gap.sub_(shift)
     own = _without_mass(gap * q).sum(-1, keepdim=True)
-    rows = beta * taught + (1.0 - beta) * (own + shift) + 0.0 * seen
+    rows = beta * taught + (1.0 - beta) * (own + shift)  # shift is NaN where any is
     slope = _without_mass(gap.sub_(own).mul_(q))
     return rows.squeeze(-1), slope.mul_(1.0 - beta + 0.0 * rows)
 
