@@ -56,15 +56,23 @@ def _step(loss: Callable[[], torch.Tensor], *learned: torch.Tensor) -> Step:
     return step
 
 
+OURS = {
+    "cpp": "metakd cpp",
+    "triton": "metakd triton",
+    "eager": "metakd without its extension",
+    "reference": "metakd reference",
+}
+
+
 def _ours(contest: Contest, op: str, device: str, dtype, make: Callable[[str], Step]) -> None:
-    for backend in ("cpp", "triton", "reference"):
+    for backend, name in OURS.items():
         reason = ops.why_not(op, backend, device, dtype)
         if device == "cpu" and backend == "triton":
             reason = "Triton has no CPU backend (its interpreter is not for timing)"
         if reason is None:
-            contest.contenders[f"metakd {backend}"] = make(backend)
+            contest.contenders[name] = make(backend)
         else:
-            contest.absent[f"metakd {backend}"] = reason
+            contest.absent[name] = reason
 
 
 def attempt(name: str, absent: dict[str, str], do: Callable[[], T]) -> T | None:
@@ -200,7 +208,7 @@ def _one_read_row(N: int, C: int, dtype, devices, *, temperature=2.0, quick=Fals
         contest = Contest({}, tolerance=0.02)
 
         def ours(backend):
-            if backend == "reference":
+            if backend not in ops.NAMESPACES:
                 own = student.clone().requires_grad_()
                 return _step(
                     lambda: metakd.soft_kl(own, teacher, temperature=temperature, backend=backend),

@@ -30,7 +30,7 @@ from typing import TypeVar
 import torch
 
 from benchmarks.registry import ROWS, Contest, Row, attempt, give_memory_back, rows_of
-from benchmarks.reports import table
+from benchmarks.reports import is_fallback, table
 from metakd.environment import environment as describe
 from metakd.environment import installed
 
@@ -101,7 +101,6 @@ def of_each(contenders: dict, absent: dict[str, str], do: Callable[..., T]) -> d
     return {name: value for name, value in found.items() if name not in absent}
 
 
-REFERENCE = "metakd reference"
 LEAST_RUNS = 10  # behind a median on a GPU
 
 
@@ -230,7 +229,7 @@ def measure(
     timed = {name: entered[name] for name in times}
     peaks = of_each(timed, {}, peak_memory) if device == "cuda" else {}
     # What is written over whole maps may be too large; a kernel of ours never is.
-    wrong += [n for n in entered if n.startswith("metakd") and n != REFERENCE and n in absent]
+    wrong += [n for n in entered if n.startswith("metakd") and not is_fallback(n) and n in absent]
     problems += [f"{row.op} {row.shape}: {name}: {absent[name]}" for name in dict.fromkeys(wrong)]
     ours = next(iter(times.values()), (math.nan,))[0]
     limit = None

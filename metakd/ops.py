@@ -1,8 +1,9 @@
 """The contracts: which backend computes which operation, where, and why not; and the schemas,
 shapes and gradients of the compiled operators.
 
-Three backends. ``reference`` (eager PyTorch) implements every operation. ``cpp`` are the libraries
-of ``metakd.extension``: C++ on the CPU, CUDA C++. ``triton`` is ``metakd.kernels``: on CUDA
+Four backends. ``reference`` implements every operation in plain PyTorch, to be read and compared
+with, and ``eager`` most of them, to be fast where nothing else runs. ``cpp`` are the libraries of
+``metakd.extension``: C++ on the CPU, CUDA C++. ``triton`` is ``metakd.kernels``: on CUDA
 devices, and on the CPU under Triton's interpreter.
 
 One schema per compiled operator is stamped into one operator namespace per compiled backend:
@@ -51,6 +52,9 @@ OPS = (
 # What each backend computes, and what of that it leaves out on a kind of device.
 IMPLEMENTS: dict[str, frozenset[str]] = {
     "reference": frozenset(OPS),
+    # Not what is computed once a batch or an epoch.
+    "eager": frozenset(OPS)
+    - {"masked_mean", "class_prototypes", "prototype_score", "domain_expertise"},
     "cpp": frozenset(OPS),
     "triton": frozenset(OPS),
 }
@@ -69,16 +73,17 @@ ABSENT: dict[tuple[str, str], frozenset[str]] = {
     ),
 }
 
-# What "auto" tries, best first; any other device takes the reference. CPU: measured, C++ beats the
-# reference in every row of benchmarks/results/cpu. CUDA: not measured yet; Triton first, because it
-# needs no build.
+# What "auto" tries, best first. CPU: measured, benchmarks/results/cpu. CUDA: not measured yet;
+# Triton first, because it needs no build.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpp", "reference"),
-    "cuda": ("triton", "cpp", "reference"),
+    "cpu": ("cpp", "eager", "reference"),
+    "cuda": ("triton", "cpp", "eager", "reference"),
 }
+ELSEWHERE = ("eager", "reference")
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "reference": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "eager": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "cpp": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
@@ -141,7 +146,7 @@ def why_not(
 
     Args:
         op: name of the operation, one of ``OPS``.
-        backend: ``reference``, ``cpp`` or ``triton``.
+        backend: ``reference``, ``eager``, ``cpp`` or ``triton``.
         device: where the tensors are.
         dtype: the widest floating dtype of the tensors; None asks about the device only.
         head: D of the wider side, where the operation has heads.
@@ -156,7 +161,7 @@ def why_not(
     kind = torch.device(device).type
     if op not in IMPLEMENTS[backend] or op in ABSENT.get((backend, kind), ()):
         return f"backend {backend!r} does not implement {op} in this version (device {kind})"
-    if backend == "reference":
+    if backend not in NAMESPACES:  # needs nothing but PyTorch
         return None
     if kind not in ("cpu", "cuda"):
         return f"backend {backend!r} has no kernels for device {kind}"
@@ -197,7 +202,7 @@ def select(
     if ("cpp", kind) in _MISSING and backend in ("cpp", *(["auto"] if kind == "cpu" else [])):
         _compile_for(kind, loudly=backend == "auto")
     if backend == "auto":
-        order = AUTO_ORDER.get(kind, ("reference",))
+        order = AUTO_ORDER.get(kind, ELSEWHERE)
         return next(name for name in order if why_not(op, name, device, dtype, head) is None)
     reason = why_not(op, backend, device, dtype, head)
     if reason is not None:

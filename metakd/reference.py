@@ -35,11 +35,17 @@ Reach = tuple[int | None, int | None]
 EVERYWHERE: Reach = (None, None)
 
 
-def _common(*tensors: Tensor) -> list[Tensor]:
-    """All tensors in the widest of their dtypes, float32 at least."""
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The widest of their dtypes, float32 at least."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _common(*tensors: Tensor) -> list[Tensor]:
+    """All tensors in the widest of their dtypes, float32 at least."""
+    dtype = common_dtype(*tensors)
     return [tensor.to(dtype) for tensor in tensors]
 
 

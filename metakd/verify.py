@@ -500,8 +500,10 @@ def cases() -> Iterator[tuple[str, Callable[[], Case]]]:
         yield "200 x 384, 4 domains x 3 classes", partial(_weight_case, op, 200, 384, 4, 3)
 
 
-def verify(devices: list[str], backends: tuple[str, ...] = ("cpp", "triton")) -> list[dict]:
-    """Runs every case on each compiled backend, dtype and device that can run it.
+def verify(
+    devices: list[str], backends: tuple[str, ...] = ("eager", "cpp", "triton")
+) -> list[dict]:
+    """Runs every case on each backend but the reference, dtype and device that can run it.
 
     Returns:
         One dictionary per case and result: op, case, backend, device, dtype, and the fields of

@@ -130,12 +130,13 @@ CASES = {
         lambda rand: (rand("B", 2, "L", 3), rand("B", 4, "L", 3), {"relation_heads": 3}),
     ),
 }
-# The same again on the compiled backend that knows doubles, where it is built.
+# The same again on the backends that know doubles, C++ where it is built.
 CASES |= {
-    f"{name} cpp": replace(case, backend="cpp")
+    f"{name} {backend}": replace(case, backend=backend)
+    for backend in ("eager", "cpp")
     for name, case in CASES.items()
-    if ops.why_not(case.op, "cpp", "cpu", torch.float64) is None
-    and name not in ("kl heads", "prob heads")  # mean maps: reference only
+    if ops.why_not(case.op, backend, "cpu", torch.float64) is None
+    and (backend == "eager" or name not in ("kl heads", "prob heads"))  # no kernel has mean maps
 }
 # One of each loss on Triton, whose interpreter is slow and which knows no doubles.
 TRITON_CASES = {

@@ -14,6 +14,7 @@ from metakd.verify import Case, check, judge
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILED = ("cpp", "triton")
+BACKENDS = ("eager", *COMPILED)  # what is compared with the reference
 
 
 def backend_dtypes(op: str, backends=COMPILED, dtypes=None) -> list:

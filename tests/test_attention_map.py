@@ -6,16 +6,18 @@ import features
 import pytest
 import torch
 from features import LAYOUTS, assert_near, padded, poison, states  # noqa: F401
-from oracle import DEVICE, assert_sensitive, backend_dtypes, check_op, where_parallel
+from oracle import BACKENDS, DEVICE, assert_sensitive, backend_dtypes, check_op, where_parallel
 
 import metakd
 from metakd.verify import attention_case, relation_case
 
 LOSSES = ("attention_kl", "attention_prob_mse")
 every_loss = pytest.mark.parametrize("loss", LOSSES)
-every_dtype = pytest.mark.parametrize(("backend", "dtype"), backend_dtypes("attention_kl"))
+every_dtype = pytest.mark.parametrize(
+    ("backend", "dtype"), backend_dtypes("attention_kl", BACKENDS)
+)
 every_backend = pytest.mark.parametrize(
-    ("backend", "dtype"), backend_dtypes("attention_kl", dtypes=(torch.float32,))
+    ("backend", "dtype"), backend_dtypes("attention_kl", BACKENDS, (torch.float32,))
 )
 
 

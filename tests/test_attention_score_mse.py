@@ -6,7 +6,7 @@ import features
 import pytest
 import torch
 from features import LAYOUTS, assert_near, learning, padded, poison, states  # noqa: F401
-from oracle import DEVICE, assert_sensitive, backend_dtypes, check_op, where_parallel
+from oracle import BACKENDS, DEVICE, assert_sensitive, backend_dtypes, check_op, where_parallel
 
 import metakd
 from metakd import ops
@@ -16,8 +16,11 @@ from metakd.verify import attention_case
 OP = "attention_score_mse"
 FORMS = ("gram", "tiled")
 every_form = pytest.mark.parametrize("form", FORMS)
-every_dtype = pytest.mark.parametrize(("backend", "dtype"), backend_dtypes(OP))
+every_dtype = pytest.mark.parametrize(("backend", "dtype"), backend_dtypes(OP, BACKENDS))
 every_backend = pytest.mark.parametrize(
+    ("backend", "dtype"), backend_dtypes(OP, BACKENDS, (torch.float32,))
+)
+every_kernel = pytest.mark.parametrize(
     ("backend", "dtype"), backend_dtypes(OP, dtypes=(torch.float32,))
 )
 
@@ -64,7 +67,7 @@ def test_options(backend, dtype, options):
 
 
 @every_form
-@every_backend
+@every_kernel
 def test_mixed_dtypes(form, backend, dtype):
     student, teacher = states(2, 2, 20, 8, torch.bfloat16), states(2, 2, 20, 16, seed=1)
     found = step(student, teacher, backend, form=form)
@@ -175,7 +178,7 @@ def forward(student, teacher, backend, guard, teacher_norm=None):
     return operator(*lists, None, None, None, None, *scales, teacher_norm, guard)
 
 
-@every_backend
+@every_kernel
 def test_the_guard_chooses_head_by_head(backend, dtype):
     """A head that agrees to 0.01 % is computed from tiles, its neighbour is not."""
     teacher = states(2, 2, 40, 8)
@@ -220,7 +223,7 @@ def test_auto_takes_tiles_where_student_and_teacher_agree(backend, dtype):
     assert ((gram - tiled) / tiled).abs().max() > 1e-4
 
 
-@every_backend
+@every_kernel
 def test_teacher_norm_saves_work_and_changes_nothing(backend, dtype):
     student, teacher = states(2, 2, 40, 8), states(2, 2, 40, 16, seed=1)
     mask = torch.arange(40, device=DEVICE) < torch.tensor([[40], [25]], device=DEVICE)

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 from features import assert_near, learning, poison  # noqa: F401
-from oracle import DEVICE, assert_sensitive, backend_dtypes, check_op, where_parallel
+from oracle import BACKENDS, DEVICE, assert_sensitive, backend_dtypes, check_op, where_parallel
 
 import metakd
 from metakd.verify import hidden_case, mean_case
 
-every_dtype = pytest.mark.parametrize(("backend", "dtype"), backend_dtypes("hidden_mse"))
+every_dtype = pytest.mark.parametrize(("backend", "dtype"), backend_dtypes("hidden_mse", BACKENDS))
 every_backend = pytest.mark.parametrize(
-    ("backend", "dtype"), backend_dtypes("hidden_mse", dtypes=(torch.float32,))
+    ("backend", "dtype"), backend_dtypes("hidden_mse", BACKENDS, (torch.float32,))
 )
 every_mean_dtype = pytest.mark.parametrize(("backend", "dtype"), backend_dtypes("masked_mean"))
 every_mean = pytest.mark.parametrize(

@@ -21,10 +21,11 @@ ARROWS = {
     "errors": set(),
     "environment": {"__init__"},
     "reference": set(),
+    "eager": {"reference"},
     "kernels": {"errors"},
     "extension": set(),
     "ops": {"errors", "extension", "kernels"},
-    "functional": {"errors", "ops", "reference"},
+    "functional": {"eager", "errors", "ops", "reference"},
     "verify": {"functional", "ops"},
     "table": {"__init__"},
     "diagnosis": {"environment", "errors", "extension", "ops", "training"},
@@ -86,6 +87,7 @@ TABLE = {
 # What of the world each may know. Below the door nothing knows of teachers, tasks or DeepSpeed.
 LOW = {
     "reference": {"torch"},
+    "eager": {"torch"},
     "extension": {"torch"},
     "ops": {"torch"},
     "functional": {"torch"},

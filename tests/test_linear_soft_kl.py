@@ -17,7 +17,7 @@ DIVERGENCES = {
     "reverse_kl": ("soft_reverse_kl", {}),
     "jsd": ("soft_jsd", {"beta": 0.3}),
 }
-BACKENDS = ("reference", "cpp", "triton")
+BACKENDS = ("reference", "eager", "cpp", "triton")
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 every_backend = pytest.mark.parametrize(

@@ -1,17 +1,20 @@
-"""mixture_kl on every compiled backend: against float64, at the edges, in memory."""
+"""mixture_kl on every backend: against float64, at the edges, in memory."""
 
 import math
 
 import pytest
 import torch
 from features import poison  # noqa: F401
-from oracle import DEVICE, assert_sensitive, backend_dtypes, check_op
+from oracle import BACKENDS, DEVICE, assert_sensitive, backend_dtypes, check_op
 
 import metakd
 from metakd.verify import Case, mixture_case
 
-every_dtype = pytest.mark.parametrize(("backend", "dtype"), backend_dtypes("mixture_kl"))
+every_dtype = pytest.mark.parametrize(("backend", "dtype"), backend_dtypes("mixture_kl", BACKENDS))
 every_backend = pytest.mark.parametrize(
+    ("backend", "dtype"), backend_dtypes("mixture_kl", BACKENDS, (torch.float32,))
+)
+every_kernel = pytest.mark.parametrize(
     ("backend", "dtype"), backend_dtypes("mixture_kl", dtypes=(torch.float32,))
 )
 # Rows side by side in C++, and one block of Triton's; one row at a time, in several blocks.
@@ -320,7 +323,7 @@ def test_same_bits_again(backend, dtype, classes):
         assert all(torch.equal(value, case.results(backend)[name]) for name, value in first.items())
 
 
-@every_backend
+@every_kernel
 def test_nothing_of_the_classes_is_kept(backend, dtype):
     """For the backward: what was given, and two numbers of a row and three of each teacher."""
     case = single(2100, dtype)

@@ -402,7 +402,7 @@ class DistillConfig(Block):
     attribution_steps: Annotated[Count, LATER] = 1
     attribution_top: Annotated[Count | None, LATER] = None
     attribution_views: Annotated[Literal["label", "classes"], LATER] = "label"
-    backend: Literal["auto", "reference", "cpp", "triton"] = "auto"
+    backend: Literal["auto", "reference", "eager", "cpp", "triton"] = "auto"
     teacher_stream: bool = False
     cache_teacher: Literal["none", "logits", "all"] = "none"
     cache_limit_gib: Positive = 20.0

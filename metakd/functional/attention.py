@@ -17,6 +17,7 @@ from torch import Tensor
 from metakd import ops, reference
 from metakd.errors import UnsupportedError
 from metakd.functional.checks import (
+    MODULES,
     as_mask,
     check_choice,
     check_integer,
@@ -161,9 +162,9 @@ def _checked(view: _View, states: Tensor) -> _View:
     return _View(query_mask, key_mask, (before, after), view.scale, view.mean_over)
 
 
-def _by_reference(op: str, student: Layers, teacher: Layers, *rest) -> Tensor:
+def _by_module(backend: str, op: str, student: Layers, teacher: Layers, *rest) -> Tensor:
     layers = zip(zip(*student), zip(*teacher))
-    compute = getattr(reference, op)
+    compute = getattr(MODULES[backend], op)
     return reduce(torch.add, [compute(own, taught, *rest) for own, taught in layers])
 
 
@@ -209,8 +210,8 @@ def _score_rows(
         sides = [(_one_head(queries), _one_head(keys)) for queries, keys in sides]
         factors = [factor / count for factor, count in zip(factors, heads)]
     backend = _select(op, backend, *sides)
-    if backend == "reference":
-        return _by_reference(op, student, teacher, *view, form)
+    if backend in MODULES:
+        return _by_module(backend, op, student, teacher, *view, form)
     own, taught = sides[0][0][0], sides[1][0][0]
     guard = _gram_guard(form, view.reach, own.shape[2], own.shape[3] + taught.shape[3])
     if teacher_norm is not None:
@@ -255,7 +256,7 @@ def _map_rows(
     own, taught = student[0][0], teacher[0][0]
     heads = own.shape[1], taught.shape[1]
     chosen = _select(op, backend, student, teacher)
-    if heads[0] != heads[1] and chosen != "reference":
+    if heads[0] != heads[1] and chosen not in MODULES:
         if backend != "auto":
             raise UnsupportedError(
                 f"backend {backend!r} does not compute {op} of heads that differ in number {heads}",
@@ -263,8 +264,8 @@ def _map_rows(
             )
         chosen = "reference"
     squared = op == "attention_prob_mse"
-    if chosen == "reference":
-        return _by_reference(op, student, teacher, *view)
+    if chosen in MODULES:
+        return _by_module(chosen, op, student, teacher, *view)
     factors = [_factor(view.scale, states) for states in (own, taught)]
     found, _ = ops.compiled(chosen, "attention_map_fwd")(
         *student, *teacher, *view.masks, *view.reach, *factors, squared, same
@@ -323,7 +324,7 @@ def attention_score_mse(
             epochs need not multiply them again. Only the Gram form of a compiled backend reads it.
         weight: [B], factor of each example; 0 leaves it out, but for the count of a mean.
         reduction: ``mean`` (over the examples with a real pair), ``sum``, or ``none`` (rows, [B]).
-        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+        backend: ``auto``, ``reference``, ``eager``, ``cpp`` or ``triton``.
 
     Returns:
         The reduced loss, or rows [B], float32 (float64 for doubles).
@@ -411,7 +412,7 @@ def attention_kl(
         mean_over: ``real`` or ``all``.
         weight: [B], factor of each example; 0 leaves it out, but for the count of a mean.
         reduction: ``mean`` (over the examples with a real pair), ``sum``, or ``none`` (rows, [B]).
-        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+        backend: ``auto``, ``reference``, ``eager``, ``cpp`` or ``triton``.
 
     Returns:
         The reduced loss, or rows [B], float32 (float64 for doubles).
@@ -461,7 +462,7 @@ def attention_prob_mse(
         mean_over: ``real`` or ``all``.
         weight: [B], factor of each example; 0 leaves it out, but for the count of a mean.
         reduction: ``mean`` (over the examples with a real pair), ``sum``, or ``none`` (rows, [B]).
-        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+        backend: ``auto``, ``reference``, ``eager``, ``cpp`` or ``triton``.
 
     Returns:
         The reduced loss, or rows [B], float32 (float64 for doubles).
@@ -503,7 +504,7 @@ def relation_kl(
         mask: [B, L], which tokens count.
         weight: [B], factor of each example; 0 leaves it out, but for the count of a mean.
         reduction: ``mean`` (over the examples with a real token), ``sum``, or ``none`` (rows, [B]).
-        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+        backend: ``auto``, ``reference``, ``eager``, ``cpp`` or ``triton``.
 
     Returns:
         The reduced loss, or rows [B], float32 (float64 for doubles).
@@ -537,8 +538,9 @@ def _relation_rows(
     own, taught = ([reference.regroup(x, heads) for x in side] for side in (student, teacher))
     sides = (own, own), (taught, taught)
     backend = _select("relation_kl", backend, *sides)
-    if backend == "reference":
-        rows = [reference.relation_kl(*layer, heads, mask) for layer in zip(student, teacher)]
+    if backend in MODULES:
+        compute = MODULES[backend].relation_kl
+        rows = [compute(*layer, heads, mask) for layer in zip(student, teacher)]
         return reduce(torch.add, rows)
     view = _View(mask, mask, EVERYWHERE, None, "real")
     return _map_rows("relation_kl", backend, *sides, view, same=True)

@@ -9,6 +9,12 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from metakd import eager, reference
+
+# The backends that are modules, whose functions go by the name of the loss; the others are
+# operators (``ops.compiled``).
+MODULES = {"eager": eager, "reference": reference}
+
 REDUCTIONS = ("mean", "sum", "none")
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from metakd import ops, reference
 from metakd.functional.checks import (
+    MODULES,
     as_mask,
     check_teacher,
     check_tensor,
@@ -62,7 +63,7 @@ def hidden_mse(
         mask: [B, L] (pooled: [B]), which tokens count; an example without any is a masked row.
         weight: [B], factor of each example; 0 leaves it out, but for the count of a mean.
         reduction: ``mean`` (over the examples with a real token), ``sum``, or ``none`` (rows, [B]).
-        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+        backend: ``auto``, ``reference``, ``eager``, ``cpp`` or ``triton``.
 
     Returns:
         The reduced loss, or rows [B], float32 (float64 for doubles).
@@ -133,8 +134,8 @@ def _hidden_rows(
         nothing = [None] * len(student)
         parameters = zip(student, projections or nothing, biases or nothing)
         student = [_projected(*layer, mask) for layer in parameters]
-    if backend == "reference":
-        return reference.hidden_mse(student, teacher, mask)
+    if backend in MODULES:
+        return MODULES[backend].hidden_mse(student, teacher, mask)
     forward = ops.compiled(backend, "hidden_mse_fwd")
     layers = list(zip(student, teacher))
     kinds = [(own.shape, own.dtype, taught.dtype) for own, taught in layers]

@@ -172,7 +172,7 @@ def soft_kl(
         reduction: ``mean`` (over the unmasked rows), ``sum`` (divide it by the rows of a whole step
             under gradient accumulation, where a mean of means is another loss), or ``none`` (rows,
             [...]).
-        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+        backend: ``auto``, ``reference``, ``eager``, ``cpp`` or ``triton``.
 
     Returns:
         The reduced loss, or rows [...], float32 (float64 for doubles).
@@ -254,7 +254,7 @@ def mixture_kl(
         shares: a, [..., M], at least 0 and with the sum 1, which nobody checks; their gradient is
             that of free numbers.
         temperature, scale_by_temperature, mask, weight, reduction: as for ``soft_kl``.
-        backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+        backend: ``auto``, ``reference``, ``eager``, ``cpp`` or ``triton``.
 
     Returns:
         The reduced loss, or rows [...], float32 (float64 for doubles).

@@ -5,7 +5,7 @@ chunked form for a language model's head.
 1 and between), so the compiled operators, and everything here, know only ``beta``. The chunked form
 never holds the logits of all tokens: a chunk of student and teacher logits is computed by a matrix
 product, its rows replace the student's logits by their gradient, and two more products carry that
-to the hidden states and the head. Imports torch, ``metakd.ops`` and ``metakd.reference``.
+to the hidden states and the head.
 
 Legend: N rows (tokens), C classes (vocabulary), H hidden size; ``_s`` student, ``_t`` teacher,
 ``d`` gradient of.
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metakd import ops, reference
+from metakd.functional.checks import MODULES
 
 # Tokens of a chunk are a multiple of this where there are enough: matrix products like full tiles.
 CHUNK_MULTIPLE = 128
@@ -48,14 +49,14 @@ def rows(
 
     ``mask`` is bool [N]; what it hides gives 0 and no gradient, whatever it holds.
     """
-    if backend != "reference":
+    if backend not in MODULES:
         return ops.compiled(backend, "soft_kl_fwd")(student, teacher, mask, label, *settings)[0]
     student, teacher = student[:, : settings.vocab_size], teacher[:, : settings.vocab_size]
     if mask is not None:
         # The fill cuts the student's gradient, so the teacher's masked rows may hold anything.
         student = student.masked_fill(~mask[:, None], 0.0)
         label = None if label is None else label.masked_fill(~mask, 0)
-    value = reference.soft_jsd(student, teacher, settings.beta, settings.temperature, False)
+    value = MODULES[backend].soft_jsd(student, teacher, settings.beta, settings.temperature, False)
     value = value * settings.scale
     if label is not None:
         value = value + settings.hard_weight * reference.cross_entropy(student, label)
@@ -73,7 +74,7 @@ def mixture_rows(
 ) -> Tensor:
     """``scale * KL(mixture of teachers || student)`` of each row: [N, C], [N, M, C], shares [N, M]
     -> [N]. ``mask`` as for ``rows``."""
-    if backend != "reference":
+    if backend not in MODULES:
         operator = ops.compiled(backend, "mixture_kl_fwd")
         return operator(student, teacher, shares, mask, temperature, scale)[0]
     if mask is not None:
@@ -84,7 +85,7 @@ def mixture_rows(
             teacher.masked_fill(masked[..., None], 0.0),
         )
         shares = shares.masked_fill(masked, 1 / teacher.shape[1])
-    value = reference.mixture_kl(student, teacher, shares, temperature, False) * scale
+    value = MODULES[backend].mixture_kl(student, teacher, shares, temperature, False) * scale
     return value if mask is None else value.masked_fill(~mask, 0.0)
 
 
@@ -99,7 +100,7 @@ def _rows_and_gradient_(
 ) -> Tensor:
     """Rows [N]; ``student`` [N, C_s] is replaced by its gradient for the upstream gradient
     ``drows``."""
-    if backend != "reference":
+    if backend not in MODULES:
         operator = ops.compiled(backend, "soft_kl_fwd_bwd_")
         return operator(student, teacher, drows, mask, label, *settings)
     with torch.enable_grad():
