@@ -514,11 +514,9 @@ def build(
 
     for kind in ("cpu", *(["cuda"] if cuda else [])):
         if reason := extension.load(kind, compiling=True):
-            raise UnsupportedError(
-                f"no kernels for {kind}: {reason}",
-                "`metakd doctor` says what computes; without them PyTorch's own operations do",
-            )
-        console.print(f"{kind}: {extension.describe(kind)}", soft_wrap=True)
+            remedy = "`metakd doctor` says what computes; PyTorch's own operations can do it all"
+            raise UnsupportedError(f"no kernels for {kind}: {reason}", remedy)
+        _tell(f"{kind}: {extension.describe(kind)}")
 
 
 @app.command()

@@ -216,19 +216,18 @@ class Recipe:
         # No -march: cpu/ chooses instructions as it runs. The same file wherever it is compiled.
         plain = ["-fPIC", "-fvisibility=hidden"]
         plain += [f"-ffile-prefix-map={path}=." for path in (CSRC, torch[0])]
-        link = ["-shared", f"-L{torch[0] / 'lib'}", "-ltorch_cpu", "-Wl,--build-id=none"]
+        link = ["-shared", f"-L{torch[0] / 'lib'}", "-ltorch_cpu"]
         if kind == "cpu":
             flags += plain + shlex.split(os.environ.get("CXXFLAGS", ""))
+            link += ["-Wl,--build-id=none"]
         else:
             nvcc = _nvcc()
             tools.append(nvcc)
             flags += ["-DUSE_CUDA", f"-ccbin={compiler[0]}", "--threads=0"]
             flags += ["--expt-relaxed-constexpr"]
             flags += [f"-Xcompiler={','.join(plain)}", *_for(architectures or _architectures())]
-            home = nvcc.resolve().parents[1]
-            folders = (home / "lib64", home / "lib")
-            link += [f"-L{path}" for path in folders if path.is_dir()]
-            link += ["-Wl,--no-as-needed", "-ltorch_cuda", "-lcudart_static", "-ldl", "-lrt"]
+            link += ["-Xlinker=--build-id=none", "-Xlinker=--no-as-needed", "-ltorch_cuda"]
+            link += [f"-ccbin={compiler[0]}", "-cudart=static"]
         identity = [str(path.resolve()) for path in tools]
         identity += [f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in tools]
         absent = ()
@@ -248,9 +247,11 @@ class Recipe:
         Args:
             stand_ins: folder that holds what is absent.
         """
-        one = [*(self.compiler if self.kind == "cpu" else [_nvcc()]), *self.flags]
-        many = [*self.compiler, "$in", f"-L{stand_ins}", *self.link]
-        rules = {"compile": [*one, "-c", "$in"], "link": many}
+        driver = self.compiler if self.kind == "cpu" else [_nvcc()]
+        rules = {
+            "compile": [*driver, *self.flags, "-c", "$in"],
+            "link": [*driver, "$in", f"-L{stand_ins}", *self.link],
+        }
         lines = []
         for rule, command in rules.items():
             words = " ".join(x if x == "$in" else shlex.quote(_escaped(x)) for x in command)
@@ -279,6 +280,7 @@ def build(
     """
     recipe = recipe or Recipe.here(kind)
     ninja = _ninja()
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as scratch:
         work = Path(scratch)

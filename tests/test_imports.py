@@ -56,7 +56,7 @@ ARROWS = {
         "__init__",
     },
     "demo": {"errors", "config", "data"},
-    "front": {"config", "deploy", "pipeline", "table", "training"},
+    "front": {"config", "deploy", "errors", "pipeline", "table", "training"},
     "printed": {"pipeline"},
     "cli": {
         "errors",
