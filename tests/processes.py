@@ -112,3 +112,20 @@ def _rank(environment: dict[str, str], said, work: Callable, arguments: tuple) -
     said.put(problem)
     said.close()
     said.join_thread()
+
+
+# In a process of its own: what a command of metakd ends with, and says.
+CALL = """
+import contextlib, io, sys
+from metakd import cli
+
+def call(*words):
+    sys.argv = ["metakd", *words]
+    out, err = io.StringIO(), io.StringIO()
+    out.reconfigure = err.reconfigure = lambda **options: None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as end:
+            return end.code or 0, out.getvalue(), err.getvalue()
+"""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from processes import CALL
 
 from metakd.errors import EXTRAS
 
@@ -282,20 +283,8 @@ def test_the_bare_package_says_which_extra_it_lacks(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"student": {"layers": [0]}}))
     code = (
         BLOCK.format(names=[*EXTRAS, "scipy", "pandas"])
+        + CALL
         + f"""
-import contextlib, io
-from metakd import cli
-
-def call(*words):
-    sys.argv = ["metakd", *words]
-    out, err = io.StringIO(), io.StringIO()
-    out.reconfigure = err.reconfigure = lambda **options: None
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.main()
-        except SystemExit as end:
-            return end.code or 0, out.getvalue(), err.getvalue()
-
 code, said, _ = call("doctor", "--json")
 assert code == 0 and "14 of 14 losses" in said, said
 for words in (("run", {str(tmp_path / "config.json")!r}), ("predict", {str(tmp_path)!r}, "fine")):

@@ -8,25 +8,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import CALL
 from test_config import VALID
 from test_deploy import student  # noqa: F401
 from test_report import make_run
 
 ROOT = Path(__file__).resolve().parents[1]
 # One process for all of it, because torch and transformers take seconds to import.
-SCRIPT = """
-import contextlib, io, json, sys
-from metakd import cli
-
-def call(*words):
-    sys.argv = ["metakd", *words]
-    out, err = io.StringIO(), io.StringIO()
-    out.reconfigure = err.reconfigure = lambda **options: None
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.main()
-        except SystemExit as end:
-            return end.code or 0, out.getvalue(), err.getvalue()
+SCRIPT = (
+    CALL
+    + """
+import json
 
 folder, run, config = sys.argv[1:]
 found = {
@@ -46,6 +38,7 @@ sys.modules["deepspeed"] = None
 found["missing"] = call("run", config)
 print(json.dumps(found))
 """
+)
 
 
 @pytest.fixture(scope="module")
