@@ -40,6 +40,7 @@ ARROWS = {
         "config",
         "data",
         "environment",
+        "extension",
         "method",
         "models",
         "table",

@@ -22,6 +22,7 @@ from metakd.config import RunConfig
 from metakd.data.digests import content_key
 from metakd.environment import has_cuda, versions
 from metakd.errors import MetakdError
+from metakd.extension import sources_digest
 from metakd.pipeline.published import check_files, read_record
 
 if TYPE_CHECKING:
@@ -128,5 +129,6 @@ def _decided(config: RunConfig) -> dict[str, Any]:
         "settings": json.loads(json.dumps(settings)),
         "versions": versions(*_DECIDE),
         "code": content_key(*(part for file in code for part in (str(file), file))),
+        "kernels": sources_digest(),
         "cuda": has_cuda(),
     }
