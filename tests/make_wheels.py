@@ -10,12 +10,14 @@ GPU and no torch with CUDA. ``--aarch64`` cross-compiles the kernels for ARM, wh
 
 import argparse
 import dataclasses
+import gzip
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -75,6 +77,8 @@ def make(what: str, into: Path) -> Path:
         finally:
             run("git", "worktree", "remove", "--force", tree)
     (made,) = into.iterdir()
+    if what == "sdist":
+        steady(made, int(commit))
     if what in ("cpu", "cuda"):
         repaired = into / "repaired"
         excluded = [word for name in NOT_OURS for word in ("--exclude", name)]
@@ -85,6 +89,27 @@ def make(what: str, into: Path) -> Path:
         (made,) = (path.replace(into / path.name) for path in list(repaired.iterdir()))
         repaired.rmdir()
     return made
+
+
+def steady(archive: Path, when: int) -> None:
+    """The same archive without times and owners of this build."""
+    with tarfile.open(archive) as opened:
+        members = {
+            member.name: (member, opened.extractfile(member) if member.isfile() else None)
+            for member in opened.getmembers()
+        }
+        aside = archive.with_suffix(".aside")
+        with (
+            aside.open("wb") as raw,
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=when) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as written,
+        ):
+            for _, (member, content) in sorted(members.items()):
+                member.mtime, member.uid, member.gid = when, 0, 0
+                member.uname = member.gname = ""
+                member.pax_headers = {}
+                written.addfile(member, content)
+    aside.replace(archive)
 
 
 def digest(path: Path) -> str:
