@@ -152,8 +152,9 @@ def markdown(report: dict) -> str:
             "# Start-up",
             "",
             *heading(report["environment"]),
-            f"Medians of {report['repeats']} processes each, of the last row one; the machine's load "
-            f"at the end: {report['load']:.1f}. A tiny run on made-up texts, so that starting is most of it.",
+            f"Medians of {report['repeats']} processes each, of the last row one. The machine's "
+            f"load at the end: {report['load']:.1f}. A tiny run on made-up texts, so that starting "
+            "is most of it.",
             "",
             table(header, cells),
             "",
