@@ -11,7 +11,7 @@ from broken_data import CASES
 from test_config import CONTRADICTIONS, GENERATED, UNREADABLE, VALID, WRONG, with_fault
 from test_data import BROKEN, TEST, put
 
-from metakd import cli, demo, front, ops
+from metakd import cli, demo, extension, front, ops
 from metakd.demo import encoders, quickstart, rated
 from metakd.errors import ConfigError
 from metakd.models.student import PRESETS
@@ -171,11 +171,26 @@ def test_doctor_names_each_backend_and_why_not(call, monkeypatch, build_cache):
     code, out, err = call("doctor", "--json")
     report = json.loads(out)
     assert code == 0, err
-    assert set(report) == {"versions", "devices", "extension", "backends", "training"}
+    assert set(report) == {"versions", "devices", "compiled kernels", "backends", "training"}
+    assert "libmetakd_cpu.so" in report["compiled kernels"]["cpu"]
     assert report["training"] == {"DeepSpeed": "ready"}
     assert "13 of 14" in report["backends"]["triton on cpu"]
     assert "'triton' does not implement hidden_mse" in report["backends"]["triton on cpu"]
     assert report["backends"]["reference on cpu"].startswith("14 of 14")
+
+
+def test_build_compiles_or_says_why_not(call, monkeypatch):
+    asked = []
+
+    def load(kind, compiling=False):
+        asked.append((kind, compiling))
+        return "no CUDA compiler" if kind == "cuda" else None
+
+    monkeypatch.setattr(extension, "load", load)
+    monkeypatch.setattr(extension, "describe", lambda kind: "installed: here")
+    code, out, _ = call("build")
+    assert code == 0 and out == "cpu: installed: here\n" and asked == [("cpu", True)]
+    assert "no CUDA compiler" in refused(call("build", "--cuda"), 6)
 
 
 def test_models_that_do_not_fit_are_refused_before_anything_is_built(call, encoder, tmp_path):
