@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -421,16 +422,17 @@ def _torch() -> tuple[Path, str]:
     folder = Path(spec.submodule_search_locations[0])
     if not (folder / "include" / "torch" / "csrc" / "stable" / "ops.h").is_file():
         raise CannotBuild(f"the torch in {folder} is without the headers of the stable ABI")
-    return folder, _torch_says("__version__")
+    return folder, _torch_says("__version__") or "unknown"
 
 
-def _torch_says(name: str):
-    """A name of ``torch/version.py``, without the seconds that importing torch takes."""
+def _torch_says(name: str) -> str | None:
+    """A text of ``torch/version.py``, without the seconds that importing torch takes."""
     spec = importlib.util.find_spec("torch")
-    about: dict = {}
-    if spec is not None and spec.submodule_search_locations:
-        exec(Path(spec.submodule_search_locations[0], "version.py").read_text(), about)
-    return about.get(name)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    said = Path(spec.submodule_search_locations[0], "version.py").read_text()
+    found = re.search(rf"^{name}\b[^=\n]*= *['\"]([^'\"]*)['\"]", said, re.MULTILINE)
+    return found and found[1]
 
 
 def _tool(name: str, missing: str, variable: str) -> Path:

@@ -426,7 +426,7 @@ def test_an_adapter_is_merged_into_its_base(tmp_path, make, source, monkeypatch,
         run = make(f"teacher.model={adapter}", "student={preset: tiny-2l-128}", *LOGITS)
         assert [AutoConfig.from_pretrained(f).model_type for f in run.teach()] == ["llama"]
     monkeypatch.setattr("metakd.models.adapters.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"peft is needed: pip install metakd\[adapters\]"):
+    with pytest.raises(ValueError, match=r"peft is needed: pip install 'metakd\[adapters\]'"):
         load_encoder(adapter)
 
 

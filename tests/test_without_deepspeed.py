@@ -81,4 +81,4 @@ def test_what_trains_says_what_it_needs(found, command):
     assert code == 6 and not out
     assert cause.startswith("metakd: training needs DeepSpeed, which cannot be imported (")
     assert ("halted" if command == "missing" else "libcudart is lost") in cause
-    assert remedy.startswith("remedy: pip install 'deepspeed")
+    assert remedy.startswith("remedy: pip install 'metakd[train]'")
