@@ -511,6 +511,7 @@ def verify(
     """
     report = []
     for device in devices:
+        ops.select("soft_kl", "auto", device)  # compiles the kernels, if nothing has yet
         for name, build in cases():
             case = build().moved(device)
             for backend in backends:
