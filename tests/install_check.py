@@ -174,6 +174,8 @@ def main() -> None:
         assert len(found["warnings"]) == 1 and not found["compiled now"]
 
         python = environment(folder / "isolated", own)
+        # What a build asks for, which pip would otherwise have fetched; torch 2.11 takes no newer.
+        run(python, "-m", "pip", "install", "-q", "setuptools>=77,<82", "ninja")
         run(python, "-m", "pip", "install", "-q", "--no-build-isolation", sdist)
         assert not check("no build isolation", python, say)["compiled now"]
 
