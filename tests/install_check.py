@@ -107,7 +107,8 @@ def check(name: str, python: Path, say, **settings: str) -> dict:
         verified = json.loads(run(cli, "verify", "--json", **settings))
         assert all(row["passed"] for row in verified), verified
     say(f"{name}: torch {first['torch']}")
-    say(f"  kernels: {first['cpp']}".replace(cache, "~/.cache"))
+    kernels = first["cpp"].replace(cache, "~/.cache").replace(str(python.parents[1]), "ENVIRONMENT")
+    say(f"  kernels: {kernels}")
     now = (
         f"{first['first']:.0f} s, compiled then"
         if first["compiled now"]
