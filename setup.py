@@ -29,19 +29,20 @@ extension = sys.modules["extension"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(extension)
 
 
-def wanted() -> dict[str, extension.Recipe]:
+def wanted() -> list[extension.Recipe]:
     """What is to be compiled, and how."""
     choice = os.environ.get("METAKD_CUDA", "")
     if choice not in ("", "0", "1"):
         sys.exit(f"METAKD_CUDA must be 0 or 1, got {choice!r}")
     if os.environ.get("METAKD_NO_EXT") == "1":
-        return {}
-    found = {}
+        return []
+    found = []
     try:
-        found["cpu"] = extension.Recipe.here("cpu")
-        extension.check_ninja()
+        recipe = extension.Recipe.here("cpu")
+        extension.ninja()
+        found.append(recipe)
         if choice == "1" or (choice == "" and extension.torch_has_cuda()):
-            found["cuda"] = extension.Recipe.here("cuda")
+            found.append(extension.Recipe.here("cuda"))
     except extension.CannotBuild as error:
         if choice == "1":  # an explicit choice never degrades
             sys.exit(f"METAKD_CUDA=1: {error}")
@@ -65,9 +66,9 @@ class WithKernels(build_py):
         place = PACKAGE if self.editable_mode else Path(self.build_lib, "metakd")
         if not self.editable_mode:
             shutil.copytree(extension.CSRC, place / "csrc", dirs_exist_ok=True)
-        for kind, recipe in RECIPES.items():
+        for recipe in RECIPES:
             try:
-                extension.build(kind, place, recipe=recipe)
+                extension.build(recipe, place)
             except extension.CannotBuild as error:
                 if os.environ.get("METAKD_CUDA") == "1":
                     raise

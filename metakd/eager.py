@@ -257,11 +257,11 @@ def _over_heads(
     counter: Callable[..., Tensor | int],
     student: Pair,
     teacher: Pair,
-    query_mask: Tensor | None,
-    key_mask: Tensor | None,
-    reach: Reach,
-    scale: float | None,
-    mean_over: str,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    reach: Reach = EVERYWHERE,
+    scale: float | None = None,
+    mean_over: str = "real",
 ) -> Tensor:
     """Rows [B] of the reference's ``exact``: means over heads and what ``counter`` counts of
     ``compare(scores_s, scores_t)``, which may overwrite the scores [h, L, L] and gives values [h,
@@ -357,32 +357,11 @@ def attention_score_mse(
     return _over_heads(_score_gap, exact, reference.count_pairs, *rest)
 
 
-def attention_kl(
-    student: Pair,
-    teacher: Pair,
-    query_mask: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    reach: Reach = EVERYWHERE,
-    scale: float | None = None,
-    mean_over: str = "real",
-) -> Tensor:
-    """(query, key), each [B, A, L, D], of both sides -> rows [B]."""
-    rest = student, teacher, query_mask, key_mask, reach, scale, mean_over
-    return _over_heads(_forward_kl, reference.attention_kl, reference.count_queries, *rest)
-
-
-def attention_prob_mse(
-    student: Pair,
-    teacher: Pair,
-    query_mask: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    reach: Reach = EVERYWHERE,
-    scale: float | None = None,
-    mean_over: str = "real",
-) -> Tensor:
-    """(query, key), each [B, A, L, D], of both sides -> rows [B]."""
-    rest = student, teacher, query_mask, key_mask, reach, scale, mean_over
-    return _over_heads(_map_gap, reference.attention_prob_mse, reference.count_pairs, *rest)
+# (query, key), each [B, A, L, D], of both sides, and what they are asked with -> rows [B].
+attention_kl = partial(_over_heads, _forward_kl, reference.attention_kl, reference.count_queries)
+attention_prob_mse = partial(
+    _over_heads, _map_gap, reference.attention_prob_mse, reference.count_pairs
+)
 
 
 def relation_kl(

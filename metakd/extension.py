@@ -81,7 +81,7 @@ def load(kind: str, compiling: bool = False) -> str | None:
         return None
     if os.environ.get("METAKD_NO_EXT") == "1":
         return "METAKD_NO_EXT=1 is set"
-    if kind == "cuda" and torch.version.cuda is None:
+    if kind == "cuda" and not torch_has_cuda():
         return "this torch is built without CUDA"
     found, why = find(kind)
     if found is None and compiling:
@@ -108,7 +108,7 @@ def describe(kind: str) -> str:
         return reason
     try:
         Recipe.here(kind)
-        _ninja()
+        ninja()
     except CannotBuild as error:
         return f"{reason}; it cannot be compiled here: {error}"
     if kind == "cuda":
@@ -141,7 +141,7 @@ def find(kind: str) -> tuple[Library | None, str]:
     if found is not None or digest is None:
         return found, why
     try:
-        place = _cache(kind, Recipe.here(kind))
+        place = _cache(Recipe.here(kind))
     except CannotBuild as error:
         return None, f"{why}, and {error}"
     if not place.is_dir():
@@ -174,20 +174,24 @@ class Recipe:
     Args:
         kind: ``cpu`` or ``cuda``.
         compiler: of C++, as a command; the CUDA compiler takes it too.
-        flags: of the compiler of the sources.
+        driver: that compiles the sources and links them.
+        flags: of the driver, for a source.
         link: what else the linker is told.
         torch: folder of the package, and its version.
         absent: libraries of torch that are linked to and are not here: a stand-in takes their
             place, so that a library can be made on another machine than it is for.
         identity: of the compilers: changes when they do.
+        sources: see ``sources_digest``.
     """
 
     kind: str
     compiler: tuple[str, ...]
+    driver: tuple[str, ...]
     flags: tuple[str, ...]
     link: tuple[str, ...]
     torch: tuple[Path, str]
     identity: str
+    sources: str
     absent: tuple[str, ...] = ()
 
     @staticmethod
@@ -202,7 +206,8 @@ class Recipe:
         Raises:
             CannotBuild: something is missing.
         """
-        if CSRC is None:
+        sources = sources_digest()
+        if CSRC is None or sources is None:
             raise CannotBuild("the sources of the kernels are not installed")
         if not sys.platform.startswith("linux"):
             raise CannotBuild("the kernels are compiled on Linux only")
@@ -218,29 +223,26 @@ class Recipe:
         plain = ["-fPIC", "-fvisibility=hidden"]
         plain += [f"-ffile-prefix-map={path}=." for path in (CSRC, torch[0])]
         link = ["-shared", f"-L{torch[0] / 'lib'}", "-ltorch_cpu"]
+        driver, absent = compiler, ()
         if kind == "cpu":
             flags += plain + shlex.split(os.environ.get("CXXFLAGS", ""))
             link += ["-Wl,--build-id=none"]
         else:
             nvcc = _nvcc()
             tools.append(nvcc)
+            driver = (str(nvcc),)
             flags += ["-DUSE_CUDA", f"-ccbin={compiler[0]}", "--threads=0"]
             flags += ["--expt-relaxed-constexpr"]
             flags += [f"-Xcompiler={','.join(plain)}", *_for(architectures or _architectures())]
             link += ["-Xlinker=--build-id=none", "-Xlinker=--no-as-needed", "-ltorch_cuda"]
             link += [f"-ccbin={compiler[0]}", "-cudart=static"]
+            if not (torch[0] / "lib" / "libtorch_cuda.so").exists():
+                absent = ("libtorch_cuda.so",)
         identity = [str(path.resolve()) for path in tools]
         identity += [f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in tools]
-        absent = ()
-        if kind == "cuda" and not (torch[0] / "lib" / "libtorch_cuda.so").exists():
-            absent = ("libtorch_cuda.so",)
-        return Recipe(kind, compiler, tuple(flags), tuple(link), torch, " ".join(identity), absent)
-
-    @property
-    def sources(self) -> list[Path]:
-        """What is compiled, file by file."""
-        assert CSRC is not None
-        return sorted((CSRC / self.kind).glob(f"*{SUFFIX[self.kind]}"))
+        made_with = " ".join(identity)
+        how = tuple(flags), tuple(link), torch, made_with, sources, absent
+        return Recipe(kind, compiler, driver, *how)
 
     def build_file(self, stand_ins: Path) -> str:
         """For ninja, which runs it in an empty folder.
@@ -248,39 +250,35 @@ class Recipe:
         Args:
             stand_ins: folder that holds what is absent.
         """
-        driver = self.compiler if self.kind == "cpu" else [_nvcc()]
+        assert CSRC is not None
         rules = {
-            "compile": [*driver, *self.flags, "-c", "$in"],
-            "link": [*driver, "$in", f"-L{stand_ins}", *self.link],
+            "compile": [*self.driver, *self.flags, "-c", "$in"],
+            "link": [*self.driver, "$in", f"-L{stand_ins}", *self.link],
         }
         lines = []
         for rule, command in rules.items():
             words = " ".join(x if x == "$in" else shlex.quote(_escaped(x)) for x in command)
             lines += [f"rule {rule}", f"  command = {words} -o $out", ""]
         objects = []
-        for source in self.sources:
+        for source in sorted((CSRC / self.kind).glob(f"*{SUFFIX[self.kind]}")):
             objects.append(f"{source.stem}.o")
             lines.append(f"build {objects[-1]}: compile {_escaped(source, spaces=True)}")
         lines.append(f"build {name_of(self.kind)}: link {' '.join(objects)}")
         return "\n".join(lines) + "\n"
 
 
-def build(
-    kind: str, folder: Path, log: Path | None = None, recipe: Recipe | None = None
-) -> Library:
-    """Compile the library for ``kind`` into ``folder``, with all cores or ``MAX_JOBS`` of them.
+def build(recipe: Recipe, folder: Path, log: Path | None = None) -> Library:
+    """Compile a library into ``folder``, with all cores or ``MAX_JOBS`` of them.
 
     Args:
-        kind: ``cpu`` or ``cuda``.
+        recipe: which, and how.
         folder: where the library and its JSON file are put once both are whole.
         log: where what the compilers say is kept if they fail; the console unless given.
-        recipe: how, what this machine has unless given.
 
     Raises:
         CannotBuild: something is missing, or compiling fails; the message names the log.
     """
-    recipe = recipe or Recipe.here(kind)
-    ninja = _ninja()
+    command, name = ninja(), name_of(recipe.kind)
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as scratch:
@@ -288,13 +286,13 @@ def build(
         stand_ins = work / "stand-ins"
         stand_ins.mkdir()
         (stand_ins / "empty.cpp").touch()
-        for name in recipe.absent:
-            command = [*recipe.compiler, "-shared", f"-Wl,-soname,{name}", "empty.cpp", "-o", name]
-            subprocess.run(command, cwd=stand_ins, check=True)
+        for one in recipe.absent:
+            empty = [*recipe.compiler, "-shared", f"-Wl,-soname,{one}", "empty.cpp", "-o", one]
+            subprocess.run(empty, cwd=stand_ins, check=True)
         (work / "build.ninja").write_text(recipe.build_file(stand_ins))
         jobs = os.environ.get("MAX_JOBS")
         done = subprocess.run(
-            [*ninja, *(["-j", jobs] if jobs else []), name_of(kind)],
+            [*command, *(["-j", jobs] if jobs else []), name],
             cwd=work,
             text=True,
             stdout=subprocess.PIPE,
@@ -309,21 +307,21 @@ def build(
                 with suppress(OSError):
                     log.write_text(done.stdout)
             raise CannotBuild(f"compiling failed, see {where}")
-        made = work / name_of(kind)
+        made = work / name
         about = {
-            "sources": sources_digest(),
+            "sources": recipe.sources,
             "sha256": hashlib.sha256(made.read_bytes()).hexdigest(),
             "compiler": _version([*recipe.compiler, "--version"]),
             "torch": recipe.torch[1],
         }
-        if kind == "cuda":
-            about["cuda"] = _version([str(_nvcc()), "--version"]).rpartition("release ")[2]
+        if recipe.kind == "cuda":
+            about["cuda"] = _version([*recipe.driver, "--version"]).rpartition("release ")[2]
             about["architectures"] = [x.rpartition("=")[2] for x in recipe.flags if "gencode" in x]
         made.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
         # The library last: what is found has its record.
         for path in (made.with_suffix(".json"), made):
             os.replace(path, folder / path.name)
-    return Library(folder / name_of(kind), about, "compiled here")
+    return Library(folder / name, about, "compiled here")
 
 
 def compile_once(kind: str, say=lambda text: print(text, file=sys.stderr, flush=True)) -> Library:
@@ -338,13 +336,12 @@ def compile_once(kind: str, say=lambda text: print(text, file=sys.stderr, flush=
         CannotBuild: it is not there and cannot be made.
     """
     recipe = Recipe.here(kind)
-    _ninja()
-    place = _cache(kind, recipe)
-    digest = sources_digest()
+    ninja()
+    place = _cache(recipe)
     with _turn(place, say):
         for left in place.glob(".building-*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        found, why = _read(place / name_of(kind), digest, "compiled here")
+        found, why = _read(place / name_of(kind), recipe.sources, "compiled here")
         if found is not None:
             return found
         if (place / name_of(kind)).exists():
@@ -354,7 +351,7 @@ def compile_once(kind: str, say=lambda text: print(text, file=sys.stderr, flush=
             "minute (METAKD_JIT=0 does without)"
         )
         try:
-            return build(kind, place, log=place / "log.txt", recipe=recipe)
+            return build(recipe, place, log=place / "log.txt")
         except (OSError, subprocess.SubprocessError) as error:  # a full disk, say
             raise CannotBuild(f"{place} cannot be written to ({error})") from None
 
@@ -393,44 +390,63 @@ def _turn(place: Path, say) -> Iterator[None]:
         yield
 
 
-def _cache(kind: str, recipe: Recipe) -> Path:
+def user_cache() -> Path:
+    """What metakd keeps for this user between runs.
+
+    Raises:
+        RuntimeError: nobody knows where this user is at home.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The specification has relative ones ignored.
+    return (cache if cache.is_absolute() else Path.home() / ".cache") / "metakd"
+
+
+def _cache(recipe: Recipe) -> Path:
     """Where the library of this recipe is kept.
 
     Raises:
-        CannotBuild: somebody else could have written there.
+        CannotBuild: there is no such place, or somebody else could have written there.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakd" / "kernels"
-    made_of = json.dumps(
-        [sources_digest(), recipe.flags, recipe.link, recipe.identity, recipe.torch[1]]
-    )
-    place = root / f"{kind}-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}"
-    for folder in (root.parent, root, place):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            found = folder.stat()
-            if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise CannotBuild(
-                    f"{folder} belongs to, or is open to, other users: make it yours alone, or set "
-                    "XDG_CACHE_HOME to a folder that is"
-                )
+    made_of = [recipe.sources, recipe.flags, recipe.link, recipe.identity, recipe.torch[1]]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:20]
+    try:
+        root = user_cache() / "kernels"
+        place = root / f"{recipe.kind}-{key}"
+        for folder in (root.parent, root, place):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                found = folder.stat()
+                if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                    raise CannotBuild(
+                        f"{folder} belongs to, or is open to, other users: make it yours alone, or "
+                        "set XDG_CACHE_HOME to a folder that is"
+                    )
+    except (OSError, RuntimeError) as error:
+        raise CannotBuild(
+            f"there is no cache to look into ({error}): set XDG_CACHE_HOME to a folder of yours"
+        ) from None
     return place
 
 
 def _torch() -> tuple[Path, str]:
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
+    folder = _torch_folder()
+    if folder is None:
         raise CannotBuild("torch is not installed")
-    folder = Path(spec.submodule_search_locations[0])
     if not (folder / "include" / "torch" / "csrc" / "stable" / "ops.h").is_file():
         raise CannotBuild(f"the torch in {folder} is without the headers of the stable ABI")
     return folder, _torch_says("__version__") or "unknown"
 
 
+def _torch_folder() -> Path | None:
+    spec = importlib.util.find_spec("torch")
+    places = spec.submodule_search_locations if spec else None
+    return Path(places[0]) if places else None
+
+
 def _torch_says(name: str) -> str | None:
     """A text of ``torch/version.py``, without the seconds that importing torch takes."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
+    if (folder := _torch_folder()) is None:
         return None
-    said = Path(spec.submodule_search_locations[0], "version.py").read_text()
+    said = (folder / "version.py").read_text()
     found = re.search(rf"^{name}\b[^=\n]*= *['\"]([^'\"]*)['\"]", said, re.MULTILINE)
     return found and found[1]
 
@@ -451,17 +467,17 @@ def _nvcc() -> Path:
     return Path(found)
 
 
-def check_ninja() -> None:
-    """Raise ``CannotBuild`` where there is no ninja."""
-    _ninja()
-
-
 def torch_has_cuda() -> bool:
     """Whether the installed torch computes on CUDA devices."""
     return _torch_says("cuda") is not None
 
 
-def _ninja() -> list[str]:
+def ninja() -> list[str]:
+    """The command.
+
+    Raises:
+        CannotBuild: there is none.
+    """
     if importlib.util.find_spec("ninja") is not None:
         return [sys.executable, "-m", "ninja"]
     if found := shutil.which("ninja"):

@@ -133,9 +133,11 @@ def cross_compile() -> None:
     if compiler is None:
         sys.exit("no aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)")
     recipe = extension.Recipe.here("cpu")
-    recipe = dataclasses.replace(recipe, compiler=(compiler,), absent=("libtorch_cpu.so",))
+    recipe = dataclasses.replace(
+        recipe, compiler=(compiler,), driver=(compiler,), absent=("libtorch_cpu.so",)
+    )
     with tempfile.TemporaryDirectory() as folder:
-        library = extension.build("cpu", Path(folder), recipe=recipe)
+        library = extension.build(recipe, Path(folder))
         kind = run("file", "-b", library.path).split(",")[:2]
         print(f"{library.path.name} for aarch64: {','.join(kind)}, {library.about['compiler']}")
 

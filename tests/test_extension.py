@@ -165,7 +165,7 @@ def test_what_was_made_of_something_else_is_not_taken(place, monkeypatch):
 
 def test_an_installed_library_of_other_sources_is_not_taken(place, monkeypatch):
     monkeypatch.setattr(extension, "PACKAGE", place / "package")
-    built = extension.build("cpu", place / "package")
+    built = extension.build(extension.Recipe.here("cpu"), place / "package")
     assert extension.find("cpu")[0].path == built.path
     (place / "csrc/include/new.h").touch()
     assert extension.find("cpu") == (None, f"{built.path} was compiled of other sources")
@@ -191,6 +191,21 @@ def test_a_cache_that_cannot_be_written_to(place, monkeypatch):
         heard()
 
 
+def test_a_home_that_nobody_may_see_or_knows_is_no_reason_to_fail(place, monkeypatch):
+    def closed(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    recipe = extension.Recipe.here("cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", closed)
+        with pytest.raises(CannotBuild, match=r"no cache .*Permission denied.*XDG_CACHE_HOME"):
+            extension._cache(recipe)
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    found, why = extension.find("cpu")
+    assert found is None and "no home" in why
+
+
 def test_a_full_disk(place):
     # The file that a full disk cuts short is the compiler's, or our own.
     for before in ("resource.RLIMIT_FSIZE, (64, 64)", "resource.RLIMIT_FSIZE, (600, 600)"):
@@ -214,7 +229,7 @@ def test_what_is_missing_is_named(place, monkeypatch):
 
 
 def test_a_process_that_may_not_wait(place, monkeypatch):
-    with extension._turn(extension._cache("cpu", extension.Recipe.here("cpu")), print):
+    with extension._turn(extension._cache(extension.Recipe.here("cpu")), print):
         monkeypatch.setenv("METAKD_JIT", "nowait")
         with pytest.raises(CannotBuild, match="another process"):
             heard()

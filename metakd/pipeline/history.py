@@ -21,6 +21,7 @@ from typing import Any
 
 from metakd import __version__
 from metakd.errors import CheckpointError
+from metakd.extension import user_cache
 
 VARIABLE = "METAKD_HISTORY"
 SCHEMA = 1  # of the table, and of what the features are: ``PRAGMA user_version`` of the file
@@ -68,9 +69,7 @@ def history_file() -> Path | None:
     try:
         if given:
             return Path(given).expanduser()
-        cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        # The specification has relative ones ignored.
-        return (cache if cache.is_absolute() else Path.home() / ".cache") / "metakd/runs.sqlite"
+        return user_cache() / "runs.sqlite"
     except RuntimeError:  # nobody knows where this user is at home
         return None
 
