@@ -25,6 +25,7 @@ from metakd import environment, front
 from metakd.config import TrainingConfig
 from metakd.deploy import Predictor, known, predictor
 from metakd.environment import has_cuda
+from metakd.functional import checks
 from metakd.pipeline import finished
 from metakd.training.schedule import optimizer_and_scheduler
 
@@ -50,6 +51,15 @@ def alone(code: str, *words: object) -> tuple[str, set[str]]:
 
 
 COMMAND = "from metakd.cli import main; main()"
+
+
+def test_a_loss_does_not_wait_for_the_compiler_of_torch():
+    """A second of imports, for whoever does not compile."""
+    loss = "import sys, torch, metakd; metakd.soft_kl(torch.zeros(3, 5), torch.zeros(3, 5))"
+    said, _ = alone(loss + "; print(*sys.modules)")
+    assert "torch" in said.split() and "torch._dynamo" not in said.split()
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked).items() <= vars(checks._has_autocast).items()
 
 
 def test_a_refusal_waits_for_nothing(tmp_path):

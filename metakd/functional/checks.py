@@ -165,9 +165,13 @@ def widest(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
+
+
+# torch 2.11 cannot trace the question. This is all that `torch.compiler.assume_constant_result`
+# does, once it has imported torch's compiler, which takes a second.
+vars(_has_autocast)["_dynamo_marked_constant"] = True
 
 
 def without_autocast(device: torch.device, compute: Callable, *args, **kwargs):
