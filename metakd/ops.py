@@ -24,10 +24,10 @@ import math
 import os
 import re
 import warnings
+from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metakd import extension
 from metakd.errors import UnsupportedError
@@ -420,25 +420,9 @@ def _fake_domain_expertise(teacher_logits, label, t):
     return t.new_empty(t.shape, dtype=_accumulator(teacher_logits, t))
 
 
-# Gradients: of each forward operator what to keep of (inputs, outputs), and the gradients of its
-# inputs from that of its first output. Other outputs are statistics: nothing depends on them.
-
-
-def _keep_soft_kl(inputs, outputs):
-    return (*inputs[:2], outputs[1], *inputs[2:])
-
-
-def _soft_kl_gradients(bwd, drows, kept):
-    return bwd(drows, *kept), *[None] * 8
-
-
-def _keep_mixture_kl(inputs, outputs):
-    return (*inputs[:3], outputs[1], *inputs[3:])
-
-
-def _mixture_kl_gradients(bwd, drows, kept):
-    dstudent, dshares = bwd(drows, *kept)
-    return dstudent, None, dshares, None, None, None
+# Gradients: of each forward operator which of its inputs have one, what its backward is given after
+# the gradient of its first output, and how that makes a gradient each: flat, of a list of inputs
+# one after the other. Other outputs are statistics: nothing depends on them.
 
 
 def _keep_attention_score_mse(inputs, outputs):
@@ -451,26 +435,26 @@ def _keep_attention_map(inputs, outputs):
     return (*pairs, outputs[1], squared, same)
 
 
-def _attention_gradients(bwd, dheads, kept):
-    found, nothing = bwd(dheads, *kept), [None] * len(kept[0])
+def _attention_gradients(found, kept):
     # Where the keys are the queries, there is one list: the sum of both gradients.
-    lists = found[: len(nothing)], found[len(nothing) :] or nothing
-    return *lists, nothing, nothing, *[None] * 8
+    return found + [None] * (2 * len(kept[0]) - len(found))
 
 
 _GRADIENTS = {
-    "soft_kl": (_keep_soft_kl, _soft_kl_gradients),
-    "mixture_kl": (_keep_mixture_kl, _mixture_kl_gradients),
-    "attention_score_mse": (_keep_attention_score_mse, _attention_gradients),
-    "attention_map": (_keep_attention_map, _attention_gradients),
-    "hidden_mse": (
-        lambda inputs, outputs: inputs,
-        lambda bwd, drows, kept: (bwd(drows, *kept), [None] * len(kept[1]), None),
+    "soft_kl": (
+        (0,),
+        lambda inputs, outputs: (*inputs[:2], outputs[1], *inputs[2:]),
+        lambda dstudent, kept: (dstudent,),
     ),
-    "masked_mean": (
-        lambda inputs, outputs: (inputs[1],),
-        lambda bwd, dmean, kept: (bwd(dmean, *kept), None),
+    "mixture_kl": (
+        (0, 2),
+        lambda inputs, outputs: (*inputs[:3], outputs[1], *inputs[3:]),
+        lambda found, kept: found,
     ),
+    "attention_score_mse": ((0, 1), _keep_attention_score_mse, _attention_gradients),
+    "attention_map": ((0, 1), _keep_attention_map, _attention_gradients),
+    "hidden_mse": ((0,), lambda inputs, outputs: inputs, lambda found, kept: found),
+    "masked_mean": ((0,), lambda inputs, outputs: inputs[1:], lambda dhidden, kept: (dhidden,)),
 }
 
 
@@ -480,31 +464,69 @@ def _once(*_):
     )
 
 
-def _differentiate(namespace: str, op: str) -> None:
-    keep, gradients = _GRADIENTS[op]
+def _save(ctx, kept: tuple) -> None:
+    """Keep tensors, lists of tensors and anything else for ``_saved``."""
+    tensors, ctx.others = [], []  # -1: a tensor, n: a list of n tensors, (x,): something else
+    for x in kept:
+        if isinstance(x, Tensor):
+            tensors.append(x)
+            ctx.others.append(-1)
+        elif isinstance(x, list):
+            tensors += x
+            ctx.others.append(len(x))
+        else:
+            ctx.others.append((x,))
+    ctx.save_for_backward(*tensors)
 
-    def setup_context(ctx, inputs, output):
-        # Otherwise each backward would fill zeros for the gradient of the statistics.
-        ctx.set_materialize_grads(False)
-        kept = keep(inputs, output if isinstance(output, tuple) else (output,))
-        tensors, ctx.layout = tree_flatten(kept)
-        ctx.others = [None if isinstance(x, Tensor) else (x,) for x in tensors]
-        ctx.save_for_backward(*(x for x in tensors if isinstance(x, Tensor)))
-        ctx.nothing = tuple(
-            [None] * len(given) if isinstance(given, list) else None for given in inputs
-        )
 
-    def backward(ctx, dvalue, *_):
-        if dvalue is None:  # nothing depends on the value
-            return ctx.nothing
-        saved = iter(ctx.saved_tensors)
-        flat = [next(saved) if other is None else other[0] for other in ctx.others]
-        operator = getattr(getattr(torch.ops, namespace), f"{op}_bwd")
-        return gradients(operator, dvalue, tree_unflatten(flat, ctx.layout))
+def _saved(ctx) -> list:
+    tensors = iter(ctx.saved_tensors)
+    return [
+        x[0] if isinstance(x, tuple) else next(tensors) if x < 0 else list(islice(tensors, x))
+        for x in ctx.others
+    ]
 
-    torch.library.register_autograd(f"{namespace}::{op}_fwd", backward, setup_context=setup_context)
+
+def _differentiate(library: torch.library.Library, op: str) -> None:
+    """Give ``op`` its gradient as ``torch.library.register_autograd`` would, without its general
+    treatment of arguments, which took longer than all the rest of a loss of a few rows."""
+    differentiable, keep, gradients = _GRADIENTS[op]
+    operators = getattr(torch.ops, library.ns)
+    forward_of, backward_of = (
+        getattr(operators, f"{op}_{name}").default for name in ("fwd", "bwd")
+    )
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, below, inputs, *_):
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = forward_of.redispatch(below, *inputs)
+            # Otherwise each backward would fill zeros for the gradient of the statistics.
+            ctx.set_materialize_grads(False)
+            _save(ctx, keep(inputs, outputs))
+            return outputs
+
+        @staticmethod
+        def backward(ctx, dvalue, *_):
+            count = len(ctx.needs_input_grad)
+            if dvalue is None:  # nothing depends on the value
+                return (None,) * count
+            kept = _saved(ctx)
+            return None, None, *gradients(backward_of(dvalue, *kept), kept)
+
+    def autograd(keyset, *inputs):
+        below = keyset & torch._C._after_autograd_keyset
+        given = []
+        for i in differentiable:
+            given += inputs[i] if isinstance(inputs[i], list) else [inputs[i]]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+            return Loss.apply(below, inputs, *given)
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward_of.redispatch(below, *inputs)
+
+    library.impl(f"{op}_fwd", autograd, "Autograd", with_keyset=True)
     # Without this a second derivative would silently be zero.
-    torch.library.register_autograd(f"{namespace}::{op}_bwd", _once)
+    torch.library.register_autograd(f"{library.ns}::{op}_bwd", _once, lib=library)
 
 
 def _launcher(operator: str):
@@ -518,6 +540,9 @@ def _launcher(operator: str):
     return launch
 
 
+_LIBRARIES = {name: torch.library.Library(name, "FRAGMENT") for name in NAMESPACES.values()}
+
+
 def _define() -> None:
     for namespace in NAMESPACES.values():
         for operator, schema in SCHEMAS.items():
@@ -525,7 +550,7 @@ def _define() -> None:
             torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
             torch.library.register_fake(name, globals()[f"_fake_{operator}"])
         for op in _GRADIENTS:
-            _differentiate(namespace, op)
+            _differentiate(_LIBRARIES[namespace], op)
     for operator in SCHEMAS:
         name = f"{NAMESPACES['triton']}::{operator}"
         torch.library.impl(name, ("cpu", "cuda"), _launcher(operator))
