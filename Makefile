@@ -10,7 +10,7 @@ BASE_PYTHON ?= python3
 OUT ?= benchmarks/results/gpu
 BENCH_JSON ?= .benchmarks/ci.json
 
-.PHONY: help quickstart test test-deep lint format types bench bench-ci mutants faults wheels install-check offline-gpu gpu-check clean
+.PHONY: help quickstart test test-deep lint format types bench bench-ci mutants faults soak wheels install-check offline-gpu gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make bench-ci    time a small row of each loss, for benchmarks.compare; JSON in BENCH_JSON ($(BENCH_JSON))"
 	@echo "make mutants     break the losses in many ways and see that the tests notice (about an hour)"
 	@echo "make faults      kill, stop and starve training runs, damage checkpoints, cut the power (about 25 minutes)"
+	@echo "make soak        load metakd serve with good, hostile, slow and too many clients (5 minutes)"
 	@echo "make wheels      sdist and wheels into dist/: without kernels, with the CPU's, with CUDA's beside them (RELEASING.md)"
 	@echo "make install-check  install the sdist and the wheels into fresh environments, compile and compute there"
 	@echo "make models/minilm  fetch the encoder of the configurations (all-MiniLM-L6-v2, checksum verified)"
@@ -78,6 +79,9 @@ mutants: $(READY)
 
 faults: $(READY)
 	$(PYTHON) tests/faults.py --out docs/results/faults.md
+
+soak: $(READY)
+	$(PYTHON) tests/soak.py --out docs/results/soak.md
 
 wheels: $(READY)
 	$(PYTHON) tests/make_wheels.py --twice --aarch64

@@ -7,14 +7,11 @@ metakd ...`` start several.
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,11 +20,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from metakd import front, printed
+from metakd import cli_deploy, front, printed
 from metakd.config import Stage, load_config
-from metakd.errors import ConfigError, DataError, MetakdError, UnsupportedError, naming_extras
+from metakd.errors import ConfigError, MetakdError, UnsupportedError, naming_extras
 from metakd.front import Result
 from metakd.pipeline.table import title_of
+from metakd.printed import console, tell
 
 if TYPE_CHECKING:
     from metakd.pipeline.stages import Run
@@ -39,9 +37,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Compress language models across domains with Meta-KD.",
 )
-# Names come from the data: no bracket or colon of theirs is an instruction.
-console = Console(markup=False, emoji=False)
-
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override keys of CONFIG")
@@ -59,15 +54,6 @@ Reshard = Annotated[
 ]
 
 
-def _tell(text: str) -> None:
-    """One line, however long."""
-    console.print(text, highlight=False, soft_wrap=True)
-
-
-def _command() -> str:
-    return shlex.join(["metakd", *sys.argv[1:]])
-
-
 def _open(
     config: str,
     overrides: list[str] | None,
@@ -75,7 +61,9 @@ def _open(
     reshard: bool = False,
     last: Stage = "students",
 ) -> Run:
-    return front.open_run(config, overrides or [], console, resume, reshard, _command(), last)
+    return front.open_run(
+        config, overrides or [], console, resume, reshard, printed.command(), last
+    )
 
 
 def _stage(last: Stage = "students") -> Callable[[Callable[[Run], None]], None]:
@@ -149,7 +137,7 @@ def run_all(
     reshard: Reshard = False,
 ):
     """All stages in order; what is done already is skipped."""
-    how = {"resume": resume, "reshard": reshard, "command": _command()}
+    how = {"resume": resume, "reshard": reshard, "command": printed.command()}
     _show_evaluation(front.run(config, overrides or [], console=console, **how))
 
 
@@ -174,7 +162,7 @@ def compare(
     reshard: Reshard = False,
 ):
     """Compare methods x domains over several seeds; print and write the table."""
-    how = {"resume": resume, "reshard": reshard, "command": _command()}
+    how = {"resume": resume, "reshard": reshard, "command": printed.command()}
     result = front.compare(
         config,
         overrides or [],
@@ -242,214 +230,7 @@ def _gained(result: Result, run: Run) -> str:
     return f"{labels[domain]} labels of {domain}: {row} has {own:.1f}, {gains}"
 
 
-StudentFolder = Annotated[
-    str, typer.Argument(metavar="STUDENT", help="folder of a student, a teacher, or an export")
-]
-TextColumn = Annotated[str, typer.Option(help="column of the texts")]
-PairColumn = Annotated[str | None, typer.Option(help="column of the second texts, for pairs")]
-Threads = Annotated[int | None, typer.Option(min=1, help="on a CPU; every core by default")]
-
-
-@app.command()
-def export(
-    student: StudentFolder,
-    to: Annotated[str, typer.Option(metavar="onnx", help="format")] = "onnx",
-    int8: Annotated[bool, typer.Option("--int8", help="write a quantised model, too")] = False,
-    fp16: Annotated[
-        bool, typer.Option("--fp16", help="write a half-precision model, too (for GPUs)")
-    ] = False,
-    activations: Annotated[
-        str | None,
-        typer.Option(
-            metavar="static|dynamic",
-            help="of int8, rounded in ranges fixed to FILE, or in each batch's (without FILE)",
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="texts to compare on: CSV, TSV, JSONL or Parquet"),
-    ] = None,
-    domain: Annotated[str | None, typer.Option(help="of FILE, only the texts of this one")] = None,
-    text: TextColumn = "text",
-    text_pair: PairColumn = None,
-    label: Annotated[
-        list[str],
-        typer.Option(help="column of the labels, if there is one; repeated, those of the classes"),
-    ] = ["label"],  # noqa: B006
-    label_separator: Annotated[str, typer.Option(help="between the labels of a cell")] = ",",
-    out: Annotated[str | None, typer.Option(help="by default STUDENT/onnx")] = None,
-):
-    """Export a student to ONNX; files that do not answer as PyTorch does are refused."""
-    from metakd.data.reading import read_texts
-    from metakd.demo import made_up_texts
-    from metakd.deploy import export_onnx, task_at
-
-    if to != "onnx":
-        raise ConfigError(f"--to: {to!r} is not known", "the only format is onnx")
-    front.quiet_transformers()
-    texts, labels, described = made_up_texts(400), None, "made-up English reviews"
-    if data is not None:
-        columns = label if len(label) > 1 else label[0]
-        rows = read_texts(
-            data,
-            text=text,
-            text_pair=text_pair,
-            label=columns,
-            task=task_at(student).name,
-            label_separator=label_separator,
-        )
-        rows = [row for row in rows if domain in (None, row.domain)]
-        if not rows:
-            raise DataError(f"{data}: there are no texts of domain {domain}", "correct --domain")
-        texts, described = _texts(rows), data if domain is None else f"{data}, {domain}"
-        labels = None if rows[0].label is None else [row.label for row in rows]
-    report = export_onnx(
-        student,
-        texts,
-        labels=labels,
-        data=described,
-        int8=int8,
-        fp16=fp16,
-        out=out,
-        command=_command(),
-        made_up=data is None,
-        activations=activations,
-    )
-    _show_export(report, out or f"{student}/onnx")
-
-
-def _texts(rows: list) -> list:
-    return [row.text if row.pair is None else (row.text, row.pair) for row in rows]
-
-
-def _show_export(report: dict, place: str) -> None:
-    console.print(printed.exported(report))
-    for remark in report["checked"]["remarks"]:
-        _tell(f"warning: {remark}")
-    _tell(f"written to {place}")
-
-
-@app.command()
-def predict(
-    student: StudentFolder,
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...")] = None,
-    input: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="texts: CSV, TSV, JSONL, Parquet, a .txt or - of lines"),
-    ] = None,
-    output: Annotated[
-        str | None, typer.Option(metavar="FILE", help="JSONL; the terminal by default")
-    ] = None,
-    text: TextColumn = "text",
-    text_pair: PairColumn = None,
-    engine: Annotated[
-        str, typer.Option(help="eager, compile, cudagraph, onnx, onnx-int8")
-    ] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
-    threads: Threads = None,
-):
-    """Label texts: a JSON line each, with the label and its probability, or the number."""
-    from metakd.data.reading import Row, read_texts
-    from metakd.deploy import Predictor
-
-    if bool(texts) == bool(input):
-        raise ConfigError("give either TEXT or --input FILE", "as in: metakd predict STUDENT TEXT")
-    if output and not Path(output).parent.is_dir():
-        raise ConfigError(f"{output}: there is no such folder", "give another --output")
-    front.quiet_transformers()
-    rows = [Row("", number, text=given) for number, given in enumerate(texts or [])]
-    if empty := [str(row.row + 1) for row in rows if not (row.text or "").strip()]:
-        raise DataError(f"TEXT {', '.join(empty)}: empty text", "leave it out")
-    if input:
-        rows = read_texts(input, text=text, text_pair=text_pair)
-    predictor = Predictor(student, engine=engine, device=device, threads=threads)
-    found = predictor(_texts(rows))
-    answers = []
-    for row, answer in zip(rows, found, strict=True):
-        given = {"text": row.text} | ({} if row.pair is None else {"text_pair": row.pair})
-        answers.append(given | answer.fields())
-    _write_lines(answers, output)
-
-
-def _write_lines(values: list[dict], output: str | None) -> None:
-    encoding = "utf-8" if output else sys.stdout.encoding or "utf-8"
-    escaped = codecs.lookup(encoding).name != "utf-8"
-    lines = [json.dumps(value, ensure_ascii=escaped) for value in values]
-    try:
-        with open(output, "w", encoding="utf-8") if output else nullcontext(sys.stdout) as file:
-            file.writelines(f"{line}\n" for line in lines)
-            file.flush()
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and output is None:
-            # Whoever read has enough. What is left in the buffer must not be tried again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return
-        place = output or "the standard output"
-        raise ConfigError(f"{place}: {error.strerror}", "give another --output") from error
-
-
-@app.command()
-def latency(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="folders, runs, bert-base, tinybert-...")
-    ],
-    engine: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="texts at once")] = None,
-    length: Annotated[list[int] | None, typer.Option(min=4, help="tokens of a text")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
-    threads: Threads = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="for each cell of an engine")] = 5.0,
-    tokenizer: Annotated[str | None, typer.Option(help="folder, for models that have none")] = None,
-    out: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="by default the run, or this folder")
-    ] = None,
-):
-    """Time models side by side: engines x batch x length; writes latency.json and latency.md."""
-    import torch
-
-    from metakd.deploy.formats import ENGINES
-    from metakd.deploy.latency import BATCHES, LENGTHS, measure_latency, write_latency
-
-    unknown = set(engine or []) - set(ENGINES)
-    if unknown:
-        raise ConfigError(
-            f"--engine: {', '.join(sorted(unknown))} unknown", f"there are {', '.join(ENGINES)}"
-        )
-    runs = [model for model in models if (Path(model) / "students").is_dir()]
-    place = Path(out or (runs[0] if runs else "."))
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{place}: {error.strerror}", "give another --out") from error
-    front.quiet_transformers()
-    result = measure_latency(
-        models,
-        engines=engine or ENGINES,
-        batches=sorted(batch or BATCHES),
-        lengths=sorted(length or LENGTHS),
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        threads=threads or torch.get_num_threads(),
-        seconds=seconds,
-        tokenizer=tokenizer,
-        command=_command(),
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    print(write_latency(result, place))
-    print(f"written to {place}/latency.json and .md")
-
-
-@app.command()
-def report(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="folder that a run has written")],
-    out: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="where to write; RUN by default")
-    ] = None,
-):
-    """Write all that is known of a run as one HTML page, as Markdown and as JSON."""
-    from metakd.deploy.report import write_report
-
-    for path in write_report(Path(run), Path(out) if out else None, _command()):
-        _tell(f"written: {path}")
+app.add_typer(cli_deploy.app)
 
 
 @app.command()
@@ -466,7 +247,7 @@ def suggest(
     from metakd.pipeline.prior import write_suggested
 
     beside = Console(markup=False, emoji=False, stderr=as_json)
-    run = front.open_run(config, overrides or [], beside, command=_command())
+    run = front.open_run(config, overrides or [], beside, command=printed.command())
     found = look_up(run)
     if not _is_main():
         return
@@ -476,7 +257,7 @@ def suggest(
         if found.evidence:
             console.print(printed.neighbours(found))
         for line in found.why:
-            _tell(line)
+            tell(line)
         console.print(printed.suggested(found))
     if apply:
         path = write_suggested(run.config, found, Path(config))
@@ -516,7 +297,7 @@ def build(
         if reason := extension.load(kind, compiling=True):
             remedy = "`metakd doctor` says what computes; PyTorch's own operations can do it all"
             raise UnsupportedError(f"no kernels for {kind}: {reason}", remedy)
-        _tell(f"{kind}: {extension.describe(kind)}")
+        tell(f"{kind}: {extension.describe(kind)}")
 
 
 @app.command()
@@ -560,14 +341,14 @@ def _show_evaluation(result: Result) -> None:
         console.print(f"{title_of(result.details)} in percent on the {result.split} split")
         console.print(printed.evaluated(result.scores, result.domains))
         for place in (place for places in result.students.values() for place in places):
-            _tell(f"student is in {place}")
+            tell(f"student is in {place}")
 
 
 def _show_comparison(result: Result) -> None:
     if _is_main():
         print(result)  # not through rich, which would wrap a wide table
         kind = "labels" if "points" in result.details else "compare"
-        _tell(f"written to {result.folder}/{kind}.md, .json and .csv")
+        tell(f"written to {result.folder}/{kind}.md, .json and .csv")
 
 
 def main() -> None:

@@ -90,6 +90,7 @@ EXTRAS = {
     **dict.fromkeys(("transformers", "tokenizers", "numpy", "safetensors", "sklearn"), "train"),
     **dict.fromkeys(("deepspeed", "datasets", "tensorboard"), "train"),
     **dict.fromkeys(("jinja2", "matplotlib", "onnx", "onnxruntime", "onnxscript"), "deploy"),
+    **dict.fromkeys(("prometheus_client", "starlette", "uvicorn"), "deploy"),
     "peft": "adapters",
 }
 

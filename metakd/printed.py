@@ -1,17 +1,33 @@
-"""Tables as the command line prints them."""
+"""What the command line prints: its console, and its tables."""
 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 
 from metakd.pipeline.table import metric_of, name_of
 
 if TYPE_CHECKING:
     from metakd.pipeline.prior import Suggestion
+
+# Names come from the data: no bracket or colon of theirs is an instruction.
+console = Console(markup=False, emoji=False)
+
+
+def tell(text: str) -> None:
+    """One line, however long."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def command() -> str:
+    """The command that this process is."""
+    return shlex.join(["metakd", *sys.argv[1:]])
 
 
 def exported(report: dict) -> Table:

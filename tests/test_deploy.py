@@ -60,11 +60,8 @@ def plain(folder, texts) -> np.ndarray:
         )
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
+def random_student(folder: Path) -> Path:
     """A folder as training leaves it, but for random weights."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("work") / "student"
     tokenizer = demo.train_tokenizer(TEXTS, 600)
     shape = BertConfig(
         vocab_size=len(tokenizer),
@@ -81,6 +78,12 @@ def student(tmp_path_factory):
     tokenizer.model_max_length = 64
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    torch.manual_seed(0)
+    return random_student(tmp_path_factory.mktemp("work") / "student")
 
 
 @pytest.fixture(scope="module")

@@ -60,12 +60,20 @@ ARROWS = {
     "demo": {"errors", "config", "data"},
     "front": {"config", "deploy", "errors", "pipeline", "table", "training"},
     "printed": {"pipeline"},
-    "cli": {
+    "cli_deploy": {
         "errors",
-        "config",
         "data",
         "demo",
         "deploy",
+        "front",
+        "printed",
+        "__init__",
+    },
+    "cli": {
+        "cli_deploy",
+        "errors",
+        "config",
+        "demo",
         "diagnosis",
         "environment",
         "extension",

@@ -146,7 +146,7 @@ class Predictor:
         Raises:
             DataError: something among them is no text.
         """
-        _check_texts(texts)
+        check_texts(texts)
         logits = np.empty((len(texts), len(self.labels)), np.float32)
         for start in range(0, len(texts), _SORTED_AT_ONCE):
             part = slice(start, start + _SORTED_AT_ONCE)
@@ -159,7 +159,7 @@ class Predictor:
         Raises:
             DataError: something among them is no text.
         """
-        _check_texts(texts)
+        check_texts(texts)
         return (batch for _, batch in self._batches(texts))
 
     def _run(self, texts: Sequence[Text], logits: np.ndarray) -> None:
@@ -242,7 +242,11 @@ def _choose(folder: Path, device: str | None, engine: str) -> tuple[str, str]:
     return device or "cpu", ENGINES[0]
 
 
-def _check_texts(texts: Sequence[Text]) -> None:
+def check_texts(texts: Sequence[Text]) -> None:
+    """
+    Raises:
+        DataError: they are neither all texts nor all pairs of texts.
+    """
     if isinstance(texts, str):
         raise DataError("texts: is one text, not a list of texts", "write [text]")
     pairs = len(texts) > 0 and not isinstance(texts[0], str)
