@@ -1,12 +1,14 @@
 """The compiled kernels are optional: `setup.py` puts them into the package, skips them, or installs
 without and says why."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,3 +82,18 @@ def test_what_is_no_python_is_installed_too(tmp_path):
     wanted = {str(path.relative_to(package)) for path in package.rglob("*.jinja")}
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
     assert len(wanted) > 20 and wanted <= built
+
+
+@pytest.mark.parametrize(
+    "system, ours", [("Linux", {"ninja", "triton"}), ("Darwin", set()), ("Windows", set())]
+)
+def test_what_the_bare_package_needs_elsewhere(system, ours):
+    """Of what it needs, only Triton and ninja are made for Linux alone."""
+    needed = set()
+    for line in importlib.metadata.requires("metakd"):
+        wanted = Requirement(line)
+        if wanted.marker is None or wanted.marker.evaluate(
+            {"platform_system": system, "extra": ""}
+        ):
+            needed.add(wanted.name)
+    assert needed == {"torch", "pydantic", "pyyaml", "rich", "typer"} | ours

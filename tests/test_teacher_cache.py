@@ -14,6 +14,7 @@ from processes import run_ranks
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_runs import assert_same_bits, distil_until_stopped, losses, rows_of, write_config
+from transformers import BertConfig
 
 from metakd.config import DistillConfig, load_config
 from metakd.data.cache import Draft, TensorCache
@@ -25,7 +26,7 @@ from metakd.method.teachers import FrozenTeacher, Teacher
 from metakd.models.packing import real_tokens
 from metakd.models.taps import Features
 from metakd.pipeline import compare as comparison
-from metakd.pipeline import lessons, students
+from metakd.pipeline import lessons, students, teacher_cache
 from metakd.pipeline.stages import Run
 from metakd.pipeline.teacher_cache import KeptOutputs, Signal, bytes_of, is_kept, signals_of
 from metakd.training.world import World, join_world
@@ -551,6 +552,56 @@ def test_the_limit_is_checked_before_anything_is_computed(make, monkeypatch):
             start(run)
         assert not (run.folder / "teachers").exists()
         assert not (run.folder / "prototypes").exists()
+
+
+@pytest.mark.parametrize(
+    "layers, hidden, device, per_token, passes, tokens, wanted",
+    [
+        (6, 384, "cpu", 2 * 384 * 10, 3, 3e5, True),  # MiniLM to three layers, bf16
+        (12, 768, "cpu", 2 * 768 * 13, 3, 1e5, True),
+        (12, 768, "cuda", 2 * 768 * 13, 3, 1e5, False),  # computed faster than read
+        (12, 768, "cuda", 0.03, 3, 1e6, True),  # logits
+        (2, 32, "cpu", 4 * 32 * 4, 3, 1e5, False),
+        (6, 384, "cpu", 2 * 384 * 10, 1.9, 1e6, False),  # one pass makes it, hardly one reads it
+        (6, 384, "cpu", 2 * 384 * 10, 3, 1e6 * 4, False),  # 30 GB that nobody has asked for
+    ],
+)
+def test_it_pays_where_reading_is_quicker_than_asking(
+    layers, hidden, device, per_token, passes, tokens, wanted
+):
+    shape = BertConfig(num_hidden_layers=layers, hidden_size=hidden)
+    size = int(per_token * tokens)
+    assert teacher_cache.pays(size, int(tokens), shape, passes, device) is wanted
+
+
+AUTO = ["distill.cache_teacher=auto", "distill.domains=[hiking]"]
+
+
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ([*TWO_EPOCHS, "distill.method=logits_kd"], True),
+        (["distill.method=logits_kd"], False),  # one epoch
+        ([*TWO_EPOCHS, "distill.method=logits_kd", "distill.training.max_steps=2"], False),
+        ([*TWO_EPOCHS], False),  # so small a teacher is quicker than the disk
+        ([*TWO_EPOCHS, "distill.method=logits_kd", "distill.cache_limit_gib=1e-9"], False),
+    ],
+)
+def test_left_to_itself_it_is_either_all_or_none(make, asked, options, kept):
+    run = make(*options, *AUTO)
+    [place] = run.distill()
+    written = (place / "stage.json").stat().st_mtime_ns
+    assert any("teacher outputs of" in line for line in run.said) is kept
+    said = "all" if kept else "none"
+    assert make(*options, *AUTO[1:], f"distill.cache_teacher={said}").distill() == [place]
+    assert (place / "stage.json").stat().st_mtime_ns == written
+
+
+def test_left_to_itself_it_keeps_nothing_that_changes(make):
+    run = make(*TWO_EPOCHS, "distill.method=logits_kd", *AUTO)
+    run.tokenizer.padding_side = "left"
+    run.distill()
+    assert not (run.folder / ".cache" / "teachers").exists()
 
 
 def test_what_pads_on_the_left_is_not_kept(make):

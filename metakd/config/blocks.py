@@ -351,8 +351,9 @@ class DistillConfig(Block):
     ``cache_teacher`` keeps what the frozen teacher says of each training example on the disk, and
     runs it no more: ``all`` keeps every signal that the terms ask for; ``logits`` keeps logits
     alone, a few bytes an example, and serves the methods and stages that ask for nothing else,
-    while the teacher runs for the others as it does under ``none``. (A word where a switch might
-    be: what is kept differs a thousandfold in size, so that nobody should have to guess it.) It is
+    while the teacher runs for the others as it does under ``none``. ``auto`` keeps what is asked
+    for at least twice and is read faster than computed, by a rule that every run of the same
+    configuration decides alike (``teacher_cache.pays``). It is
     an error, before anything is computed, if all that a command's students ask for takes more than
     ``cache_limit_gib``.
 
@@ -404,7 +405,7 @@ class DistillConfig(Block):
     attribution_views: Annotated[Literal["label", "classes"], LATER] = "label"
     backend: Literal["auto", "reference", "eager", "cpp", "triton"] = "auto"
     teacher_stream: bool = False
-    cache_teacher: Literal["none", "logits", "all"] = "none"
+    cache_teacher: Literal["auto", "none", "logits", "all"] = "auto"
     cache_limit_gib: Positive = 20.0
     domains: list[str] | None = None
     one_student_for_all: bool = False

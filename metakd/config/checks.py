@@ -30,7 +30,7 @@ def check_contradictions(config: RunConfig, last: Stage = "students") -> list[st
         found.append("distill.teacher_stream: excluded by teacher.zero: 3, which needs all streams")
     if distill.teacher_stream and distill.cache_teacher == "all":
         found.append("distill.teacher_stream: excluded by distill.cache_teacher: all")
-    if config.compat == "easytransfer" and distill.cache_teacher != "none":
+    if config.compat == "easytransfer" and distill.cache_teacher not in ("auto", "none"):
         found.append(
             "distill.cache_teacher: excluded by compat: easytransfer, whose teacher keeps its "
             "dropout and answers otherwise each time"

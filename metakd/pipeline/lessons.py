@@ -24,7 +24,15 @@ from metakd.models.taps import attention_spans
 from metakd.pipeline.context import Context, configured
 from metakd.pipeline.memory import BYTES
 from metakd.pipeline.serving import TeacherService
-from metakd.pipeline.teacher_cache import GIB, KeptOutputs, Signal, bytes_of, is_kept, signals_of
+from metakd.pipeline.teacher_cache import (
+    GIB,
+    KeptOutputs,
+    Signal,
+    bytes_of,
+    is_kept,
+    pays,
+    signals_of,
+)
 
 
 class Lesson(NamedTuple):
@@ -214,18 +222,13 @@ class TeacherOutputs:
                 "leave out distill.cache_teacher",
             )
         size = sum(
-            bytes_of(
-                asked.signals,
-                asked.texts(),
-                self.taught,
-                len(run.corpus.label2id),
-                BYTES[config.precision],
-                asked.teachers,
-            )
+            self._bytes(asked.signals, asked.texts(), asked.teachers)
             for asked in self._asked.values()
         )
         limit = config.distill.cache_limit_gib
-        if size > limit * GIB:
+        if size > limit * GIB and config.distill.cache_teacher == "auto":
+            run.say(f"teacher outputs: about {size / GIB:.3g} GiB will be kept in {run.cache_root}")
+        elif size > limit * GIB:
             raise ConfigError(
                 f"distill.cache_teacher: what teachers say takes about {size / GIB:.3g} GiB in "
                 f"{run.cache_root}, distill.cache_limit_gib is {limit:g}",
@@ -326,7 +329,33 @@ class TeacherOutputs:
         """Which phases learn from kept outputs; an assistant's are not kept."""
         asks = lesson.asks_a_model() and not lesson.has_tutor
         mode = lesson.distill.cache_teacher if asks else "none"
-        return [is_kept(signals, mode) for signals in self.asked_of(lesson)]
+        asked = self.asked_of(lesson)
+        if mode != "auto":
+            return [is_kept(signals, mode) for signals in asked]
+        phases = phases_of(lesson.distill, self.terms(lesson))
+        return [self._pays(lesson, *one) for one in zip(asked, phases, strict=True)]
+
+    def _pays(self, lesson: Lesson, signals: frozenset[Signal], phase: Phase) -> bool:
+        """Does ``cache_teacher: auto`` keep what this phase asks for?"""
+        run, training = self._run, phase.training
+        changing = run.tokenizer.padding_side == "left" or run.config.compat == "easytransfer"
+        if changing or lesson.distill.teacher_stream or not signals:
+            return False
+        texts, count = run.texts(lesson), self._count(lesson)
+        passes = float(training.num_train_epochs)
+        if training.max_steps > 0:
+            a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+            passes = min(passes, training.max_steps * a_step / max(1, len(texts)))
+        size = self._bytes(signals, texts, count)
+        if size > lesson.distill.cache_limit_gib * GIB:
+            return False
+        tokens = count * int(texts.input_ids.lengths.sum())
+        return pays(size, tokens, self.taught, passes, run.world.device.type)
+
+    def _bytes(self, signals: frozenset[Signal], texts: Split, teachers: int) -> int:
+        itemsize = BYTES[self._run.config.precision]
+        classes = len(self._run.corpus.label2id)
+        return bytes_of(signals, texts, self.taught, classes, itemsize, teachers)
 
     def keep(
         self, place: str, teachers: Sequence[Path] = (), encoder: str | None = None

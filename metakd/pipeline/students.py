@@ -290,7 +290,7 @@ class StudentStage(StartStage):
         kept = self.outputs.keep(lesson.place, teacher_folders) if any(cached) else None
         service = None
         if teacher_folders and not all(cached):
-            if distill.cache_teacher != "none" and not lesson.has_tutor:
+            if distill.cache_teacher == "logits" and not lesson.has_tutor:
                 self.say(f"{label} {domain}: asks for more than logits, so its teacher runs")
             load = lesson.load_teacher
             service = TeacherService(teacher_folders, self.config, self.recipe, self.world, load)

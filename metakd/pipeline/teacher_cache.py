@@ -120,6 +120,28 @@ def bytes_of(
     return sum(map(of, signals))
 
 
+# For ``auto``, deliberately coarse: what decides must not differ from one run to the next, as a
+# measurement would, since students of a live and of a kept teacher differ by rounding.
+_READ = 1e9  # bytes a second
+_COMPUTE = {"cpu": 2e11, "cuda": 2e14}  # operations a second of a teacher's forward pass
+_MOST_GIB = 4.0  # that nobody has asked for
+
+
+def pays(size: int, tokens: int, shape: PretrainedConfig, passes: float, device: str) -> bool:
+    """Are these outputs read faster than they are computed, and often enough?
+
+    Args:
+        size: bytes of them, see ``bytes_of``.
+        tokens: of the texts that they are of, times the teachers.
+        shape: of the teacher; what its layers compute is taken for 2 x 12 x layers x H^2 a token.
+        passes: over the texts, the first of which makes them.
+        device: ``cpu`` or ``cuda``.
+    """
+    operations = 24 * shape.num_hidden_layers * shape.hidden_size**2 * tokens
+    faster = size / _READ < operations / _COMPUTE.get(device, _COMPUTE["cuda"])
+    return passes >= 2 and faster and size <= _MOST_GIB * GIB
+
+
 class CachedTeacher:
     """Stands where a ``FrozenTeacher`` stands: from a batch to its ``Features``.
 
