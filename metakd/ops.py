@@ -321,7 +321,7 @@ _MODULES = {
 
 def compiled(backend: str, operator: str):
     """The operator of ``SCHEMAS`` as ``backend`` implements it."""
-    return getattr(getattr(torch.ops, NAMESPACES[backend]), operator)
+    return getattr(getattr(torch.ops, NAMESPACES[backend]), operator).default
 
 
 def _accumulator(*tensors: Tensor) -> torch.dtype:
@@ -512,7 +512,12 @@ def _differentiate(library: torch.library.Library, op: str) -> None:
             if dvalue is None:  # nothing depends on the value
                 return (None,) * count
             kept = _saved(ctx)
-            return None, None, *gradients(backward_of(dvalue, *kept), kept)
+            if torch.is_grad_enabled():  # for a second derivative, which `_once` refuses
+                found = backward_of(dvalue, *kept)
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    found = backward_of(dvalue, *kept)
+            return None, None, *gradients(found, kept)
 
     def autograd(keyset, *inputs):
         below = keyset & torch._C._after_autograd_keyset

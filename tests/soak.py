@@ -3,8 +3,9 @@
 
 Clients that ask properly and check each answer, hostile bodies, clients that stop half way, clients
 that leave before the answer, and bursts of more than may wait, all for as long as it lasts. Every
-request must get the status that is its due, every proper one the right answer or, under a burst, a
-503; the server's memory must stop growing, and it must end cleanly. The exit code is 1 otherwise.
+request must get the status that is its due, every proper one the right answer or, under a burst,
+503 or 504; the server's memory must stop growing, and it must end cleanly. The exit code is 1
+otherwise.
 STUDENT is a folder; without it a student with random weights is made.
 """
 
@@ -32,6 +33,7 @@ from test_server import HOSTILE, SLOW, call, received
 from metakd.deploy import Predictor
 
 WAITING, SECONDS = 64, 3.0
+LATER = (503, 504)  # what too much at once is answered
 
 
 def resident(pid: int) -> float:
@@ -66,9 +68,9 @@ class Soak:
         start = random.randrange(len(TEXTS))
         part = slice(start, start + random.randint(1, 8))
         status, said, _ = call(self.port, {"texts": TEXTS[part]})
-        if status == 503:
+        if status in LATER:
             time.sleep(0.2)
-            return "503"
+            return str(status)
         assert status == 200, said
         for given, wanted in zip(said["answers"], self.wanted[part], strict=True):
             assert given["prediction"] == wanted["prediction"]
@@ -80,8 +82,8 @@ class Soak:
         time.sleep(0.02)
         with suppress(ConnectionError):
             status, _, _ = call(self.port, body)
-            if status == 503:
-                return "503"
+            if status in LATER:
+                return str(status)
             # What is too much for the little server of the tests is not for this one.
             assert status in (wanted, 200, 400, 413), f"{status}, not {wanted}"
             return str(status)
@@ -116,7 +118,7 @@ class Soak:
         for client in clients:
             status = received(client).split()[1].decode()
             client.close()
-            assert status in ("200", "503"), status
+            assert int(status) in (200, *LATER), status
             self.met["burst", status] += 1
         time.sleep(1.0)
         return "bursts"

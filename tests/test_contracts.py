@@ -42,15 +42,15 @@ def soft_arguments(dtype, beta, labels, classes=6):
 )
 def test_opcheck(backend, dtype, beta, labels):
     student, teacher, tail = soft_arguments(dtype, beta, labels)
-    forward = ops.compiled(backend, "soft_kl_fwd").default
+    forward = ops.compiled(backend, "soft_kl_fwd")
     torch.library.opcheck(forward, (student, teacher, *tail))
     torch.library.opcheck(forward, (student.clone().requires_grad_(), teacher, *tail))
     stats = forward(student, teacher, *tail)[1]
     drows = torch.randn(4, device=DEVICE)
-    backward = ops.compiled(backend, "soft_kl_bwd").default
+    backward = ops.compiled(backend, "soft_kl_bwd")
     torch.library.opcheck(backward, (drows, student, teacher, stats, *tail))
     # It writes into its input, which has no gradient then.
-    in_place = ops.compiled(backend, "soft_kl_fwd_bwd_").default
+    in_place = ops.compiled(backend, "soft_kl_fwd_bwd_")
     torch.library.opcheck(in_place, (student, teacher, drows, *tail))
 
 
@@ -94,8 +94,8 @@ def mixture_arguments(rows, teachers, classes, dtype=torch.float32):
 )
 def test_opcheck_of_mixtures(backend, dtype):
     student, teacher, shares = mixture_arguments(4, 3, 6, dtype)
-    forward = ops.compiled(backend, "mixture_kl_fwd").default
-    backward = ops.compiled(backend, "mixture_kl_bwd").default
+    forward = ops.compiled(backend, "mixture_kl_fwd")
+    backward = ops.compiled(backend, "mixture_kl_bwd")
     for mask in (None, torch.tensor([True, False, True, True], device=DEVICE)):
         tail = mask, 2.0, 4.0
         torch.library.opcheck(forward, (student, teacher, shares, *tail))
@@ -196,13 +196,13 @@ feature_backends = pytest.mark.parametrize(
     ],
 )
 def test_opcheck_of_scores(backend, dtype, guard, reach):
-    forward = ops.compiled(backend, "attention_score_mse_fwd").default
+    forward = ops.compiled(backend, "attention_score_mse_fwd")
     for learns in (False, True):
         torch.library.opcheck(forward, (*_pairs(dtype, learns=learns, reach=reach), None, guard))
     pairs = _pairs(dtype, reach=reach)
     heads, gram, tiled = forward(*pairs, None, guard)
     torch.library.opcheck(forward, (*pairs, torch.rand_like(heads), guard))
-    backward = ops.compiled(backend, "attention_score_mse_bwd").default
+    backward = ops.compiled(backend, "attention_score_mse_bwd")
     torch.library.opcheck(backward, (torch.randn_like(heads), *pairs, gram, tiled, guard))
 
 
@@ -218,7 +218,7 @@ def test_opcheck_of_scores(backend, dtype, guard, reach):
     ],
 )
 def test_opcheck_of_maps(backend, dtype, squared, same):
-    forward = ops.compiled(backend, "attention_map_fwd").default
+    forward = ops.compiled(backend, "attention_map_fwd")
     for learns in (False, True):
         pairs = _pairs(dtype, learns=learns, reach=(None, None) if same else (2, 1))
         if same:
@@ -226,13 +226,13 @@ def test_opcheck_of_maps(backend, dtype, squared, same):
         torch.library.opcheck(forward, (*pairs, squared, same))
     pairs = [[x.detach() for x in part] if isinstance(part, list) else part for part in pairs]
     heads, stats = forward(*pairs, squared, same)
-    backward = ops.compiled(backend, "attention_map_bwd").default
+    backward = ops.compiled(backend, "attention_map_bwd")
     torch.library.opcheck(backward, (torch.randn_like(heads), *pairs, stats, squared, same))
 
 
 @feature_backends
 def test_opcheck_of_states(backend, dtype):
-    forward = ops.compiled(backend, "hidden_mse_fwd").default
+    forward = ops.compiled(backend, "hidden_mse_fwd")
     mask = torch.arange(5, device=DEVICE) < torch.tensor([[5], [3]], device=DEVICE)
     student, teacher = (
         [torch.randn(2, 5, 6, dtype=dtype, device=DEVICE) for _ in "ab"] for _ in "st"
@@ -240,7 +240,7 @@ def test_opcheck_of_states(backend, dtype):
     for real in (None, mask):
         torch.library.opcheck(forward, (student, teacher, real))
         rows = forward(student, teacher, real)
-        backward = ops.compiled(backend, "hidden_mse_bwd").default
+        backward = ops.compiled(backend, "hidden_mse_bwd")
         torch.library.opcheck(backward, (torch.randn_like(rows), student, teacher, real))
     learning = [x.clone().requires_grad_() for x in student]
     torch.library.opcheck(forward, (learning, teacher, mask))
@@ -252,15 +252,15 @@ def test_opcheck_of_states(backend, dtype):
 def test_opcheck_of_means_and_weights(backend, dtype):
     mask = torch.arange(5, device=DEVICE) < torch.tensor([[5], [3]], device=DEVICE)
     hidden = torch.randn(2, 5, 6, dtype=dtype, device=DEVICE)
-    forward = ops.compiled(backend, "masked_mean_fwd").default
+    forward = ops.compiled(backend, "masked_mean_fwd")
     for learns in (False, True):
         torch.library.opcheck(forward, (hidden.clone().requires_grad_(learns), mask))
-    backward = ops.compiled(backend, "masked_mean_bwd").default
+    backward = ops.compiled(backend, "masked_mean_bwd")
     torch.library.opcheck(backward, (torch.randn(2, 6, device=DEVICE), mask))
     embedding, index = hidden.flatten(0, 1), torch.arange(10, device=DEVICE) % 2
-    prototypes = ops.compiled(backend, "class_prototypes").default
+    prototypes = ops.compiled(backend, "class_prototypes")
     torch.library.opcheck(prototypes, (embedding, index, index, 2, 3))
-    score = ops.compiled(backend, "prototype_score").default
+    score = ops.compiled(backend, "prototype_score")
     found = prototypes(embedding, index, index, 2, 3)
     for center in (None, embedding[0].clone()):
         torch.library.opcheck(score, (embedding, *found, index, index, 0.3, center))
