@@ -93,17 +93,21 @@ def ask(connection: http.client.HTTPConnection, text: str) -> dict:
 def load(port: int, texts: list[str], clients: int, seconds: float) -> tuple[list[float], float]:
     """Milliseconds of each request, and requests a second."""
     times: list[float] = []
+    failed: list[BaseException] = []
     following = itertools.cycle(texts)
     lock = threading.Lock()
     end = time.perf_counter() + seconds
 
     def work() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        while (start := time.perf_counter()) < end:
-            with lock:
-                text = next(following)
-            ask(connection, text)
-            times.append(1e3 * (time.perf_counter() - start))
+        try:
+            while (start := time.perf_counter()) < end:
+                with lock:
+                    text = next(following)
+                ask(connection, text)
+                times.append(1e3 * (time.perf_counter() - start))
+        except (OSError, SystemExit) as error:  # a thread would keep it to itself
+            failed.append(error)
         connection.close()
 
     begun = time.perf_counter()
@@ -112,6 +116,8 @@ def load(port: int, texts: list[str], clients: int, seconds: float) -> tuple[lis
         thread.start()
     for thread in threads:
         thread.join()
+    if failed:
+        raise failed[0]
     return times, len(times) / (time.perf_counter() - begun)
 
 

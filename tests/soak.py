@@ -136,8 +136,9 @@ def main() -> None:
         command = [sys.executable, "-m", "metakd", "serve", str(student), "--port", "0"]
         command += ["--engine", "eager", "--threads", "1"]
         command += ["--max-waiting", str(WAITING), "--max-seconds", str(SECONDS)]
+        log = Path(folder) / "log"
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=unjoined()
+            command, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, env=unjoined()
         )
         port = int(re.search(r":(\d+)/", process.stdout.readline())[1])
         soak = Soak(port, wanted, options.seconds)
@@ -156,7 +157,8 @@ def main() -> None:
         ]:
             soak.wrong.append("after all that: other answers")
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=60)[1]
+        process.wait(60)
+        said = log.read_text()
     if "Traceback" in said:
         soak.wrong.append(f"the server said: {said[-2000:]}")
     growth = memory[-1] - memory[len(memory) // 2]

@@ -141,6 +141,8 @@ HOSTILE = {
     "nested texts": ({"texts": [[["a"], "b"]]}, 422),
     "mixed": ({"texts": ["a", ["b", "c"]]}, 422),
     "unknown key": ({"texts": ["a"], "text": "a"}, 422),
+    "unknown key, half a surrogate": (b'{"\\ud800": 1}', 422),
+    "unknown key, long": ({"x" * 100_000: 1}, 422),
     "unknown domain": ({"texts": ["a"], "domain": "x" * 1000}, 404),
     "domain of another kind": ({"texts": ["a"], "domain": ["one"]}, 422),
     "too many texts": ({"texts": ["a"] * 9}, 413),
@@ -251,6 +253,24 @@ def test_what_is_not_computed_in_time_is_given_up():
     assert stub.batches == [["first"], ["third"]]
 
 
+def test_who_would_wait_in_vain_is_told_at_once():
+    """Or else what is computed under load is what nobody waits for any more."""
+
+    class Slow(Stub):
+        def __call__(self, texts):
+            time.sleep(0.05 * len(texts))  # 20 texts a second
+            return super().__call__(texts)
+
+    slow = Slow()
+    slow.free.set()
+    with serving({"one": slow}, seconds=2, batch=4) as served, ThreadPoolExecutor(64) as clients:
+        assert call(served.port, {"texts": ["first"]})[0] == 200
+        asked = [clients.submit(call, served.port, {"texts": [str(n)]}) for n in range(64)]
+        found = [one.result()[0] for one in asked]
+    assert set(found) == {200, 503}
+    assert found.count(200) >= 10
+
+
 def test_a_failure_is_of_its_own_request_alone():
     stub = Stub()
     with serving({"one": stub}) as served, ThreadPoolExecutor(8) as clients:
@@ -262,6 +282,8 @@ def test_a_failure_is_of_its_own_request_alone():
         stub.free.set()
         assert first.result()[0] == 200
         assert [one.result()[0] for one in others] == [200, 500, 200]
+        counted = call(served.port, path="/metrics")[1].decode()
+    assert 'metakd_requests_total{status="500"} 1.0' in counted
 
 
 def test_what_has_begun_is_answered_before_it_stops():

@@ -23,11 +23,7 @@ SETTINGS = {
     "data": {"max_length": 24},
     "teacher": {"training": {"num_train_epochs": 1, "learning_rate": 1e-3}},
     "student": {"layers": [1]},
-    # What is kept is said by the test that is about it.
-    "distill": {
-        "training": {"num_train_epochs": 1, "learning_rate": 1e-3},
-        "cache_teacher": "none",
-    },
+    "distill": {"training": {"num_train_epochs": 1, "learning_rate": 1e-3}},
     "report_to": ["jsonl"],
     "logging_steps": 1,
 }

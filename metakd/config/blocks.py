@@ -352,9 +352,9 @@ class DistillConfig(Block):
     runs it no more: ``all`` keeps every signal that the terms ask for; ``logits`` keeps logits
     alone, a few bytes an example, and serves the methods and stages that ask for nothing else,
     while the teacher runs for the others as it does under ``none``. ``auto`` keeps what is asked
-    for at least twice and is read faster than computed, by a rule that every run of the same
-    configuration decides alike (``teacher_cache.pays``). It is
-    an error, before anything is computed, if all that a command's students ask for takes more than
+    for at least twice and is read faster than computed, by a rule that measures nothing
+    (``teacher_cache.pays``), so that a run on the same kind of device decides alike. It is an
+    error, before anything is computed, if all that a command's students ask for takes more than
     ``cache_limit_gib``.
 
     ``transfer`` says from which texts a student learns, the labelled ones of its domain (``own``),
@@ -405,7 +405,7 @@ class DistillConfig(Block):
     attribution_views: Annotated[Literal["label", "classes"], LATER] = "label"
     backend: Literal["auto", "reference", "eager", "cpp", "triton"] = "auto"
     teacher_stream: bool = False
-    cache_teacher: Literal["auto", "none", "logits", "all"] = "auto"
+    cache_teacher: Literal["auto", "none", "logits", "all"] = "none"
     cache_limit_gib: Positive = 20.0
     domains: list[str] | None = None
     one_student_for_all: bool = False

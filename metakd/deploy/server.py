@@ -6,10 +6,10 @@
 /metrics`` counts for Prometheus. What arrives while a student computes is its next batch: nobody
 waits for others to come, and the more wait, the larger the batches.
 
-Every request is answered with a status, an error as ``{"error": ..., "remedy": ...}``: 400 is no
-JSON, 404 no such path or domain, 405 a wrong method, 408 a client that is too slow, 413 too long,
-422 JSON that asks nothing answerable, 500 a failure here, 503 too much at once (``Retry-After``
-says when to come again), 504 not computed in time.
+Every request is answered with a status, an error as ``{"error": ...}``, mostly with a ``remedy``:
+400 is no JSON, 404 no such path or domain, 405 a wrong method, 408 a client that is too slow, 413
+too long, 422 JSON that asks nothing answerable, 500 a failure here, 503 too much at once
+(``Retry-After`` says when to come again), 504 not computed in time.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Limits:
     body: int = 1 << 20  # bytes of a request
     texts: int = 1024  # of a request
     waiting: int = 4096  # texts of one student that are not computed yet
-    batch: int = 512  # texts that a student is given at once
+    batch: int = 64  # texts that a student is given at once, if no request alone has more
+    characters: int = 1 << 21  # likewise
     connections: int = 512
     seconds: float = 30.0  # for a request to arrive, and again for it to be computed
 
@@ -58,29 +59,54 @@ class _Overloaded(Exception):
     """More waits for a student than it may."""
 
 
+@dataclass(eq=False)
+class _Asked:
+    """A request that waits."""
+
+    texts: Sequence[Text]
+    answer: asyncio.Future
+    characters: int = 0
+
+    def __post_init__(self):
+        parts = ([one] if isinstance(one, str) else one for one in self.texts)
+        self.characters = sum(len(part) for one in parts for part in one)
+
+    def goes_with(self, other: _Asked) -> bool:
+        """Are both of single texts, or of pairs?"""
+        return isinstance(self.texts[0], str) == isinstance(other.texts[0], str)
+
+
 class _Student:
     """A student and who waits for it. Its methods run on the server's loop, the student in
     ``pool``."""
 
     def __init__(self, predictor: Predictor, pool: ThreadPoolExecutor, limits: Limits):
         self._predictor, self._pool, self._limits = predictor, pool, limits
-        self._waiting: deque[tuple[Sequence[Text], asyncio.Future]] = deque()
+        self._waiting: deque[_Asked] = deque()
         self._arrived = asyncio.Event()
+        self._rate = 0.0  # texts a second, lately; 0 before the first batch
         self.texts = 0  # that wait
 
     async def __call__(self, texts: Sequence[Text]) -> list[dict]:
         """The answer to each text.
 
         Raises:
-            _Overloaded: too many wait already.
+            _Overloaded: too many wait already, or more than are computed in half the time there is:
+                who waited to no purpose would have been in the way of others.
         """
-        if self.texts and self.texts + len(texts) > self._limits.waiting:
+        least = self._limits.seconds * self._rate / 2 or self._limits.waiting
+        if self.texts and self.texts + len(texts) > min(least, self._limits.waiting):
             raise _Overloaded
-        asked = asyncio.get_running_loop().create_future()
-        self._waiting.append((texts, asked))
+        asked = _Asked(texts, asyncio.get_running_loop().create_future())
+        self._waiting.append(asked)
         self.texts += len(texts)
         self._arrived.set()
-        return await asked
+        try:
+            return await asked.answer
+        finally:
+            if asked in self._waiting:  # has given up
+                self._waiting.remove(asked)
+                self.texts -= len(texts)
 
     async def work(self, seen: Callable[[int], None]) -> None:
         """Answer whoever comes, for ever; ``seen`` is told the size of each batch."""
@@ -90,45 +116,51 @@ class _Student:
             if not self._waiting:
                 self._arrived.clear()
             if batch:
-                seen(sum(len(texts) for texts, _ in batch))
+                size, start = sum(len(one.texts) for one in batch), time.perf_counter()
+                seen(size)
                 await self._compute(batch)
+                rate = size / (time.perf_counter() - start)
+                self._rate = 0.7 * self._rate + 0.3 * rate if self._rate else rate
 
-    def _next(self) -> list[tuple[Sequence[Text], asyncio.Future]]:
-        """Whom to answer together: single texts, or pairs. Who has given up is left out."""
-        batch: list[tuple[Sequence[Text], asyncio.Future]] = []
-        room = self._limits.batch
+    def _next(self) -> list[_Asked]:
+        """Whom to answer together."""
+        batch: list[_Asked] = []
+        room, characters = self._limits.batch, self._limits.characters
         while self._waiting:
-            texts, asked = self._waiting[0]
-            alike = not batch or isinstance(texts[0], str) == isinstance(batch[0][0][0], str)
-            if not asked.done() and batch and (len(texts) > room or not alike):
+            asked = self._waiting[0]
+            fits = len(asked.texts) <= room and asked.characters <= characters
+            if batch and not (fits and asked.goes_with(batch[0])):
                 break
-            self._waiting.popleft()
-            self.texts -= len(texts)
-            if not asked.done():
-                batch.append((texts, asked))
-                room -= len(texts)
+            batch.append(self._waiting.popleft())
+            self.texts -= len(asked.texts)
+            room -= len(asked.texts)
+            characters -= asked.characters
         return batch
 
-    async def _compute(self, batch: list[tuple[Sequence[Text], asyncio.Future]]) -> None:
-        together = [text for texts, _ in batch for text in texts]
-        run = asyncio.get_running_loop().run_in_executor
+    async def _compute(self, batch: list[_Asked]) -> None:
+        batch = [asked for asked in batch if not asked.answer.done()]
+        together = [text for asked in batch for text in asked.texts]
+        if not together:
+            return
         try:
+            run = asyncio.get_running_loop().run_in_executor
             found = iter(await run(self._pool, self._answers, together))
         except Exception as error:
             if len(batch) == 1:
-                if not batch[0][1].done():
-                    batch[0][1].set_exception(error)
+                if not batch[0].answer.done():
+                    batch[0].answer.set_exception(error)
                 return
-            for one in batch:  # whose fault it was
-                await self._compute([one])
+            half = len(batch) // 2  # whose fault was it?
+            await self._compute(batch[:half])
+            await self._compute(batch[half:])
             return
-        for texts, asked in batch:
-            answers = [next(found) for _ in texts]
-            if not asked.done():
-                asked.set_result(answers)
+        for asked in batch:
+            answers = [next(found) for _ in asked.texts]
+            if not asked.answer.done():
+                asked.answer.set_result(answers)
 
     def _answers(self, texts: Sequence[Text]) -> list[dict]:
-        return [answer.fields() for answer in self._predictor(texts)]
+        return [answer.fields() for _, answer in zip(texts, self._predictor(texts), strict=True)]
 
 
 class _Metrics:
@@ -145,24 +177,25 @@ class _Metrics:
         self.waiting = Gauge("metakd_waiting_texts", "Texts not computed yet", **given)
 
 
-def application(predictors: Mapping[str, Predictor], limits: Limits) -> Starlette:
+def application(predictors: Mapping[str, Predictor], limits: Limits) -> _Counting:
     """An ASGI application that serves these students by the names that requests call a
     ``domain``."""
     metrics = _Metrics()
     students: dict[str, _Student] = {}
+    at_work: list[asyncio.Task] = []
 
     @asynccontextmanager
     async def living(_: Starlette) -> AsyncIterator[None]:
         # One thread: a student uses every core, two side by side would only get in their way.
-        with ThreadPoolExecutor(1) as pool:
-            students.update({name: _Student(one, pool, limits) for name, one in predictors.items()})
-            metrics.waiting.set_function(lambda: sum(one.texts for one in students.values()))
-            at_work = [
-                asyncio.create_task(x.work(metrics.batch.observe)) for x in students.values()
-            ]
-            yield
-            for task in at_work:
-                task.cancel()
+        pool = ThreadPoolExecutor(1)
+        students.update({name: _Student(one, pool, limits) for name, one in predictors.items()})
+        metrics.waiting.set_function(lambda: sum(one.texts for one in students.values()))
+        for student in students.values():
+            at_work.append(asyncio.create_task(student.work(metrics.batch.observe)))
+        yield
+        for task in at_work:
+            task.cancel()
+        pool.shutdown(wait=False, cancel_futures=True)
 
     async def predict(request: Request) -> Response:
         start = time.perf_counter()
@@ -172,7 +205,7 @@ def application(predictors: Mapping[str, Predictor], limits: Limits) -> Starlett
             async with asyncio.timeout(limits.seconds):
                 answers = await students[name](texts)
         except _Overloaded:
-            raise _refusal(503, f"{limits.waiting} texts wait already", "come again") from None
+            raise _refusal(503, "too many texts wait already", "come again") from None
         except TimeoutError:
             raise _refusal(504, "not computed in time", "send fewer texts at once") from None
         metrics.texts.labels(name).inc(len(texts))
@@ -180,7 +213,9 @@ def application(predictors: Mapping[str, Predictor], limits: Limits) -> Starlett
         return JSONResponse({"domain": name, "answers": answers})
 
     async def health(_: Request) -> Response:
-        return JSONResponse({"status": "ok", "domains": sorted(students)})
+        well = not any(task.done() for task in at_work)
+        said = {"status": "ok" if well else "a student has stopped", "domains": sorted(students)}
+        return JSONResponse(said, 200 if well else 503)
 
     async def measured(_: Request) -> Response:
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
@@ -202,14 +237,14 @@ def application(predictors: Mapping[str, Predictor], limits: Limits) -> Starlett
         lifespan=living,
         exception_handlers={HTTPException: refused, Exception: failed},
     )
-    app.add_middleware(_Counting, requests=metrics.requests)
-    return app
+    return _Counting(app, metrics.requests)
 
 
 class _Counting:
-    """ASGI middleware that counts answers by status."""
+    """Counts answers by status, around all of the application: what answers 500 is its outermost
+    part."""
 
-    def __init__(self, app, requests: Counter):
+    def __init__(self, app: Starlette, requests: Counter):
         self._app, self._requests = app, requests
 
     async def __call__(self, scope, receive, send) -> None:
@@ -265,7 +300,8 @@ def _question(
     """Whom a request asks, and of which texts."""
     unknown = sorted(asked.keys() - {"texts", "domain"})
     if unknown:
-        raise _refusal(422, f"unknown: {listing(unknown, _SHOWN)}", "keys are texts and domain")
+        named = listing([repr(key[:60]) for key in unknown], _SHOWN)
+        raise _refusal(422, f"unknown: {named}", "keys are texts and domain")
     texts, name = asked.get("texts"), asked.get("domain")
     there_are = f"there are {listing(sorted(students), _SHOWN)}"
     if name is None:
@@ -342,7 +378,7 @@ def server(predictors: Mapping[str, Predictor], limits: Limits) -> uvicorn.Serve
         ws="none",
         log_level="warning",
         limit_concurrency=limits.connections,
-        timeout_graceful_shutdown=int(limits.seconds) + 1,
+        timeout_graceful_shutdown=int(2 * limits.seconds) + 1,
         server_header=False,
     )
     return uvicorn.Server(config)
@@ -359,7 +395,8 @@ def students_in(places: Sequence[str | Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for place in map(Path, places):
         for folder in _folders(place):
-            name = folder.parent.name if folder.name == "onnx" else folder.resolve().name
+            whole = folder.resolve()
+            name = whole.parent.name if whole.name == "onnx" else whole.name
             if name in found:
                 both = f"{found[name]} and {folder} are both called {name}"
                 raise ConfigError(both, "serve one of them")

@@ -219,16 +219,14 @@ class TeacherOutputs:
                 f"distill.cache_teacher: the tokenizer of {config.teacher.model} pads on the left, "
                 "so that a token's position, and what a teacher says of it, differs from batch to "
                 "batch",
-                "leave out distill.cache_teacher",
+                "set distill.cache_teacher: none",
             )
         size = sum(
             self._bytes(asked.signals, asked.texts(), asked.teachers)
             for asked in self._asked.values()
         )
         limit = config.distill.cache_limit_gib
-        if size > limit * GIB and config.distill.cache_teacher == "auto":
-            run.say(f"teacher outputs: about {size / GIB:.3g} GiB will be kept in {run.cache_root}")
-        elif size > limit * GIB:
+        if size > limit * GIB:
             raise ConfigError(
                 f"distill.cache_teacher: what teachers say takes about {size / GIB:.3g} GiB in "
                 f"{run.cache_root}, distill.cache_limit_gib is {limit:g}",

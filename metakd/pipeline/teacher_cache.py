@@ -120,8 +120,9 @@ def bytes_of(
     return sum(map(of, signals))
 
 
-# For ``auto``, deliberately coarse: what decides must not differ from one run to the next, as a
-# measurement would, since students of a live and of a kept teacher differ by rounding.
+# For ``auto``, deliberately coarse: what decides must not differ from one run to the next on a
+# machine, as a measurement would, since students of a live and of a kept teacher differ by
+# rounding.
 _READ = 1e9  # bytes a second
 _COMPUTE = {"cpu": 2e11, "cuda": 2e14}  # operations a second of a teacher's forward pass
 _MOST_GIB = 4.0  # that nobody has asked for
@@ -349,7 +350,7 @@ class KeptOutputs:
             failed = error
         if told := next(filter(None, self._world.gather(problem)), None):
             remedy = "make room, or give back the rights, then give the same command again"
-            cache = "or leave out distill.cache_teacher"
+            cache = "or set distill.cache_teacher: none"
             raise CheckpointError(told, f"{remedy}; {cache}") from failed
 
 
