@@ -156,7 +156,7 @@ def against_base(points: Sequence[dict]) -> dict:
         for point, own, reached in zip(points, cells, curve):
             for row in rows:
                 answers = answers_of(own, row)
-                for name in [AVERAGE, *answers] if row != base else []:
+                for name in [AVERAGE, *answers] if row != base and answers else []:
                     part = answers if name == AVERAGE else {name: answers[name]}
                     entry = {"row": row, "domain": name, "labels": point["asked"]}
                     entry["difference"] = accuracy_difference(part, reached)
