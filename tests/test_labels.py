@@ -23,7 +23,7 @@ from metakd.pipeline.statistics import (
     label_efficiency,
     labels_to_reach,
 )
-from metakd.pipeline.table import Cell, answers_of, show_interval
+from metakd.pipeline.table import AVERAGE, Cell, answers_of, show_interval
 
 # Statistics
 
@@ -116,6 +116,28 @@ def test_efficiency_is_how_many_times_the_labels():
 def test_cells_without_answers_have_none():
     cells = [Cell("a", "d", 1, 50.0, "01"), Cell("a", "d", 2, 50.0), Cell("b", "d", 1, 0.0, "00")]
     assert answers_of(cells, "a") == {} and answers_of(cells, "b") == {"d": {1: "00"}}
+
+
+def test_a_row_may_be_missing_at_a_point():
+    def cells(rows: dict[str, float]) -> list[Cell]:
+        return [
+            Cell(row, domain, seed, 100 * right.count("1") / len(right), right)
+            for row, accuracy in rows.items()
+            for domain, by_seed in made_up(accuracy).items()
+            for seed, right in by_seed.items()
+        ]
+
+    counts = {10: {"finetune": 0.6, "meta-from-meta": 0.7}, 100: {"finetune": 0.7}}
+    points = [
+        by_labels.point(n, dict.fromkeys(("films", "news"), n), cells(rows))
+        for n, rows in counts.items()
+    ]
+    found = by_labels.against_base(points)
+    assert {(entry["row"], entry["labels"]) for entry in found["against_base"]} == {
+        ("meta-from-meta", 10)
+    }
+    average = next(e for e in found["against_base"] if e["domain"] == AVERAGE)
+    assert average["efficiency"][0] == pytest.approx(10)
 
 
 # Runs
