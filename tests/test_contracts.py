@@ -265,7 +265,7 @@ def test_opcheck_of_means_and_weights(backend, dtype):
     for center in (None, embedding[0].clone()):
         torch.library.opcheck(score, (embedding, *found, index, index, 0.3, center))
     t = score(embedding, *found, index, index, 0.3, None)
-    torch.library.opcheck(ops.compiled(backend, "domain_expertise").default, (embedding, index, t))
+    torch.library.opcheck(ops.compiled(backend, "domain_expertise"), (embedding, index, t))
 
 
 def _stacks():
