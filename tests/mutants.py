@@ -374,8 +374,8 @@ MUTANTS += [
     Mutant(
         "contract: gradients of queries and keys swapped",
         "metakd/ops.py",
-        "lists = found[: len(nothing)], found[len(nothing) :] or nothing",
-        "lists = (found[len(nothing) :] or found), found[: len(nothing)]",
+        "return found + [None] * (2",
+        "return found[len(kept[0]) :] + found[: len(kept[0])] + [None] * (2",
         family="scores",
     ),
     Mutant(
@@ -493,8 +493,8 @@ MUTANTS += [
     Mutant(
         "contract: gradients of student and shares swapped",
         "metakd/ops.py",
-        "return dstudent, None, dshares, None, None, None",
-        "return dshares, None, dstudent, None, None, None",
+        "kept: found,",
+        "kept: found[::-1],",
         family="mixtures",
     ),
     Mutant(
