@@ -178,7 +178,7 @@ def trainer(encoder: Path, files: Path, out: Path, seed: int, bf16: bool) -> tup
 
     class Distiller(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **_):
-            labels = inputs.pop("labels")
+            inputs.pop("labels")
             asked = {"output_hidden_states": True, "output_attentions": True}
             with torch.no_grad():
                 taught = teacher(**inputs, **asked)
@@ -196,7 +196,6 @@ def trainer(encoder: Path, files: Path, out: Path, seed: int, bf16: bool) -> tup
                 loss = loss + ATTENTION * F.mse_loss(
                     said.attentions[mine], taught.attentions[layer]
                 )
-            del labels
             return (loss, said) if return_outputs else loss
 
     scores = {}

@@ -103,10 +103,11 @@ class _Student:
         self._arrived.set()
         try:
             return await asked.answer
-        finally:
-            if asked in self._waiting:  # has given up
+        except asyncio.CancelledError:  # has given up
+            if asked in self._waiting:
                 self._waiting.remove(asked)
                 self.texts -= len(texts)
+            raise
 
     async def work(self, seen: Callable[[int], None]) -> None:
         """Answer whoever comes, for ever; ``seen`` is told the size of each batch."""
