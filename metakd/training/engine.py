@@ -262,7 +262,20 @@ def _start_engine(
         # In half precision DeepSpeed allocates its state by a step on zero gradients, which would
         # shift Adam's bias correction by one and shorten the first updates by a quarter.
         optimizer.state.clear()
+        # A process alone would copy its gradients together, and apart again.
+        engine.enable_backward_allreduce = world.size > 1
+        if hasattr(engine.optimizer, "overflow_checker"):
+            engine.optimizer.overflow_checker = _LeftToTheNorm()
     return engine, scheduler
+
+
+class _LeftToTheNorm:
+    """In the place of DeepSpeed's search for values that are not finite: two reductions of every
+    gradient, before a norm that is not finite either and leaves the step out as well."""
+
+    def check(self, param_groups=None) -> bool:
+        """Never finds any."""
+        return False
 
 
 @dataclass
