@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metakd import cli_deploy, front, printed
-from metakd.config import Stage, load_config
+from metakd.config import RunConfig, Stage, load_config
 from metakd.errors import ConfigError, MetakdError, UnsupportedError, naming_extras
 from metakd.front import Result
 from metakd.pipeline.table import title_of
@@ -306,13 +306,30 @@ def doctor(
         str | None, typer.Argument(metavar="[CONFIG]", help="YAML file: estimate its memory")
     ] = None,
     overrides: Overrides = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="say how long CONFIG takes, measured in a few steps")
+    ] = False,
+    processes: Annotated[
+        str | None,
+        typer.Option(metavar="N,...", help="estimate for so many, one a device; default: started"),
+    ] = None,
+    on: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="plan from published rates: h100, ...")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="of a device for an hour, for the plan")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ):
     """Print versions, devices, and each backend with the reason why it cannot run an operation; of
-    a CONFIG also the memory that its models need per process."""
+    a CONFIG also the memory that its models need per process, and with --plan the time it takes.
+    Start it as the run will be to have it measured as that will be."""
     from metakd.diagnosis import diagnose
 
+    counts = _counts(processes)
     checked = load_config(config, overrides or []) if config else None
+    if plan and checked is None:
+        raise ConfigError("--plan: there is nothing to plan", "name a configuration")
     report = diagnose()
     if checked is not None:
         import torch
@@ -320,8 +337,14 @@ def doctor(
         from metakd.pipeline.memory import memory_table
 
         # Not yet started as a world, one process per GPU is what it will be.
-        processes = int(os.environ.get("WORLD_SIZE") or max(1, torch.cuda.device_count()))
-        report["memory per process, estimated"] = memory_table(checked, processes)
+        started = int(os.environ.get("WORLD_SIZE") or max(1, torch.cuda.device_count()))
+        for count in counts or [started]:
+            of = f" of {count}" * bool(counts)
+            report[f"memory per process{of}, estimated"] = memory_table(checked, count)
+        if plan:
+            report |= _planned(checked, counts or [started], on, price)
+    if not _is_main():
+        return
     if as_json:
         print(json.dumps(report, indent=1))
         return
@@ -330,6 +353,39 @@ def doctor(
         for name, value in block.items():
             table.add_row(name, str(value))
         console.print(table)
+
+
+def _counts(listed: str | None) -> list[int]:
+    words = listed.split(",") if listed else []
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise ConfigError(f"--processes: {listed!r} is no list of numbers", "write it as 1,8,64")
+    return list(map(int, words))
+
+
+def _planned(
+    config: RunConfig, counts: list[int], on: str | None, price: float | None
+) -> dict[str, dict[str, str]]:
+    from metakd.pipeline import plan
+    from metakd.pipeline.probe import Probe
+
+    device = plan.checked_device(on)
+    run = front.open_run(config, console=console)
+    run.world.one_by_one(lambda: run.corpus)
+    if device is None:
+        if set(counts) != {run.world.size}:
+            raise ConfigError(
+                f"--plan: {run.world.size} processes are started, and so many can be measured",
+                "start as many as are to be planned for, or name a device with --on",
+            )
+        rates: plan.RatesOf = Probe(run)
+        source = f"measured with {run.world.size} processes"
+    else:
+        known = plan.published(device, config.precision)
+        rates, source = (lambda *_: known), f"predicted from published rates of {device}"
+    return {
+        f"plan for {count}, {source}": plan.as_table(plan.stages(run, count, rates), count, price)
+        for count in counts
+    }
 
 
 def _is_main() -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from pathlib import Path
 
 # Before transformers, datasets and Triton are imported: they read these once.
@@ -62,6 +63,23 @@ def shared_data():
         return path
 
     return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """``call("run", path, ...)``: exit code, standard output and standard error of ``metakd run
+    path ...``."""
+
+    from metakd import cli
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["metakd", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return run
 
 
 @pytest.fixture

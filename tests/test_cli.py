@@ -11,25 +11,10 @@ from broken_data import CASES
 from test_config import CONTRADICTIONS, GENERATED, UNREADABLE, VALID, WRONG, with_fault
 from test_data import BROKEN, TEST, put
 
-from metakd import cli, demo, extension, front, ops
+from metakd import demo, extension, front, ops
 from metakd.demo import encoders, quickstart, rated
 from metakd.errors import ConfigError
 from metakd.models.student import PRESETS
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """``call("run", path, ...)``: exit code, standard output and standard error of ``metakd run
-    path ...``."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["metakd", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

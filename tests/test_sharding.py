@@ -134,3 +134,11 @@ def test_a_sharded_teacher_is_held_in_halves(trained):
     every_weight, large_weights = json.loads((trained / "shares.json").read_text())
     assert 0.5 <= every_weight < 0.52
     assert 0.5 <= large_weights <= 1.0
+
+
+def test_prototypes_of_a_sharded_encoder(trained):
+    whole, sharded = (
+        load_file(trained / str(list(VARIANTS).index(name)) / "prototypes" / "scores.safetensors")
+        for name in ("replicated", "both sharded")
+    )
+    torch.testing.assert_close(sharded["t"], whole["t"], rtol=0, atol=1e-5)

@@ -200,7 +200,7 @@ class TeacherOutputs:
         """
         grown = False
         asked = [
-            Asked(lesson.place, partial(self._run.texts, lesson), signals, self._count(lesson))
+            Asked(lesson.place, partial(self._run.texts, lesson), signals, self.count(lesson))
             for lesson in lessons
             for signals, cached in zip(self.asked_of(lesson), self.cached_phases(lesson))
             if cached
@@ -221,10 +221,7 @@ class TeacherOutputs:
                 "batch",
                 "set distill.cache_teacher: none",
             )
-        size = sum(
-            self._bytes(asked.signals, asked.texts(), asked.teachers)
-            for asked in self._asked.values()
-        )
+        size = self.kept_bytes()
         limit = config.distill.cache_limit_gib
         if size > limit * GIB:
             raise ConfigError(
@@ -234,7 +231,14 @@ class TeacherOutputs:
                 "matched layers",
             )
 
-    def _count(self, lesson: Lesson) -> int:
+    def kept_bytes(self) -> int:
+        """What all that was foreseen takes on the disk."""
+        return sum(
+            self._bytes(asked.signals, asked.texts(), asked.teachers)
+            for asked in self._asked.values()
+        )
+
+    def count(self, lesson: Lesson) -> int:
         """How many teachers are asked."""
         config, domains = self._run.config, self._run.corpus.domains
         alike = config.teacher.ensemble
@@ -339,7 +343,7 @@ class TeacherOutputs:
         changing = run.tokenizer.padding_side == "left" or run.config.compat == "easytransfer"
         if changing or lesson.distill.teacher_stream or not signals:
             return False
-        texts, count = run.texts(lesson), self._count(lesson)
+        texts, count = run.texts(lesson), self.count(lesson)
         passes = float(training.num_train_epochs)
         if training.max_steps > 0:
             a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps

@@ -68,9 +68,9 @@ class Memory:
             "optimizer": self.optimizer,
             "activations about": self.activations,
         }
-        listed = ", ".join(f"{name} {_shown(size)}" for name, size in parts.items() if size)
-        host = f"; on the host {_shown(self.host)}" if self.host else ""
-        return f"{_shown(self.device)} ({listed}){host}"
+        listed = ", ".join(f"{name} {quantity(size)}" for name, size in parts.items() if size)
+        host = f"; on the host {quantity(self.host)}" if self.host else ""
+        return f"{quantity(self.device)} ({listed}){host}"
 
 
 def estimate(
@@ -255,6 +255,7 @@ def memory_table(config: RunConfig, world_size: int) -> dict[str, str]:
     return table
 
 
-def _shown(size: int) -> str:
-    power = min(int(math.log10(max(size, 1)) // 3), 4)
-    return f"{size / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+def quantity(size: float) -> str:
+    """Bytes as people say them."""
+    power = min(int(math.log10(max(size, 1)) // 3), 5)
+    return f"{size / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"

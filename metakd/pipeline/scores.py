@@ -12,9 +12,13 @@ from torch import Tensor
 from metakd.data.batches import prefetch
 from metakd.data.corpus import Split
 from metakd.method.prototypes import Prototypes, describe_scores, embed
-from metakd.models.sources import load_encoder
+from metakd.method.teachers import Teacher
+from metakd.models.sources import load_config, load_encoder
+from metakd.models.taps import pool
 from metakd.pipeline.context import Context, configured
+from metakd.pipeline.serving import TeacherService
 from metakd.training.saves import Saves
+from metakd.training.scoring import logits_of
 
 
 @dataclass
@@ -78,6 +82,10 @@ class PrototypeStage(Context):
 
     def _embed(self, split: Split) -> Tensor:
         """E(X) [N, H] of the pre-trained encoder on the CPU; ranks share the work."""
+        in_shards = self.config.sharding(self.config.teacher).zero == 3
+        # The released form's mean counts padding, which depends on how texts share batches.
+        if in_shards and self.recipe.pooling == "masked_mean":
+            return self._embed_in_shards(split)
         with configured("teacher.model"):
             encoder = load_encoder(self.config.teacher.model)
         encoder.to(self.world.device)
@@ -91,6 +99,24 @@ class PrototypeStage(Context):
             embedding[torch.cat(own)] = seen.to(embedding)
         self.world.add_up(embedding)
         return embedding
+
+    def _embed_in_shards(self, split: Split) -> Tensor:
+        """The same of an encoder that no device holds whole."""
+        source = self.config.teacher.model
+        with configured("teacher.model"):
+            width = load_config(source).hidden_size
+            service = TeacherService(
+                [source], self.config, self.recipe, self.world, Teacher.pretrained
+            )
+        with service.showing(frozenset({"last_hidden"})) as show:
+            return logits_of(
+                lambda batch: pool(show(batch), self.recipe.pooling),
+                split,
+                self.collate,
+                num_classes=width,
+                batch_size=self.config.teacher.training.per_device_eval_batch_size,
+                world=self.world,
+            )
 
     def scores(self) -> dict[str, Tensor]:
         """Of training examples ``t`` [N], of unlabelled texts ``unlabelled`` [N, C] by cell."""

@@ -33,6 +33,7 @@ from metakd.method.teachers import StepOutput
 from metakd.method.temperature import UPDATES, Temperature
 from metakd.models.taps import Features
 from metakd.training.faults import SkippingAdamW, StopRequest, Watchdog
+from metakd.training.half import StepInParts
 from metakd.training.log import Meter, RunLog
 from metakd.training.saves import Keeper, Position, Saves
 from metakd.training.schedule import optimizer_and_scheduler, warmup
@@ -264,8 +265,10 @@ def _start_engine(
         optimizer.state.clear()
         # A process alone would copy its gradients together, and apart again.
         engine.enable_backward_allreduce = world.size > 1
-        if hasattr(engine.optimizer, "overflow_checker"):
+        if config.precision != "fp32":
             engine.optimizer.overflow_checker = _LeftToTheNorm()
+            if StepInParts.fits(engine.optimizer):
+                engine.optimizer.step = StepInParts(engine.optimizer)
     return engine, scheduler
 
 

@@ -1,0 +1,191 @@
+"""Measures what a machine does in a second, for ``pipeline.plan``: a few steps of a run's own loop.
+
+Models of one and of two layers of the shape in question are trained by ``training.engine.fit``, on
+texts of the corpus that are as long as its batches are, by all processes that have been started:
+what two layers take longer than one is a layer, what one takes longer with its table of words than
+with that table held still is that table's update, and what remains is the start of a step. Between
+processes an ``all_reduce`` of so many bytes is timed, and what updates send is taken out of them.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from itertools import pairwise
+from statistics import median
+
+import psutil
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
+
+from metakd.config import Sharding, TrainingConfig
+from metakd.errors import UnsupportedError
+from metakd.method.teachers import Teacher
+from metakd.models.sources import shortened
+from metakd.models.student import word_embeddings
+from metakd.pipeline.memory import BYTES, count_parameters, estimate, quantity
+from metakd.pipeline.plan import Load, Rates, Sizes, step
+from metakd.pipeline.stages import Run
+from metakd.training.engine import fit, seed_everything
+
+WARM, TIMED = 3, 9
+_SENT = 2**25  # bytes of the exchange that is timed
+_LEAST = 1e-12  # of a rate, where noise has hidden what was to be measured
+
+
+class Probe:
+    """Measures once for each shape, load and stage.
+
+    Args:
+        run: with the processes that will train, its corpus readable.
+    """
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._found: dict[tuple, Rates] = {}
+        self._link = _link(run)
+
+    def __call__(self, shape: PretrainedConfig, load: Load, sharding: Sharding) -> Rates:
+        """Rates of one process, see ``plan.stages``.
+
+        Raises:
+            UnsupportedError: two layers cannot be trained here.
+        """
+        alone = shortened(shape, [0]).to_json_string()
+        texts = max(1, round(load.tokens / load.length))
+        key = alone, texts, round(load.length), sharding
+        if key not in self._found:
+            self._found[key] = self._measure(shape, texts, round(load.length), sharding)
+        return self._found[key]
+
+    def _measure(
+        self, shape: PretrainedConfig, texts: int, length: int, sharding: Sharding
+    ) -> Rates:
+        run, world = self._run, self._run.world
+        one, two = shortened(shape, [0]), shortened(shape, [0, min(1, shape.num_hidden_layers - 1)])
+        self._check_room(two, texts, length, sharding)
+        held = self._seconds(one, texts, length, sharding, hold=True)
+        shallow = self._seconds(one, texts, length, sharding)
+        deep = self._seconds(two, texts, length, sharding)
+        sizes, deeper = Sizes.of(one), Sizes.of(two)
+        load = Load(1, 1, texts * length, length)
+        # What is sent a trained weight is known of the link.
+        sent = step(
+            sizes,
+            load,
+            Rates(1.0, 0.0, 0.0, self._link),
+            processes=world.size,
+            zero=sharding.zero,
+            itemsize=BYTES[run.config.precision],
+        ).exchange
+        shared = world.size if sharding.zero else 1
+        a_weight = max((shallow - held) / max(sizes.words, 1), _LEAST)
+        layer = deeper.matrices - sizes.matrices
+        computed = max(deep - shallow - a_weight * layer, _LEAST)
+        operations = 3 * (
+            deeper.operations(load.tokens, length) - sizes.operations(load.tokens, length)
+        )
+        rate = operations / computed
+        rest = sizes.parameters - sizes.words
+        taken = 3 * sizes.operations(load.tokens, length) / rate + a_weight * rest
+        return Rates(
+            operations=rate,
+            update=max(a_weight - sent / sizes.parameters, _LEAST) * shared,
+            start=max(held - taken, 0.0),
+            link=self._link,
+        )
+
+    def _check_room(
+        self, shape: PretrainedConfig, texts: int, length: int, sharding: Sharding
+    ) -> None:
+        world = self._run.world
+        needed = estimate(
+            count_parameters(shape),
+            zero=sharding.zero,
+            offload=sharding.offload,
+            dtype=self._run.config.precision,
+            world_size=world.size,
+            batch=texts,
+            length=length,
+            layers=shape.num_hidden_layers,
+            hidden=shape.hidden_size,
+            heads=shape.num_attention_heads,
+        )
+        room, wanted = psutil.virtual_memory().available, world.size * (needed.device + needed.host)
+        if world.device.type == "cuda":
+            room, wanted = torch.cuda.mem_get_info(world.device)[0], needed.device
+        if wanted > room:
+            raise UnsupportedError(
+                f"two layers of {shape.hidden_size} cannot be measured here: they take "
+                f"{quantity(wanted)}, {quantity(room)} are free",
+                "name a device instead, with --on",
+            )
+
+    def _seconds(
+        self,
+        shape: PretrainedConfig,
+        texts: int,
+        length: int,
+        sharding: Sharding,
+        hold: bool = False,
+    ) -> float:
+        """Of a step, the slowest process's median."""
+        run, world = self._run, self._run.world
+        train = run.corpus.train
+        needed = (WARM + TIMED) * texts * world.size
+        near = (torch.tensor(train.lengths) - length).abs().argsort()
+        split = train.select(near.repeat(-(-needed // len(near)))[:needed])
+        training = TrainingConfig(
+            per_device_train_batch_size=texts, num_train_epochs=1, group_by_length=False
+        )
+        seed_everything(0)
+        shape.num_labels = len(run.corpus.label2id)
+        shape.problem_type = run.corpus.task.problem_type
+        shape.pad_token_id = run.reader.pad_token_id
+        model = AutoModelForSequenceClassification.from_config(
+            shape, trust_remote_code=False, dtype=torch.float32
+        )
+        if hold:
+            with suppress(ValueError):  # an architecture without a table of words
+                word_embeddings(model).requires_grad_(False)
+        corpus, packed = run.corpus, run.config.packed
+        teacher = Teacher(model, "mix", corpus.domains, packed=packed, task=corpus.task)
+        times: list[float] = []
+        with run.open_log(None) as log:
+            fit(
+                teacher,
+                split,
+                run.collate,
+                config=run.config,
+                training=training,
+                sharding=sharding,
+                world=world,
+                log=log,
+                title="measuring",
+                seed=0,
+                settle=lambda: times.append(_now(world.device)),
+            )
+        spans = [after - before for before, after in pairwise(times[WARM - 1 :])]
+        return max(world.gather(median(spans)))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _link(run: Run) -> float:
+    """Bytes a second that a process sends to the next."""
+    world = run.world
+    if world.size == 1:
+        return float("inf")
+    values = torch.zeros(_SENT // 4, device=world.device)
+    taken = []
+    for _ in range(5):
+        world.barrier()
+        since = _now(world.device)
+        dist.all_reduce(values)
+        taken.append(_now(world.device) - since)
+    return 2 * _SENT * (world.size - 1) / world.size / max(world.gather(median(taken)))
