@@ -370,7 +370,6 @@ def _planned(
 
     device = plan.checked_device(on)
     run = front.open_run(config, console=console)
-    run.world.one_by_one(lambda: run.corpus)
     if device is None:
         if set(counts) != {run.world.size}:
             raise ConfigError(

@@ -511,7 +511,7 @@ class TestLatency:
         for place in ("teachers/meta-s1", *(f"students/{other}" for other in others)):
             shutil.copytree(student, tmp_path / "run" / place)
             (tmp_path / "run" / place / "stage.json").write_text(json.dumps(RECORD))
-        words = "--batch 2 --length 8 --length 500 --length 501 --device cpu --seconds 0"
+        words = "--batch 2 --length 8 --length 500 --device cpu --seconds 0"
         words += "".join(f" --engine {engine}" for engine in engines)
         code, out, _ = call("latency", tmp_path / "run", *words.split())
         assert code == 0
@@ -529,9 +529,9 @@ class TestLatency:
             assert row["batch"] == 2 and row["calls"] >= 5 and row["p50_ms"] > 0
             assert row["max_logit_error"] < 1e-5 and row["peak_memory_bytes"] > 2**20
             assert row["flops"] == 2 * latency.flops_of_text(student, 8)
-        assert {row["length"] for row in result["tokenising"]} == {8, 500, 501}
+        assert {row["length"] for row in result["tokenising"]} == {8, 500}
         # Nobody has 500 positions, which costs nobody another cell.
-        assert len(result["absent"]) == 2 * len(result["rows"])
+        assert len(result["absent"]) == len(result["rows"])
         assert all("64 positions" in absent["reason"] for absent in result["absent"])
         assert (tmp_path / "run" / "latency.md").read_text() in out
 
@@ -734,7 +734,7 @@ class TestCommands:
 
     def test_a_reader_that_has_seen_enough(self, student, tmp_path):
         source = tmp_path / "in.jsonl"
-        lines = [json.dumps({"text": TEXTS[0]}) + "\n"] * 3000
+        lines = [json.dumps({"text": TEXTS[0]}) + "\n"] * 1200
         source.write_text("".join(lines))
         command = [sys.executable, "-m", "metakd", "predict", str(student), "--input", str(source)]
         root = Path(__file__).resolve().parents[1]
