@@ -301,7 +301,7 @@ def check(encoder: Path, files: Path, repeats: int) -> str:
             *heading(facts),
             "",
             "Seconds of an optimizer step as `metakd doctor --plan` predicts it, from a few steps "
-            "of models of one and two layers, and as whole runs took it: MiniLM (6 layers of 384) "
+            "of models of one and four layers, and as whole runs took it: MiniLM (6 layers of 384) "
             "as teacher, three of its layers as a student, short texts, batches of 32 a process; "
             "two processes share the machine. Command: `python -m benchmarks.scale --check`",
             "",

@@ -28,7 +28,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["METAKD_HISTORY"] = "off"
 
-import deepspeed
 import torch
 from rich.console import Console
 from torch import nn
@@ -432,7 +431,6 @@ def attempts(folder: Path, rank: int) -> list[Attempt]:
 def warm() -> None:
     """Load what every forked process needs; no parallel region may run before a fork."""
     torch.set_num_threads(1)
-    deepspeed.get_accelerator().create_op_builder("ShareMemCommBuilder").load()
 
 
 class Group:

@@ -26,8 +26,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(2)
 
 
-# Of two processes that take a file each, neither should be left with a long one at the end; nor
-# should both begin where DeepSpeed compiles an operator, for which one would wait.
+# Of two processes that take a file each, neither should be left with a long one at the end.
 LONG_FILES = (
     *("training", "contracts", "compile_cuda", "cli", "teacher_cache", "deploy"),
     *("sharding", "reshard", "faults", "launch"),

@@ -200,10 +200,9 @@ def test_rates_of_this_machine(source, tmp_path):
     assert rates.link == math.inf
     assert measure(shape, load, run.config.sharding(run.config.teacher)) is rates
     assert [one.name for one in (tmp_path / "run").iterdir()] == [".cache"]  # of the corpus
+    sharding = run.config.sharding(run.config.teacher)
     with pytest.raises(UnsupportedError, match="cannot be measured here"):
-        measure._check_room(
-            LlamaConfig(hidden_size=2**17), 8, 128, run.config.sharding(run.config.teacher)
-        )
+        measure._some_layers(LlamaConfig(hidden_size=2**17), 8, 128, sharding)
 
 
 def test_plan_on_the_command_line(source, tmp_path, call):

@@ -1,10 +1,11 @@
 """Measures what a machine does in a second, for ``pipeline.plan``: a few steps of a run's own loop.
 
-Models of one and of two layers of the shape in question are trained by ``training.engine.fit``, on
-texts of the corpus that are as long as its batches are, by all processes that have been started:
-what two layers take longer than one is a layer, what one takes longer with its table of words than
-with that table held still is that table's update, and what remains is the start of a step. Between
-processes an ``all_reduce`` of so many bytes is timed, and what updates send is taken out of them.
+Models of one layer and of some layers of the shape in question are trained by
+``training.engine.fit``, on texts of the corpus that are as long as its batches are, by all
+processes that have been started: what more layers take longer than one are these layers, what one
+takes longer with its table of words than with that table held still is that table's update, and
+what remains is the start of a step. Between processes an ``all_reduce`` of so many bytes is timed,
+and what updates send is taken out of them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from metakd.pipeline.plan import Load, Rates, Sizes, step
 from metakd.pipeline.stages import Run
 from metakd.training.engine import fit, seed_everything
 
+LAYERS = 4
 WARM, TIMED = 3, 9
 _SENT = 2**25  # bytes of the exchange that is timed
 _LEAST = 1e-12  # of a rate, where noise has hidden what was to be measured
@@ -50,7 +52,7 @@ class Probe:
         """Rates of one process, see ``plan.stages``.
 
         Raises:
-            UnsupportedError: two layers cannot be trained here.
+            UnsupportedError: two layers do not fit here.
         """
         alone = shortened(shape, [0]).to_json_string()
         texts = max(1, round(load.tokens / load.length))
@@ -63,12 +65,11 @@ class Probe:
         self, shape: PretrainedConfig, texts: int, length: int, sharding: Sharding
     ) -> Rates:
         run, world = self._run, self._run.world
-        one, two = shortened(shape, [0]), shortened(shape, [0, min(1, shape.num_hidden_layers - 1)])
-        self._check_room(two, texts, length, sharding)
+        one, some = shortened(shape, [0]), self._some_layers(shape, texts, length, sharding)
         held = self._seconds(one, texts, length, sharding, hold=True)
         shallow = self._seconds(one, texts, length, sharding)
-        deep = self._seconds(two, texts, length, sharding)
-        sizes, deeper = Sizes.of(one), Sizes.of(two)
+        deep = self._seconds(some, texts, length, sharding)
+        sizes, deeper = Sizes.of(one), Sizes.of(some)
         load = Load(1, 1, texts * length, length)
         # What is sent a trained weight is known of the link.
         sent = step(
@@ -81,8 +82,8 @@ class Probe:
         ).exchange
         shared = world.size if sharding.zero else 1
         a_weight = max((shallow - held) / max(sizes.words, 1), _LEAST)
-        layer = deeper.matrices - sizes.matrices
-        computed = max(deep - shallow - a_weight * layer, _LEAST)
+        more = deeper.matrices - sizes.matrices
+        computed = max(deep - shallow - a_weight * more, _LEAST)
         operations = 3 * (
             deeper.operations(load.tokens, length) - sizes.operations(load.tokens, length)
         )
@@ -96,31 +97,40 @@ class Probe:
             link=self._link,
         )
 
-    def _check_room(
+    def _some_layers(
         self, shape: PretrainedConfig, texts: int, length: int, sharding: Sharding
-    ) -> None:
-        world = self._run.world
-        needed = estimate(
-            count_parameters(shape),
-            zero=sharding.zero,
-            offload=sharding.offload,
-            dtype=self._run.config.precision,
-            world_size=world.size,
-            batch=texts,
-            length=length,
-            layers=shape.num_hidden_layers,
-            hidden=shape.hidden_size,
-            heads=shape.num_attention_heads,
-        )
-        room, wanted = psutil.virtual_memory().available, world.size * (needed.device + needed.host)
+    ) -> PretrainedConfig:
+        """As many of the first layers as there are and fit, from two to ``LAYERS``."""
+        world, depth = self._run.world, shape.num_hidden_layers
+        room = psutil.virtual_memory().available
         if world.device.type == "cuda":
-            room, wanted = torch.cuda.mem_get_info(world.device)[0], needed.device
-        if wanted > room:
-            raise UnsupportedError(
-                f"two layers of {shape.hidden_size} cannot be measured here: they take "
-                f"{quantity(wanted)}, {quantity(room)} are free",
-                "name a device instead, with --on",
+            room = torch.cuda.mem_get_info(world.device)[0]
+        for count in range(LAYERS, 1, -1):
+            # A model of a single layer has it twice, which is as good to be measured by.
+            layers = [min(number, depth - 1) for number in range(min(count, max(depth, 2)))]
+            found = shortened(shape, layers)
+            needed = estimate(
+                count_parameters(found),
+                zero=sharding.zero,
+                offload=sharding.offload,
+                dtype=self._run.config.precision,
+                world_size=world.size,
+                batch=texts,
+                length=length,
+                layers=len(layers),
+                hidden=shape.hidden_size,
+                heads=shape.num_attention_heads,
             )
+            wanted = needed.device
+            if world.device.type != "cuda":
+                wanted = world.size * (needed.device + needed.host)
+            if wanted <= room:
+                return found
+        raise UnsupportedError(
+            f"two layers of {shape.hidden_size} cannot be measured here: they take "
+            f"{quantity(wanted)}, {quantity(room)} are free",
+            "name a device instead, with --on",
+        )
 
     def _seconds(
         self,
