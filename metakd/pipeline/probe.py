@@ -10,6 +10,7 @@ and what updates send is taken out of them.
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import suppress
 from itertools import pairwise
@@ -33,6 +34,7 @@ from metakd.training.engine import fit, seed_everything
 LAYERS = 4
 WARM, TIMED = 3, 9
 _SENT = 2**25  # bytes of the exchange that is timed
+_MOST = 0.9  # of update and exchange that is exchange
 _LEAST = 1e-12  # of a rate, where noise has hidden what was to be measured
 
 
@@ -66,24 +68,30 @@ class Probe:
     ) -> Rates:
         run, world = self._run, self._run.world
         one, some = shortened(shape, [0]), self._some_layers(shape, texts, length, sharding)
-        held = self._seconds(one, texts, length, sharding, hold=True)
-        shallow = self._seconds(one, texts, length, sharding)
-        deep = self._seconds(some, texts, length, sharding)
+        tried = [(one, True), (one, False), (some, False)]
+        # There and back, so that a machine that grows slower or faster meanwhile changes nothing.
+        took = [
+            self._seconds(model, texts, length, sharding, hold)
+            for model, hold in (*tried, *reversed(tried))
+        ]
+        held, shallow, deep = ((a + b) / 2 for a, b in zip(took[:3], reversed(took[3:])))
         sizes, deeper = Sizes.of(one), Sizes.of(some)
         load = Load(1, 1, texts * length, length)
-        # What is sent a trained weight is known of the link.
         sent = step(
             sizes,
             load,
-            Rates(1.0, 0.0, 0.0, self._link),
+            Rates(1.0, 0.0, 0.0),
             processes=world.size,
             zero=sharding.zero,
             itemsize=BYTES[run.config.precision],
-        ).exchange
+        ).sent
         shared = world.size if sharding.zero else 1
         a_weight = max((shallow - held) / max(sizes.words, 1), _LEAST)
         more = deeper.matrices - sizes.matrices
         computed = max(deep - shallow - a_weight * more, _LEAST)
+        # A link that was slower by itself than update and exchange together was measured wrong.
+        a_byte = min(1 / self._link, _MOST * a_weight * sizes.parameters / max(sent, 1))
+        exchange = a_byte * sent / sizes.parameters
         operations = 3 * (
             deeper.operations(load.tokens, length) - sizes.operations(load.tokens, length)
         )
@@ -92,9 +100,9 @@ class Probe:
         taken = 3 * sizes.operations(load.tokens, length) / rate + a_weight * rest
         return Rates(
             operations=rate,
-            update=max(a_weight - sent / sizes.parameters, _LEAST) * shared,
+            update=(a_weight - exchange) * shared,
             start=max(held - taken, 0.0),
-            link=self._link,
+            link=1 / a_byte if sent else math.inf,
         )
 
     def _some_layers(
@@ -138,7 +146,7 @@ class Probe:
         texts: int,
         length: int,
         sharding: Sharding,
-        hold: bool = False,
+        hold: bool,
     ) -> float:
         """Of a step, the slowest process's median."""
         run, world = self._run, self._run.world
