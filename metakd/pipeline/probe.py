@@ -198,7 +198,7 @@ def _link(run: Run) -> float:
     """Bytes a second that a process sends to the next."""
     world = run.world
     if world.size == 1:
-        return float("inf")
+        return math.inf
     values = torch.zeros(_SENT // 4, device=world.device)
     taken = []
     for _ in range(5):
