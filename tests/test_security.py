@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_cli import call, encoder, refused
+from test_cli import encoder, refused
 from test_config import VALID
 from test_data import ROWS, jsonl, put
 
@@ -28,7 +28,7 @@ from metakd.models.student import build_student
 from metakd.pipeline.store import StageStore
 from metakd.training.world import World
 
-__all__ = ["call", "encoder"]  # fixtures
+__all__ = ["encoder"]  # fixtures
 
 LABELS = {"bad": 0, "good": 1}
 PACKAGE = Path(__file__).resolve().parents[1] / "metakd"

@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from metakd.config import Sharding, TrainingConfig
 from metakd.errors import UnsupportedError
+from metakd.method.kinds import MixedTeacher
 from metakd.method.teachers import Teacher
 from metakd.models.sources import shortened
 from metakd.models.student import word_embeddings
@@ -168,7 +169,7 @@ class Probe:
             with suppress(ValueError):  # an architecture without a table of words
                 word_embeddings(model).requires_grad_(False)
         corpus, packed = run.corpus, run.config.packed
-        teacher = Teacher(model, "mix", corpus.domains, packed=packed, task=corpus.task)
+        teacher = Teacher(model, MixedTeacher.name, corpus.domains, packed=packed, task=corpus.task)
         times: list[float] = []
         with run.open_log(None) as log:
             fit(
