@@ -32,6 +32,7 @@ from metakd.errors import CheckpointError, DivergedError, StoppedError
 from metakd.method.teachers import StepOutput
 from metakd.method.temperature import UPDATES, Temperature
 from metakd.models.taps import Features
+from metakd.training.dropout import quick_masks
 from metakd.training.faults import SkippingAdamW, StopRequest, Watchdog
 from metakd.training.half import StepInParts
 from metakd.training.log import Meter, RunLog
@@ -144,7 +145,8 @@ def fit(
         seed,
     )
     log.start(title, total_steps, done=position.step)
-    with StopRequest(world) as stop, Watchdog(world, config.step_timeout):
+    watched = Watchdog(world, config.step_timeout)
+    with StopRequest(world) as stop, watched, quick_masks(world.device):
         loop = _Loop(
             engine,
             scheduler,
