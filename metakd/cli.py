@@ -327,7 +327,7 @@ def doctor(
     from metakd.diagnosis import diagnose
 
     counts = _counts(processes)
-    checked = load_config(config, overrides or []) if config else None
+    checked = front.settled(load_config(config, overrides or [])) if config else None
     if plan and checked is None:
         raise ConfigError("--plan: there is nothing to plan", "name a configuration")
     report = diagnose()

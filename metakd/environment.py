@@ -46,16 +46,32 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def has_bf16() -> bool:
+    """Has the device that training takes instructions for bf16? A CPU without them computes it
+    through fp32, or number by number."""
+    if has_cuda():
+        import torch
+
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    told = _cpu_says("flags") or _cpu_says("Features")  # on x86, on ARM
+    return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(told.split())
+
+
 def processor() -> str:
     """The CPU: its name where the system tells it, architecture, widest vectors that torch uses."""
     import torch
 
-    name = ""
-    if (listing := Path("/proc/cpuinfo")).exists():
-        lines = (line.partition(":") for line in listing.read_text().splitlines())
-        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), "")
+    name = _cpu_says("model name")
     capability = torch.backends.cpu.get_cpu_capability()
     return ", ".join(filter(None, ["CPU", name, platform.machine(), capability]))
+
+
+def _cpu_says(key: str) -> str:
+    """What Linux tells of the first CPU; empty where it does not."""
+    if not (listing := Path("/proc/cpuinfo")).exists():
+        return ""
+    lines = (line.partition(":") for line in listing.read_text().splitlines())
+    return next((value.strip() for name, _, value in lines if name.strip() == key), "")
 
 
 def environment(device: str, threads: int, *packages: str) -> dict:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metakd.config import RunConfig, Stage, load_config, row_label
+from metakd.environment import has_bf16
 from metakd.errors import naming_extras
 from metakd.method.methods import METHODS
 from metakd.pipeline.table import TEACHER, Cell, Score, markdown, summarise
@@ -124,7 +126,7 @@ def run(
 
     from metakd.pipeline.finished import look_up
 
-    checked = _checked(config, overrides)
+    checked = settled(_checked(config, overrides))
     console = console or Console(markup=False, emoji=False)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     if found := look_up(checked, say):
@@ -253,7 +255,7 @@ def open_run(
 ) -> Run:
     """A run with its world, before anything of it is read; arguments as for ``run``, and ``last``,
     the last stage that it is opened for."""
-    checked = _checked(config, overrides, last)
+    checked = settled(_checked(config, overrides, last))
     # Here and not above, since torch and DeepSpeed take seconds to import.
     with _without_collector(), naming_extras():
         from rich.console import Console
@@ -264,7 +266,25 @@ def open_run(
     quiet_transformers()
     # Names come from the data: no bracket or colon of theirs is an instruction.
     console = console or Console(markup=False, emoji=False)
-    return Run(checked, join_world(), console, command, resume, reshard, last)
+    world = join_world()
+    # What the first process's device has, every process computes in.
+    checked = checked.model_copy(update={"bf16": world.agree(checked.bf16)})
+    return Run(checked, world, console, command, resume, reshard, last)
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The configuration with what it leaves to the machine decided: ``bf16: auto`` by the device
+    that training takes. Warns of ``bf16: true`` where that is slower than fp32."""
+    if not config.bf16:
+        return config
+    able = has_bf16()
+    if config.bf16 is True and not able:
+        warnings.warn(
+            "bf16: true, and this device has no instructions for it: products can take many times "
+            "as long as in fp32, which bf16: auto takes here",
+            stacklevel=2,
+        )
+    return config.model_copy(update={"bf16": able if config.bf16 == "auto" else True})
 
 
 @contextmanager

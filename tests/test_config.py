@@ -187,7 +187,7 @@ WRONG = {
     ),
     "two precisions": (
         "{bf16: true, fp16: true}",
-        ["bf16 and fp16 are both true: give one"],
+        ["bf16 and fp16 are both asked for: give one"],
     ),
     # A value that is wrong by itself neither hides contradictions of other keys nor makes any.
     "all at once": (
@@ -195,7 +195,7 @@ WRONG = {
         [
             "student.layers.0: must be a valid integer",
             "seed: must be a valid integer",
-            "bf16 and fp16 are both true",
+            "bf16 and fp16 are both asked for",
             "compat: easytransfer trains in two stages, set distill.schedule: two_stage",
         ],
     ),

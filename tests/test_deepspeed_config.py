@@ -292,6 +292,27 @@ def test_a_stage_from_the_configuration_can_contradict_the_file():
         resolve_deepspeed(raw, {"zero_optimization.stage": 1})
 
 
+@pytest.mark.parametrize(
+    ("raw", "precision", "line"),
+    [
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, "bf16", "is fp32, beside bf16, which needs"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "fp32", "is bf16, beside fp32, which needs"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16", "is True, which needs zero of"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "bf16", "is True, which needs zero of 1 to 3"),
+        ({"fp16": {"fp16_master_weights_and_grads": True}}, "fp16", "is True, which needs zero of"),
+    ],
+)
+def test_precisions_that_need_zero_are_refused_without_it(raw, precision, line):
+    """DeepSpeed ends in an assertion, or in NotImplementedError."""
+    halves = {f"{name}.enabled": name == precision for name in ("fp16", "bf16")}
+    ((name, block),) = raw.items()
+    (key,) = block
+    with pytest.raises(ConfigError) as caught:
+        resolve_deepspeed(raw, OURS | halves | {"zero_optimization.stage": 0})
+    assert f"{name}.{key}: {line}" in caught.value.cause
+    assert resolve_deepspeed(raw, OURS | halves | {"zero_optimization.stage": 1})
+
+
 # The table against the installed DeepSpeed
 
 

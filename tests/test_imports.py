@@ -34,7 +34,7 @@ ARROWS = {
     "data": {"errors", "config", "table", "__init__"},
     "models": {"errors", "config", "functional"},
     "method": {"errors", "config", "functional", "models", "table"},
-    "training": {"errors", "config", "data", "method", "models", "__init__"},
+    "training": {"errors", "config", "data", "extension", "method", "models", "__init__"},
     "pipeline": {
         "errors",
         "config",
@@ -58,7 +58,7 @@ ARROWS = {
         "__init__",
     },
     "demo": {"errors", "config", "data"},
-    "front": {"config", "deploy", "errors", "pipeline", "table", "training"},
+    "front": {"config", "deploy", "environment", "errors", "pipeline", "table", "training"},
     "printed": {"pipeline"},
     "cli_deploy": {
         "errors",

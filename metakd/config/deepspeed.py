@@ -378,7 +378,26 @@ def contradictions(raw: dict, values: dict[str, Any]) -> list[str]:
         'write "auto", or the same value in both'
         for path, block, key, known in _leaves(raw, SCHEMA, "")
         if path in fixed and block[key] not in (AUTO, fixed[path])
-    ]
+    ] + list(_without_zero(raw, values))
+
+
+def _without_zero(raw: dict, values: dict[str, Any]) -> Iterator[str]:
+    """Keys about precision that DeepSpeed has at ZeRO 1 to 3 only."""
+    if values.get("zero_optimization.stage") != 0:
+        return
+    asked = {
+        f"{name}.{key}": f"is {value}"
+        for name in ("fp16", "bf16")
+        for key, value in raw.get(name, {}).items()
+        if value is True and key.endswith(("_master_weights_and_grads", "_optimizer_states"))
+    }
+    halves = [name for name in ("fp16", "bf16") if values.get(f"{name}.enabled", False)]
+    dtype = halves[0] if halves else "fp32"
+    summed = raw.get("data_types", {}).get("grad_accum_dtype", dtype)
+    if summed != dtype:
+        asked["data_types.grad_accum_dtype"] = f"is {summed}, beside {dtype}"
+    for path, said in asked.items():
+        yield f"{path}: {said}, which needs zero of 1 to 3 (got 0)"
 
 
 def resolve_deepspeed(raw: dict, values: dict[str, Any]) -> dict:

@@ -258,7 +258,7 @@ def _check_tree(value: Any, annotation: Any, path: KeyPath, problems: dict[KeyPa
                 name = close[0]
             mended[name] = _check_tree(item, fields[name].annotation, (*path, name), problems)
         return mended
-    if isinstance(value, bool) and annotation is not bool:
+    if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
         problems[path] = f"must not be true or false, quote the word if it is one (got {value})"
     elif isinstance(value, float) and not math.isfinite(value):
         problems[path] = f"must be a finite number (got {value})"

@@ -135,10 +135,11 @@ class RunConfig(Block):
     """The whole YAML file.
 
     ``zero`` holds for every training run unless ``teacher.zero`` or ``student.zero`` says
-    otherwise. ``deepspeed`` is a DeepSpeed configuration, written out or the path of a JSON file;
-    what it leaves out or calls ``auto`` comes from the other keys. ``packed`` runs the layers of
-    teacher and student on real tokens only, which pays where batches hold much padding. A
-    checkpoint is written every ``save_steps`` optimizer steps, and the newest
+    otherwise. ``bf16: auto`` is true where the device has instructions for it, else false; a run
+    knows only these two, see ``front.settled``. ``deepspeed`` is a DeepSpeed configuration, written
+    out or the path of a JSON file; what it leaves out or calls ``auto`` comes from the other keys.
+    ``packed`` runs the layers of teacher and student on real tokens only, which pays where batches
+    hold much padding. A checkpoint is written every ``save_steps`` optimizer steps, and the newest
     ``save_total_limit`` are kept. Processes that train together end when one of them has made no
     progress for ``step_timeout`` seconds.
 
@@ -156,7 +157,7 @@ class RunConfig(Block):
     compare: CompareConfig = CompareConfig()
     compat: Literal["paper", "easytransfer"] | None = None
     seed: int = 42
-    bf16: bool = False
+    bf16: bool | Literal["auto"] = False
     fp16: bool = False
     zero: ZeroStage = 0
     logging_steps: Count = 20
@@ -241,5 +242,5 @@ class RunConfig(Block):
     @model_validator(mode="after")
     def _one_precision(self):
         if self.bf16 and self.fp16:
-            raise ValueError("bf16 and fp16 are both true: give one")
+            raise ValueError("bf16 and fp16 are both asked for: give one")
         return self

@@ -1,7 +1,7 @@
 """Dropout's masks on a CPU, drawn as PyTorch draws them, several times as fast.
 
-On processors that are not Intel's PyTorch draws a mask number by number: of a training step on short
-texts that is up to a third. Within ``quick_masks`` the compiled library draws them, from the same
+On many processors PyTorch draws a mask number by number, which can be a fifth of a training step
+and more. Within ``quick_masks`` the compiled library draws them, from the same
 generator in the same order: the numbers are the same to the bit, so it is no setting.
 """
 
