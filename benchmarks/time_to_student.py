@@ -6,10 +6,14 @@ teacher's layers, taught on its domain's labelled texts) and an ONNX model of ea
 Contenders, a process each, in turn, once a seed:
 
 - ``metakd``: the stages of ``metakd run``, TinyBERT-KD from a mixed teacher, then ``export``;
-- ``trainer``: the same in ``transformers.Trainer``, as TinyBERT and TextBrewer made it common:
-  every step runs the teacher, both through eager attention with ``output_attentions``.
+- ``metakd 0.1``: the same with the code of version 0.1, of which ``--first`` names a checkout whose
+  extension is built;
+- ``trainer``: the same in ``transformers.Trainer``, as TinyBERT made it common: every step runs the
+  teacher, both through eager attention with ``output_attentions``;
+- ``textbrewer``: teacher, scoring and export as there, students by TextBrewer's
+  ``GeneralDistiller`` (fp32 alone; where the package is installed).
 
-Both train as many epochs of as many texts, in batches of as many, from the same encoder with the
+All train as many epochs of as many texts, in batches of as many, from the same encoder with the
 same learning rates, losses and weights, and score their students on the same test texts. Time is
 wall clock from the first import to the last file. Writes ``results/<device>/time_to_student.json``
 and ``.md``; ``--contender NAME --seed N --files FOLDER --out FOLDER`` is one of those processes.
@@ -30,6 +34,8 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
+from functools import partial  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,11 +59,19 @@ class Clock:
 
 
 def ours(encoder: Path, files: Path, out: Path, seed: int, bf16: bool) -> tuple[Clock, dict]:
-    """Through metakd."""
+    """Through metakd, this version or 0.1."""
+    import metakd
     from metakd.data.reading import read_texts
     from metakd.deploy import export_onnx
     from metakd.front import open_run
 
+    rows = {"per_device_train_batch_size": BATCH}
+    distill = {"method": "tinybert_kd", "terms": {"attention": ATTENTION}}
+    if metakd.__version__.startswith("0.1"):
+        distill["layer_map"] = list(LAYERS)
+    else:
+        rows["selection"] = "last"
+        distill |= {"layer_map": "copied", "cache_teacher": "all"}
     run = open_run(
         {
             "output_dir": str(out),
@@ -65,14 +79,9 @@ def ours(encoder: Path, files: Path, out: Path, seed: int, bf16: bool) -> tuple[
                 **{name: str(files / f"{name}.jsonl") for name in ("train", "validation", "test")},
                 "max_length": LENGTH,
             },
-            "teacher": {"model": str(encoder), "kind": "mix", "training": _ours(TEACHER)},
+            "teacher": {"model": str(encoder), "kind": "mix", "training": TEACHER | rows},
             "student": {"layers": list(LAYERS)},
-            "distill": {
-                "method": "tinybert_kd",
-                "layer_map": "copied",
-                "terms": {"attention": ATTENTION},
-                "training": _ours(STUDENT),
-            },
+            "distill": {**distill, "training": STUDENT | rows},
             "seed": seed,
             "bf16": bf16,
             "save_steps": 1_000_000,
@@ -93,17 +102,14 @@ def ours(encoder: Path, files: Path, out: Path, seed: int, bf16: bool) -> tuple[
     return clock, {domain: 100.0 * found["accuracy"] for domain, found in scores.items()}
 
 
-def _ours(training: dict) -> dict:
-    return {**training, "per_device_train_batch_size": BATCH, "selection": "last"}
-
-
-def trainer(encoder: Path, files: Path, out: Path, seed: int, bf16: bool) -> tuple[Clock, dict]:
-    """The loop that people write around ``transformers.Trainer``."""
+def rival(
+    distil: Callable, encoder: Path, files: Path, out: Path, seed: int, bf16: bool
+) -> tuple[Clock, dict]:
+    """What people write around ``transformers.Trainer``, with students by ``distil``."""
     import copy
 
     import torch
     from datasets import load_dataset
-    from torch.nn import functional as F
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -145,58 +151,28 @@ def trainer(encoder: Path, files: Path, out: Path, seed: int, bf16: bool) -> tup
             train_sampling_strategy="group_by_length",
         )
 
-    def fit(name: str, model, part, training: dict, kind: type[Trainer] = Trainer, **more):
-        collate = DataCollatorWithPadding(tokenizer)
-        kind(
-            model=model,
-            args=arguments(name, training),
-            train_dataset=part.remove_columns("domain"),
-            data_collator=collate,
-            **more,
-        ).train()
-        return model.eval()
-
+    collate = DataCollatorWithPadding(tokenizer)
     teacher = AutoModelForSequenceClassification.from_pretrained(
         encoder, num_labels=len(labels), attn_implementation="eager"
     )
     with clock.part("teacher"):
-        fit("teacher", teacher, rows["train"], TEACHER)
+        Trainer(
+            model=teacher,
+            args=arguments("teacher", TEACHER),
+            train_dataset=rows["train"].remove_columns("domain"),
+            data_collator=collate,
+        ).train()
+    teacher.eval()
 
     def score(model, part) -> float:
         """In percent."""
-        scorer = Trainer(
-            model=model,
-            args=arguments("scoring", {}),
-            data_collator=DataCollatorWithPadding(tokenizer),
-        )
+        scorer = Trainer(model=model, args=arguments("scoring", {}), data_collator=collate)
         said = scorer.predict(part.remove_columns("domain"))
         right = said.predictions[0] if isinstance(said.predictions, tuple) else said.predictions
         return 100.0 * float((right.argmax(-1) == said.label_ids).mean())
 
     with clock.part("scoring"):
         score(teacher, rows["test"])
-
-    class Distiller(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, **_):
-            inputs.pop("labels")
-            asked = {"output_hidden_states": True, "output_attentions": True}
-            with torch.no_grad():
-                taught = teacher(**inputs, **asked)
-            said = model(**inputs, **asked)
-            loss = F.kl_div(
-                said.logits.float().log_softmax(-1),
-                taught.logits.float().log_softmax(-1),
-                log_target=True,
-                reduction="batchmean",
-            )
-            pairs = [(0, 0), *[(n + 1, layer + 1) for n, layer in enumerate(LAYERS)]]
-            for mine, other in pairs:
-                loss = loss + F.mse_loss(said.hidden_states[mine], taught.hidden_states[other])
-            for mine, layer in enumerate(LAYERS):
-                loss = loss + ATTENTION * F.mse_loss(
-                    said.attentions[mine], taught.attentions[layer]
-                )
-            return (loss, said) if return_outputs else loss
 
     scores = {}
     for domain in sorted(set(rows["train"]["domain"])):
@@ -207,8 +183,9 @@ def trainer(encoder: Path, files: Path, out: Path, seed: int, bf16: bool) -> tup
         student.config.num_hidden_layers = len(LAYERS)
         own = rows["train"].filter(lambda row, wanted=domain: row["domain"] == wanted)
         with clock.part("students"):
-            fit(f"students/{domain}", student, own, STUDENT, Distiller)
-            student.save_pretrained(out / "students" / domain)
+            told = arguments(f"students/{domain}", STUDENT)
+            distil(teacher, student, own.remove_columns("domain"), collate, told)
+            student.eval().save_pretrained(out / "students" / domain)
         with clock.part("scoring"):
             test = rows["test"].filter(lambda row, wanted=domain: row["domain"] == wanted)
             scores[domain] = score(student, test)
@@ -227,7 +204,104 @@ def trainer(encoder: Path, files: Path, out: Path, seed: int, bf16: bool) -> tup
     return clock, scores
 
 
-CONTENDERS: dict[str, Callable] = {"metakd": ours, "trainer": trainer}
+ASKED = {"output_hidden_states": True, "output_attentions": True}
+
+
+def by_trainer(teacher, student, rows, collate, arguments) -> None:
+    """A ``Trainer`` with a loss of its own."""
+    import torch
+    from torch.nn import functional as F
+    from transformers import Trainer
+
+    class Distiller(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **_):
+            inputs.pop("labels")
+            with torch.no_grad():
+                taught = teacher(**inputs, **ASKED)
+            said = model(**inputs, **ASKED)
+            loss = F.kl_div(
+                said.logits.float().log_softmax(-1),
+                taught.logits.float().log_softmax(-1),
+                log_target=True,
+                reduction="batchmean",
+            )
+            pairs = [(0, 0), *[(n + 1, layer + 1) for n, layer in enumerate(LAYERS)]]
+            for mine, other in pairs:
+                loss = loss + F.mse_loss(said.hidden_states[mine], taught.hidden_states[other])
+            for mine, layer in enumerate(LAYERS):
+                loss = loss + ATTENTION * F.mse_loss(
+                    said.attentions[mine], taught.attentions[layer]
+                )
+            return (loss, said) if return_outputs else loss
+
+    Distiller(model=student, args=arguments, train_dataset=rows, data_collator=collate).train()
+
+
+def by_textbrewer(teacher, student, rows, collate, arguments) -> None:
+    """TextBrewer's general distiller, with its matches of hidden states and attention maps."""
+    import textbrewer
+    import torch
+    from torch.utils.data import DataLoader
+    from transformers import get_linear_schedule_with_warmup
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    sampler = LengthGroupedSampler(BATCH, lengths=lengths)
+    batches = DataLoader(rows, batch_size=BATCH, sampler=sampler, collate_fn=collate)
+    pairs = [(0, 0), *[(n + 1, layer + 1) for n, layer in enumerate(LAYERS)]]
+    matches = [
+        {"layer_S": mine, "layer_T": other, "feature": "hidden", "loss": "hidden_mse", "weight": 1}
+        for mine, other in pairs
+    ]
+    matches += [
+        {"layer_S": mine, "layer_T": layer, "feature": "attention", "loss": "attention_mse"}
+        | {"weight": ATTENTION}
+        for mine, layer in enumerate(LAYERS)
+    ]
+
+    def adaptor(batch, said) -> dict:
+        return {
+            "logits": said.logits,
+            "hidden": said.hidden_states,
+            "attention": said.attentions,
+            "inputs_mask": batch["attention_mask"],
+        }
+
+    distiller = textbrewer.GeneralDistiller(
+        train_config=textbrewer.TrainingConfig(
+            device=str(teacher.device), output_dir=arguments.output_dir, ckpt_frequency=0
+        ),
+        distill_config=textbrewer.DistillationConfig(
+            temperature=1, hard_label_weight=0, kd_loss_type="ce", intermediate_matches=matches
+        ),
+        model_T=teacher,
+        model_S=student,
+        adaptor_T=adaptor,
+        adaptor_S=adaptor,
+    )
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay
+    )
+    steps = len(batches) * int(arguments.num_train_epochs)
+    schedule = {"num_warmup_steps": int(0.1 * steps), "num_training_steps": steps}
+    with distiller:
+        distiller.train(
+            optimizer,
+            batches,
+            int(arguments.num_train_epochs),
+            scheduler_class=get_linear_schedule_with_warmup,
+            scheduler_args=schedule,
+            max_grad_norm=1.0,
+            **ASKED,
+        )
+
+
+CONTENDERS: dict[str, Callable] = {
+    "metakd": ours,
+    "metakd 0.1": ours,
+    "trainer": partial(rival, by_trainer),
+    "textbrewer": partial(rival, by_textbrewer),
+}
 
 
 def one(options: argparse.Namespace) -> None:
@@ -252,8 +326,15 @@ def run(name: str, seed: int, files: Path, options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as out:
         words = ["--contender", name, "--seed", str(seed), "--files", str(files), "--out", out]
         words += ["--encoder", str(options.encoder.resolve()), *["--bf16"] * options.bf16]
-        command = [sys.executable, "-m", "benchmarks.time_to_student", *words]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        # A file and no module, so that what is imported as metakd is what PYTHONPATH says.
+        code = options.first.resolve() if name == "metakd 0.1" else ROOT
+        done = subprocess.run(
+            [sys.executable, __file__, *words],
+            env=os.environ | {"PYTHONPATH": str(code)},
+            capture_output=True,
+            text=True,
+            cwd=out,
+        )
         if done.returncode:
             raise SystemExit(f"{name}: {done.stderr[-3000:]}")
         return json.loads(Path(out, "result.json").read_text())
@@ -295,6 +376,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=1500, help="of each domain to train on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--first", type=Path, help="a checkout of version 0.1, its extension built")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
@@ -307,7 +389,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"train": options.texts, "validation": 200, "test": 800, "unlabelled": 1}
         files = options.files or rated_corpus(folder, **sizes)
-        results: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
+        there = dict.fromkeys(CONTENDERS, True)
+        there |= {"metakd 0.1": options.first is not None}
+        there |= {"textbrewer": find_spec("textbrewer") is not None and not options.bf16}
+        results: dict[str, list[dict]] = {name: [] for name in CONTENDERS if there[name]}
         for seed in options.seeds:
             for name, found in results.items():
                 found.append(run(name, seed, files.resolve(), options))

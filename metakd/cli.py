@@ -330,6 +330,9 @@ def doctor(
     checked = front.settled(load_config(config, overrides or [])) if config else None
     if plan and checked is None:
         raise ConfigError("--plan: there is nothing to plan", "name a configuration")
+    for option, given in {"--on": on, "--price": price}.items():
+        if given is not None and not plan:
+            raise ConfigError(f"{option}: it is for a plan", "give --plan, too, or leave it out")
     report = diagnose()
     if checked is not None:
         import torch

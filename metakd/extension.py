@@ -232,7 +232,9 @@ class Recipe:
             tools.append(nvcc)
             driver = (str(nvcc),)
             flags += ["-DUSE_CUDA", f"-ccbin={compiler[0]}", "--threads=0"]
-            flags += ["--expt-relaxed-constexpr"]
+            # Otherwise names of what is local to a file hold the number of a process: by the first
+            # on the device, by the second, whose files have names of their own, on the host.
+            flags += ["--expt-relaxed-constexpr", "-frandom-seed=metakd", "--keep"]
             flags += [f"-Xcompiler={','.join(plain)}", *_for(architectures or _architectures())]
             link += ["-Xlinker=--build-id=none", "-Xlinker=--no-as-needed", "-ltorch_cuda"]
             link += [f"-ccbin={compiler[0]}", "-cudart=static"]

@@ -10,6 +10,7 @@ GPU and no torch with CUDA. ``--aarch64`` cross-compiles the kernels for ARM, wh
 
 import argparse
 import dataclasses
+import fcntl
 import gzip
 import hashlib
 import os
@@ -68,10 +69,14 @@ def make(what: str, into: Path) -> Path:
             "TORCH_CUDA_ARCH_LIST": " ".join(extension.ARCHITECTURES),
         }
         words = ["egg_info", f"--tag-build=+cu{cuda_version()}", *words]
-    with tempfile.TemporaryDirectory() as base:
+    # One place for all builds, one at a time: nvcc makes names of the path.
+    base = Path(tempfile.gettempdir(), "metakd-wheels")
+    base.mkdir(exist_ok=True)
+    with (base / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         # Of a copy without anything that is not committed, and without what a build leaves behind.
-        tree = Path(base, "metakd")
-        run("git", "worktree", "add", "--detach", tree, "HEAD")
+        tree = base / "metakd"
+        run("git", "worktree", "add", "--force", "--detach", tree, "HEAD")
         try:
             run(sys.executable, "setup.py", *words, cwd=tree, **environment)
         finally:

@@ -223,6 +223,8 @@ def test_plan_on_the_command_line(source, tmp_path, call):
         (["--plan"], "--plan: there is nothing to plan"),
         (["CONFIG", "--plan", "--on", "h999"], "nothing is known of 'h999'"),
         (["CONFIG", "--plan", "--processes", "8"], "1 processes are started"),
+        (["CONFIG", "--on", "h100"], "--on: it is for a plan"),
+        (["--price", "3"], "--price: it is for a plan"),
         (["CONFIG", "--processes", "1,x"], "'1,x' is no list of numbers"),
         (["CONFIG", "--processes", "0"], "'0' is no list of numbers"),
     ],
