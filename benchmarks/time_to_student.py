@@ -61,33 +61,32 @@ class Clock:
 def ours(encoder: Path, files: Path, out: Path, seed: int, bf16: bool) -> tuple[Clock, dict]:
     """Through metakd, this version or 0.1."""
     import metakd
-    from metakd.data.reading import read_texts
     from metakd.deploy import export_onnx
-    from metakd.front import open_run
 
+    first = metakd.__version__.startswith("0.1")
     rows = {"per_device_train_batch_size": BATCH}
-    distill = {"method": "tinybert_kd", "terms": {"attention": ATTENTION}}
-    if metakd.__version__.startswith("0.1"):
-        distill["layer_map"] = list(LAYERS)
-    else:
-        rows["selection"] = "last"
-        distill |= {"layer_map": "copied", "cache_teacher": "all"}
-    run = open_run(
-        {
-            "output_dir": str(out),
-            "data": {
-                **{name: str(files / f"{name}.jsonl") for name in ("train", "validation", "test")},
-                "max_length": LENGTH,
-            },
-            "teacher": {"model": str(encoder), "kind": "mix", "training": TEACHER | rows},
-            "student": {"layers": list(LAYERS)},
-            "distill": {**distill, "training": STUDENT | rows},
-            "seed": seed,
-            "bf16": bf16,
-            "save_steps": 1_000_000,
-            "report_to": ["jsonl"],
-        }
-    )
+    rows |= {} if first else {"selection": "last"}  # 0.1 keeps the best epoch
+    settings = {
+        "output_dir": str(out),
+        "data": {
+            **{name: str(files / f"{name}.jsonl") for name in ("train", "validation", "test")},
+            "max_length": LENGTH,
+        },
+        "teacher": {"model": str(encoder), "kind": "mix", "training": TEACHER | rows},
+        "student": {"layers": list(LAYERS)},
+        "distill": {
+            "method": "tinybert_kd",
+            "layer_map": list(LAYERS),
+            "terms": {"attention": ATTENTION},
+            "cache_teacher": "all",
+            "training": STUDENT | rows,
+        },
+        "seed": seed,
+        "bf16": bf16,
+        "save_steps": 1_000_000,
+        "report_to": ["jsonl"],
+    }
+    run, read_texts = (_opened_by_0_1 if first else _opened)(settings, out)
     clock = Clock()
     with clock.part("teacher"):
         run.teach()
@@ -100,6 +99,26 @@ def ours(encoder: Path, files: Path, out: Path, seed: int, bf16: bool) -> tuple[
             texts = [row.text for row in read_texts(str(files / "validation.jsonl"))][:50]
             export_onnx(place, texts, data="validation")
     return clock, {domain: 100.0 * found["accuracy"] for domain, found in scores.items()}
+
+
+def _opened(settings: dict, out: Path) -> tuple:
+    from metakd.data.reading import read_texts
+    from metakd.front import open_run
+
+    return open_run(settings), read_texts
+
+
+def _opened_by_0_1(settings: dict, out: Path) -> tuple:
+    import yaml
+    from metakd.reading import read_texts
+    from metakd.training.stages import Run
+
+    from metakd.config import load_config
+    from metakd.training.world import join_world
+
+    file = out / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return Run(load_config(str(file)), join_world()), read_texts
 
 
 def rival(

@@ -40,6 +40,7 @@ OLDEST_TORCH = (2, 11)
 ARCHITECTURES = ("80", "90a", "100")  # of a CUDA library that no GPU here decides for
 
 _PATIENCE = 600.0  # seconds, while another process compiles
+_TORCH, _STAND_INS = "torch-lib", "stand-ins"  # of torch, and of what it lacks, beside a build
 
 
 class CannotBuild(Exception):
@@ -222,7 +223,7 @@ class Recipe:
         # No -march: cpu/ chooses instructions as it runs. The same file wherever it is compiled.
         plain = ["-fPIC", "-fvisibility=hidden"]
         plain += [f"-ffile-prefix-map={path}=." for path in (CSRC, torch[0])]
-        link = ["-shared", f"-L{torch[0] / 'lib'}", "-ltorch_cpu"]
+        link = ["-shared", f"-L{_STAND_INS}", f"-L{_TORCH}", "-ltorch_cpu"]
         driver, absent = compiler, ()
         if kind == "cpu":
             flags += plain + shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -246,16 +247,12 @@ class Recipe:
         how = tuple(flags), tuple(link), torch, made_with, sources, absent
         return Recipe(kind, compiler, driver, *how)
 
-    def build_file(self, stand_ins: Path) -> str:
-        """For ninja, which runs it in an empty folder.
-
-        Args:
-            stand_ins: folder that holds what is absent.
-        """
+    def build_file(self) -> str:
+        """For ninja, which runs it in a folder with what is linked to and nothing else."""
         assert CSRC is not None
         rules = {
             "compile": [*self.driver, *self.flags, "-c", "$in"],
-            "link": [*self.driver, "$in", f"-L{stand_ins}", *self.link],
+            "link": [*self.driver, "$in", *self.link],
         }
         lines = []
         for rule, command in rules.items():
@@ -285,13 +282,15 @@ def build(recipe: Recipe, folder: Path, log: Path | None = None) -> Library:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as scratch:
         work = Path(scratch)
-        stand_ins = work / "stand-ins"
+        # By names that are the same everywhere: nvcc writes them into what it links.
+        (work / _TORCH).symlink_to(recipe.torch[0] / "lib")
+        stand_ins = work / _STAND_INS
         stand_ins.mkdir()
         (stand_ins / "empty.cpp").touch()
         for one in recipe.absent:
             empty = [*recipe.compiler, "-shared", f"-Wl,-soname,{one}", "empty.cpp", "-o", one]
             subprocess.run(empty, cwd=stand_ins, check=True)
-        (work / "build.ninja").write_text(recipe.build_file(stand_ins))
+        (work / "build.ninja").write_text(recipe.build_file())
         jobs = os.environ.get("MAX_JOBS")
         done = subprocess.run(
             [*command, *(["-j", jobs] if jobs else []), name],

@@ -76,6 +76,8 @@ def make(what: str, into: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Of a copy without anything that is not committed, and without what a build leaves behind.
         tree = base / "metakd"
+        if tree.exists():  # of a build that was killed
+            run("git", "worktree", "remove", "--force", tree)
         run("git", "worktree", "add", "--force", "--detach", tree, "HEAD")
         try:
             run(sys.executable, "setup.py", *words, cwd=tree, **environment)
@@ -121,6 +123,18 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def compared(one: Path, other: Path) -> str:
+    """Are two archives the same, and if not, which of their files are not?"""
+    if digest(one) == digest(other):
+        return "the same"
+    if one.suffix != ".whl":
+        return "NOT the same"
+    with zipfile.ZipFile(one) as first, zipfile.ZipFile(other) as second:
+        sums = [{x.filename: x.CRC for x in opened.infolist()} for opened in (first, second)]
+    apart = sorted(name for name in sums[0] | sums[1] if sums[0].get(name) != sums[1].get(name))
+    return f"NOT the same: {', '.join(apart) or 'by the archive alone'}"
+
+
 def describe(path: Path) -> str:
     """Its size, and those of the libraries in it."""
     lines = [f"{path.name}  {path.stat().st_size / 1e6:.1f} MB  sha256 {digest(path)}"]
@@ -159,8 +173,7 @@ def main() -> None:
             made = make(what, Path(one))
             print(describe(made))
             if options.twice:
-                same = digest(make(what, Path(other))) == digest(made)
-                print("  built twice: the same" if same else "  built twice: NOT the same")
+                print(f"  built twice: {compared(made, make(what, Path(other)))}")
             (ROOT / "dist").mkdir(exist_ok=True)
             shutil.copy2(made, ROOT / "dist" / made.name)
     if options.aarch64:
