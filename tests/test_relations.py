@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -437,10 +438,12 @@ def test_two_processes_equal_one_at_every_stage_of_zero(source, tmp_path, make, 
     for number, name in enumerate(SHARDED):
         log = tmp_path / str(number) / "log.jsonl"
         found = [row for row in rows_of(log) if row["split"] == "train"]
-        for key in ("loss", "relations"):
+        # A sum over processes rounds otherwise than one, and AdamW makes the most of it where a
+        # gradient is near zero: on AVX2 1.3e-4 of one weight by the seventh step, 0 of most.
+        for key, (until, rtol) in product(("loss", "relations"), ((4, 2e-5), (8, 5e-4))):
             torch.testing.assert_close(
-                *(torch.tensor([row[key] for row in rows]) for rows in (found, steps)),
-                rtol=1e-4,
+                *(torch.tensor([row[key] for row in rows[:until]]) for rows in (found, steps)),
+                rtol=rtol,
                 atol=1e-5,
                 msg=lambda text, name=name, key=key: f"{name}, {key}: {text}",
             )
